@@ -1,0 +1,256 @@
+"""The page: three tabs of components, wired to the endpoints of `Actions`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.components import Component
+
+from tavq.captioner.decoding import DecodingConfig
+from tavq.generator.sampling import SamplingConfig
+from tavq.pipeline import Pipeline
+
+from .actions import BOX, LEFT, TOP, Actions
+from .views import SURE, UNSURE
+
+EXAMPLES = Path(__file__).resolve().parent / "examples"
+PROMPTS = (
+    "a dog runs on the grass",
+    "a man on a snowboard jumps in the snow",
+    "two children play in the water",
+    "a mountain under a blue sky",
+)
+MAX_PICTURES, MAX_CANDIDATES, MAX_BEAM = 16, 16, 10
+UNSURE_BELOW = 0.3
+CLEAN_EVERY_S, KEEP_FILES_S = 3600, 24 * 3600
+# One model, one job at a time: two would only slow each other down.
+QUEUED: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
+HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+
+THEME = gr.themes.Soft(
+    primary_hue="teal", secondary_hue="teal", neutral_hue="slate", font=("system-ui", "sans-serif")
+)
+CSS = """
+.gradio-container {max-width: 1180px !important; margin: 0 auto}
+.pixels img {
+  image-rendering: pixelated; object-fit: contain !important; width: 100% !important; height: 100% !important;
+}
+"""
+
+
+def build(pipeline: Pipeline, folder: Path) -> gr.Blocks:
+    """Make the page.
+
+    Args:
+        pipeline: loaded.
+        folder: where pictures are written; it must lie in Gradio's own temporary folder.
+    """
+    actions = Actions(pipeline, folder)
+    with gr.Blocks(
+        title="TA-VQ", analytics_enabled=False, delete_cache=(CLEAN_EVERY_S, KEEP_FILES_S)
+    ) as page:
+        gr.Markdown(_heading(pipeline))
+        with gr.Tab("Text to image"):
+            _text_to_image(actions)
+        with gr.Tab("Image to text"):
+            _image_to_text(actions)
+        with gr.Tab("Reconstruction and completion"):
+            _reconstruction(actions)
+    return page
+
+
+def _heading(pipeline: Pipeline) -> str:
+    tokenizer, (h, w) = pipeline.tokenizer, pipeline.tokenizer.grid_size
+    return (
+        "# TA-VQ: one vocabulary for images and text\n"
+        f"Every picture is {h} x {w} tokens out of {tokenizer.num_codes}, at "
+        f"{tokenizer.image_size_px} x {tokenizer.image_size_px} px. The codebook is aligned with language.\n"
+        f"Weights: `{pipeline.directory.name}`, on {pipeline.device}."
+    )
+
+
+def _text_to_image(actions: Actions) -> None:
+    with gr.Row():
+        with gr.Column(scale=2):
+            prompt = gr.Textbox(
+                label="Prompt",
+                placeholder="a dog runs on the grass",
+                lines=2,
+                max_length=1000,
+                autofocus=True,
+            )
+            with gr.Row():
+                count = gr.Slider(1, MAX_PICTURES, 4, step=1, label="Number of images")
+                seed = _seed()
+            with gr.Row():
+                draw, stop = gr.Button("Draw", variant="primary"), gr.Button("Stop", variant="stop")
+            gr.Examples([[text] for text in PROMPTS], prompt, api_visibility="private")
+            with gr.Accordion("Settings", open=False):
+                sampling = _sampling(actions.pipeline)
+                best_of = gr.Slider(
+                    1, MAX_CANDIDATES, 1, step=1, label="Best of",
+                    info="Candidates a picture, of which the captioner and the alignment choose one",
+                )  # fmt: skip
+                live = gr.Checkbox(
+                    True,
+                    label="Live preview",
+                    info="Row by row, one picture after the other; where best of is 1",
+                )
+        with gr.Column(scale=3):
+            gallery = _gallery("Pictures")
+            with gr.Row():
+                used = gr.Number(label="Seed used", precision=0, interactive=False)
+                recipe = gr.Textbox(label="Recipe", lines=2, interactive=False, scale=3, buttons=["copy"])
+            files = _files()
+    drawing = gr.on(
+        [draw.click, prompt.submit],
+        actions.generate,
+        [prompt, count, seed, *sampling, best_of, live],
+        [gallery, files, used, recipe],
+        api_name="generate",
+        **QUEUED,
+    )
+    stop.click(None, cancels=drawing)
+
+
+def _image_to_text(actions: Actions) -> None:
+    described, chosen = gr.State(None), gr.State(0)
+    with gr.Row():
+        with gr.Column(scale=2):
+            photo = _photo()
+            with gr.Row():
+                beam = gr.Slider(1, MAX_BEAM, DecodingConfig().beam, step=1, label="Beam")
+                n_best = gr.Slider(1, MAX_BEAM, 3, step=1, label="N-best", info="At most the beam")
+            unsure = gr.Slider(0, 1, UNSURE_BELOW, step=0.05, label="Unsure below this probability")
+            run = gr.Button("Describe", variant="primary")
+            _photo_examples(photo)
+        with gr.Column(scale=3):
+            best = gr.Textbox(label="Caption", interactive=False, buttons=["copy"])
+            ranking = gr.Dataframe(
+                headers=["rank", "caption", "score"], datatype=["number", "str", "number"],
+                column_widths=["12%", "70%", "18%"], type="array", interactive=False, wrap=True, buttons=[],
+                label="Candidates: score is the mean log-probability of a word; click one to look into it",
+            )  # fmt: skip
+            words = gr.HighlightedText(
+                label="Words with their probability: click one to see where the model looked",
+                color_map={SURE: "#99f6e4", UNSURE: "#fdba74"}, show_legend=True, show_inline_category=False,
+            )  # fmt: skip
+            patches = gr.Gallery(
+                label="The patches behind each word: red is much, yellow is little",
+                columns=4, height=420, object_fit="contain", format="png", interactive=False,
+            )  # fmt: skip
+    outputs = [best, ranking, words, patches, described, chosen]
+    run.click(actions.caption, [photo, beam, n_best, unsure], outputs, api_name="caption", **QUEUED)
+    ranking.select(_row, None, chosen, **HIDDEN).then(
+        actions.words, [described, chosen, unsure], [words, patches], **HIDDEN
+    )
+    unsure.release(actions.words, [described, chosen, unsure], [words, patches], **HIDDEN)
+    words.select(_word, None, patches, **HIDDEN)
+
+
+def _row(event: gr.SelectData) -> int:
+    return event.index[0]
+
+
+def _word(event: gr.SelectData) -> gr.Gallery:
+    return gr.Gallery(selected_index=event.index)
+
+
+def _reconstruction(actions: Actions) -> None:
+    (h, w), size = actions.pipeline.tokenizer.grid_size, actions.pipeline.tokenizer.image_size_px
+    with gr.Row():
+        with gr.Column(scale=2, min_width=280):
+            photo = _photo()
+            run = gr.Button("Reconstruct", variant="primary")
+            _photo_examples(photo)
+        with gr.Column(scale=5):
+            with gr.Row():
+                seen = _picture(f"What the model sees: {size} x {size} px", "pixels")
+                rebuilt = _picture("Decoded from the tokens alone", "pixels")
+                tokens = _picture(f"The {h} x {w} tokens; equal ids have equal colours")
+            with gr.Accordion("The ids as numbers", open=False):
+                ids = gr.JSON(show_label=False)
+    run.click(actions.reconstruct, photo, [seen, rebuilt, tokens, ids], api_name="reconstruct", **QUEUED)
+    gr.Markdown("### Completion: a part of the photo stays, the rest is drawn anew")
+    _completion(actions, photo)
+
+
+def _completion(actions: Actions, photo: gr.Image) -> None:
+    with gr.Row():
+        with gr.Column(scale=2):
+            prompt = gr.Textbox(label="What the whole picture shall show", max_length=1000)
+            keep = gr.Radio([TOP, LEFT, BOX], value=TOP, label="What stays")
+            with gr.Group(visible=False) as box_group:
+                box = [
+                    gr.Slider(0, 100, share, step=1, label=f"Box: {side}, % of the photo")
+                    for side, share in (("left", 25), ("top", 25), ("width", 50), ("height", 50))
+                ]
+            with gr.Row():
+                count, seed = gr.Slider(1, MAX_PICTURES, 4, step=1, label="Number of images"), _seed()
+            with gr.Accordion("Settings", open=False):
+                sampling = _sampling(actions.pipeline)
+            run = gr.Button("Complete", variant="primary")
+        with gr.Column(scale=3):
+            gallery, used = _gallery("Completions"), gr.Number(label="Seed used", interactive=False)
+            files = _files()
+    keep.change(lambda kept: gr.Group(visible=kept == BOX), keep, box_group, **HIDDEN)
+    run.click(
+        actions.complete,
+        [photo, prompt, keep, *box, count, seed, *sampling],
+        [gallery, files, used],
+        api_name="complete",
+        **QUEUED,
+    )
+
+
+def _seed() -> gr.Number:
+    return gr.Number(-1, label="Seed", info="-1: random", precision=0)
+
+
+def _sampling(pipeline: Pipeline) -> Sequence[Component]:
+    """The sliders of `SamplingConfig`, in the order of the endpoints' arguments."""
+    default = SamplingConfig()
+    return (
+        gr.Slider(0, 10, default.guidance, step=0.1, label="Guidance", info="Weight of the text; 1 is none"),
+        gr.Slider(0, 2, default.temperature, step=0.05, label="Temperature", info="0 takes the likeliest"),
+        gr.Slider(0, pipeline.tokenizer.num_codes, default.top_k, step=1, label="Top-k", info="0 means all"),
+        gr.Slider(0.01, 1, default.top_p, step=0.01, label="Top-p", info="1 means all"),
+    )
+
+
+def _gallery(label: str) -> gr.Gallery:
+    """Small pictures, enlarged without smoothing; what is downloaded from it is the file itself."""
+    return gr.Gallery(
+        label=label, columns=2, fit_columns=False, height="auto", object_fit="contain", format="png",
+        interactive=False, elem_classes="pixels", buttons=["download", "fullscreen"],
+    )  # fmt: skip
+
+
+def _files() -> gr.File:
+    return gr.File(
+        label="PNG files; each carries its recipe", file_count="multiple", interactive=False, height=160
+    )
+
+
+def _picture(caption: str, css_class: str = "") -> gr.Image:
+    """A result under its caption: a floating label would hide a part of it."""
+    with gr.Column(min_width=200):
+        gr.Markdown(caption)
+        return gr.Image(
+            label=caption, show_label=False, format="png", interactive=False, height=250,
+            elem_classes=css_class, buttons=["download", "fullscreen"],
+        )  # fmt: skip
+
+
+def _photo() -> gr.Image:
+    """An upload that reaches the endpoint as the file it is, so that `load_image` converts it."""
+    return gr.Image(
+        label="Photo", type="filepath", image_mode=None, sources=["upload", "clipboard"], height=300
+    )
+
+
+def _photo_examples(photo: gr.Image) -> None:
+    gr.Examples([[str(path)] for path in sorted(EXAMPLES.glob("*.jpg"))], photo, api_visibility="private")

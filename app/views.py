@@ -1,0 +1,83 @@
+"""Pictures and tables that the demo shows: token grids, heat overlays, words with their probability.
+
+Legend: h w token grid.
+"""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from tavq.captioner.decoding import Caption, Word
+
+SHEET_PX = 512  # longer side of a token grid or an overlay
+MIN_NUMBERED_CELL_PX = 24  # below this a number cannot be read
+GOLDEN_RATIO = 0.618034  # its multiples, modulo 1, spread neighbouring ids over the colour circle
+SURE, UNSURE = "sure", "unsure"
+MAX_TINT = 0.7  # share of colour over the photo where a word looked most
+
+
+def token_grid(ids: np.ndarray) -> Image.Image:
+    """Draw ids (h, w) as coloured, numbered cells; equal ids have equal colours."""
+    rows, columns = ids.shape
+    cell = max(4, SHEET_PX // max(rows, columns))
+    sheet = Image.new("RGB", (columns * cell, rows * cell))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=max(8, cell // 3))
+    for (row, column), number in np.ndenumerate(ids):
+        x, y = column * cell, row * cell
+        colour = code_colour(int(number))
+        draw.rectangle((x, y, x + cell - 2, y + cell - 2), fill=colour)
+        if cell >= MIN_NUMBERED_CELL_PX:
+            ink = "black" if np.dot(colour, (0.299, 0.587, 0.114)) > 140 else "white"
+            draw.text((x + cell / 2, y + cell / 2), str(number), fill=ink, font=font, anchor="mm")
+    return sheet
+
+
+def code_colour(number: int) -> tuple[int, int, int]:
+    """An RGB colour for a code; neighbouring numbers get colours far apart."""
+    lightness = 0.45 + 0.1 * (number % 4)
+    channels = colorsys.hls_to_rgb(number * GOLDEN_RATIO % 1.0, lightness, 0.55)
+    return tuple(round(255 * channel) for channel in channels)
+
+
+def heat_overlay(photo: Image.Image, patches: np.ndarray) -> Image.Image:
+    """Colour the greyed photo where a word looked more than on average: yellow is little, red is much.
+
+    Args:
+        photo: any size.
+        patches: (h, w), at least 0, sums to 1. Where no patch has twice the average, the colour stays faint.
+    """
+    scale = SHEET_PX / max(photo.size)
+    size = tuple(max(1, round(side * scale)) for side in photo.size)
+    excess = np.clip(patches * patches.size - 1, 0, None)
+    small = Image.fromarray((excess / max(excess.max(), 1)).astype(np.float32))
+    heat = np.clip(np.asarray(small.resize(size, Image.Resampling.BICUBIC)), 0, 1)[..., None]
+    grey = np.asarray(photo.resize(size).convert("L"), dtype=np.float32)[..., None]
+    colour = np.concatenate([np.full_like(heat, 255), 225 * (1 - heat), np.zeros_like(heat)], axis=-1)
+    tint = MAX_TINT * heat
+    return Image.fromarray((grey * (1 - tint) + colour * tint).round().astype(np.uint8))
+
+
+def percent(word: Word) -> str:
+    return f"{100 * word.probability:.0f} %"
+
+
+def marked_words(caption: Caption, unsure_below: float) -> list[tuple[str, str]]:
+    """Each word with its probability, and whether that lies under the threshold."""
+    return [
+        (f"{word.text} {percent(word)}", UNSURE if word.probability < unsure_below else SURE)
+        for word in caption.words
+    ]
+
+
+def word_overlays(photo: Image.Image, caption: Caption) -> list[tuple[Image.Image, str]]:
+    """For each word the photo with the patches behind it, and the word."""
+    return [(heat_overlay(photo, word.patches), word.text) for word in caption.words]
+
+
+def ranking(captions: Sequence[Caption]) -> list[list[int | str | float]]:
+    """Rows of rank, caption and score (mean log-probability)."""
+    return [[rank, caption.text, round(caption.score, 3)] for rank, caption in enumerate(captions, 1)]

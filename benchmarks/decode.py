@@ -1,0 +1,312 @@
+"""python benchmarks/decode.py [--quick] [--prior DIR] [--threads 1] [--out decode.md]
+
+Tokens per second of the prior's decoder beside transformers' nearest architecture with equal weights and
+shapes (Qwen3ForCausalLM), the linear layers alone, and the limit that memory bandwidth sets; then the time of
+whole images with guidance, and how many tokens reduced precision flips. Writes a Markdown table.
+
+All contestants take turns in every round and each keeps its best round, so that a busy machine slows all
+alike. Greedy, no guidance, text prefix of full length; the timed steps lie around the middle of the image,
+where the cache has its mean length. transformers runs in a bare loop over its forward, which is faster than
+its `generate`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from tavq.arguments import parse, run_main
+from tavq.data.text_encoder import TextEncoder, TokenStates
+from tavq.generator.decoding import Decoder
+from tavq.generator.linear import Precision
+from tavq.generator.model import PRESETS, Prior
+from tavq.generator.noise import gumbel_rows
+from tavq.generator.sampling import SamplingConfig, sample
+from tavq.torchvision_ops import ensure_torchvision
+
+PRECISIONS: tuple[Precision, ...] = ("float32", "int8", "bfloat16")
+PROMPTS = (
+    "a brown dog runs through the grass",
+    "two children play football on a beach",
+    "a man in a red jacket climbs a snowy mountain",
+    "a woman rides a bicycle down a city street",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeBenchmark:
+    """Speed of decoding, in one run."""
+
+    presets: tuple[str, ...] = ("flickr8k", "base")
+    batches: tuple[int, ...] = (1, 8)
+    steps: int = 64
+    """Timed steps a round."""
+    rounds: int = 5
+    threads: int = 0
+    """Of torch; 0 leaves its own choice."""
+    prior: Path | None = None
+    """A trained prior for the flipped tokens and whole images; without it, random weights and no flips."""
+    quick: bool = False
+    """flickr8k alone, two rounds of 16 steps."""
+    out: Path | None = None
+    """File for the table; it is printed anyway."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table of tokens per second."""
+
+    preset: str
+    batch: int
+    tokens_per_s: dict[str, float]
+
+
+def random_prior(preset: str) -> Prior:
+    """A prior none of whose weights is zero, as after training."""
+    torch.manual_seed(0)
+    prior = Prior(PRESETS[preset]).eval()
+    for parameter in prior.parameters():
+        torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    return prior
+
+
+def full_texts(prior: Prior, count: int) -> TokenStates:
+    config = prior.config
+    states = torch.randn(count, config.max_text_tokens, config.text_dim)
+    return TokenStates(states, torch.ones(count, config.max_text_tokens, dtype=torch.bool))
+
+
+def as_qwen3(prior: Prior) -> torch.nn.Module:
+    """The same matrices in transformers' Qwen3; its norm weights are 1, its positions one-dimensional."""
+    ensure_torchvision()
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config, width = prior.config, prior.config.width
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=config.num_codes,
+            hidden_size=width,
+            intermediate_size=config.hidden_width,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_heads,
+            head_dim=width // config.num_heads,
+            max_position_embeddings=config.length,
+            tie_word_embeddings=False,
+        )
+    ).eval()
+    weights = {"model.embed_tokens.weight": prior.tokens.weight, "lm_head.weight": prior.head.weight}
+    for number, block in enumerate(prior.blocks):
+        name = f"model.layers.{number}."
+        parts = dict(zip("qkv", block.qkv.weight.chunk(3), strict=True))
+        weights |= {f"{name}self_attn.{key}_proj.weight": part for key, part in parts.items()}
+        gate, up = block.gate_up.weight.chunk(2)
+        weights |= {f"{name}mlp.gate_proj.weight": gate, f"{name}mlp.up_proj.weight": up}
+        weights |= {
+            f"{name}self_attn.o_proj.weight": block.out.weight,
+            f"{name}mlp.down_proj.weight": block.down.weight,
+        }
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert not unexpected and all("norm" in key for key in missing), (missing, unexpected)
+    return model
+
+
+def our_steps(prior: Prior, batch: int, steps: int, precision: Precision) -> Callable[[], float]:
+    decoder = Decoder(prior, batch, precision)
+    decoder.read(full_texts(prior, batch))
+    first = (prior.config.num_tokens - steps) // 2
+
+    def run() -> float:
+        ids = torch.zeros(batch, dtype=torch.int64)
+        began = time.perf_counter()
+        for position in range(first, first + steps):
+            ids = decoder.step(ids, position).argmax(-1)
+        return time.perf_counter() - began
+
+    return run
+
+
+def qwen3_steps(
+    model: torch.nn.Module, prior: Prior, batch: int, steps: int, static: bool
+) -> Callable[[], float]:
+    from transformers import DynamicCache, StaticCache
+
+    config = prior.config
+    before = config.max_text_tokens + (config.num_tokens - steps) // 2
+
+    def run() -> float:
+        cache = StaticCache(model.config, max_cache_len=config.length) if static else DynamicCache()
+        prompt = torch.zeros(batch, before, dtype=torch.int64)
+        model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        ids = torch.zeros(batch, 1, dtype=torch.int64)
+        began = time.perf_counter()
+        for at in range(before, before + steps):
+            logits = model(
+                ids, past_key_values=cache, use_cache=True, position_ids=torch.tensor([[at]])
+            ).logits
+            ids = logits[:, -1].argmax(-1, keepdim=True)
+        return time.perf_counter() - began
+
+    return run
+
+
+def linears_alone(prior: Prior, batch: int, steps: int, precision: Precision) -> Callable[[], float]:
+    """The matrices of a step, laid out as the decoder lays them out, on inputs that are there already."""
+    decoder, config = Decoder(prior, batch, precision), prior.config
+    x, hidden = torch.randn(batch, config.width), torch.randn(batch, config.hidden_width)
+    x, hidden = x.to(decoder.dtype), hidden.to(decoder.dtype)
+
+    def run() -> float:
+        began = time.perf_counter()
+        for _ in range(steps):
+            for layer in decoder.layers:
+                layer.qkv(x), layer.out(x), layer.gate_up(x), layer.down(hidden)
+            decoder.head(x)
+        return time.perf_counter() - began
+
+    return run
+
+
+def reading(prior: Prior, batch: int, steps: int) -> Callable[[], float]:
+    """Read as many bytes as a step must: the weights, and the cache at its mean length."""
+    config = prior.config
+    weights = (
+        sum(m.weight.numel() for m in prior.modules() if isinstance(m, torch.nn.Linear))
+        - prior.text.weight.numel()
+    )
+    mean_length = config.max_text_tokens + config.num_tokens // 2
+    cache = batch * config.num_layers * 2 * mean_length * config.width
+    numbers = torch.ones(weights + cache)
+
+    def run() -> float:
+        began = time.perf_counter()
+        for _ in range(steps):
+            numbers.sum()
+        return time.perf_counter() - began
+
+    return run
+
+
+@torch.inference_mode()
+def compare(preset: str, batch: int, steps: int, rounds: int) -> Row:
+    """Tokens per second of all contestants, the best of `rounds` rounds each."""
+    prior = random_prior(preset)
+    qwen3 = as_qwen3(prior)
+    runs = {f"ours {p}": our_steps(prior, batch, steps, p) for p in PRECISIONS}
+    runs |= {
+        "Qwen3 dynamic": qwen3_steps(qwen3, prior, batch, steps, static=False),
+        "Qwen3 static": qwen3_steps(qwen3, prior, batch, steps, static=True),
+        "linears float32": linears_alone(prior, batch, steps, "float32"),
+        "linears int8": linears_alone(prior, batch, steps, "int8"),
+        "bandwidth limit": reading(prior, batch, steps),
+    }
+    best = {name: min(times) for name, times in zip(runs, _rounds(list(runs.values()), rounds), strict=True)}
+    return Row(preset, batch, {name: batch * steps / seconds for name, seconds in best.items()})
+
+
+def _rounds(runs: Sequence[Callable[[], float]], rounds: int) -> list[list[float]]:
+    """Seconds of every run in every round, by run; an untimed round goes first."""
+    for run in runs:
+        run()
+    return [list(times) for times in zip(*[[run() for run in runs] for _ in range(rounds)], strict=True)]
+
+
+def speed_table(rows: Sequence[Row]) -> str:
+    names = list(rows[0].tokens_per_s)
+    lines = ["| tokens/s | " + " | ".join(f"{row.preset}, batch {row.batch}" for row in rows) + " |"]
+    lines.append("| --- |" + " ---: |" * len(rows))
+    for name in names:
+        lines.append(f"| {name} | " + " | ".join(f"{row.tokens_per_s[name]:.0f}" for row in rows) + " |")
+    for title, ratio in RATIOS.items():
+        lines.append(
+            f"| {title} | " + " | ".join(f"**{ratio(row.tokens_per_s):.2f}**" for row in rows) + " |"
+        )
+    return "\n".join(lines)
+
+
+def _best_qwen3(speed: dict[str, float]) -> float:
+    return max(speed["Qwen3 dynamic"], speed["Qwen3 static"])
+
+
+RATIOS: dict[str, Callable[[dict[str, float]], float]] = {
+    "float32 over the better Qwen3 (goal 1.3)": lambda s: s["ours float32"] / _best_qwen3(s),
+    "best reduced precision over it (goal 2)": lambda s: (
+        max(s["ours int8"], s["ours bfloat16"]) / _best_qwen3(s)
+    ),
+    "float32 of its linears alone (goal 0.8)": lambda s: s["ours float32"] / s["linears float32"],
+    "float32 of the bandwidth limit": lambda s: s["ours float32"] / s["bandwidth limit"],
+}
+
+
+def whole_images(prior: Prior, texts: TokenStates, rounds: int) -> str:
+    """Seconds an image with guidance 3, by precision, for 1 and 8 images at a time."""
+    lines = ["| s/image, guidance 3 | 1 image | 8 images |", "| --- | ---: | ---: |"]
+    for precision in PRECISIONS:
+        seconds = [seconds_an_image(prior, texts, count, precision, rounds) for count in (1, 8)]
+        lines.append(f"| {precision} | " + " | ".join(f"{value:.3f}" for value in seconds) + " |")
+    return "\n".join(lines)
+
+
+def seconds_an_image(
+    prior: Prior, texts: TokenStates, count: int, precision: Precision, rounds: int
+) -> float:
+    rows = [row % len(texts.mask) for row in range(count)]
+    picked = TokenStates(texts.states[rows], texts.mask[rows])
+    times = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        sample(prior, picked, range(count), SamplingConfig(precision=precision))
+        times.append(time.perf_counter() - began)
+    return min(times) / count
+
+
+@torch.inference_mode()
+def flips(prior: Prior, texts: TokenStates, precision: Precision) -> float:
+    """Share of tokens that `precision` draws differently after the same beginning, without guidance."""
+    seeds, positions = list(range(len(texts.mask))), range(prior.config.num_tokens)
+    ids = sample(prior, texts, seeds, SamplingConfig(guidance=1.0, micro_batch=len(seeds)))
+    decoder = Decoder(prior, len(seeds), precision)
+    decoder.read(texts)
+    noise, different = gumbel_rows(seeds, positions, prior.config.num_codes), 0
+    for position in positions:
+        logits = decoder.step(ids[:, position - 1] if position else None, position)
+        different += int(((logits + noise[position]).argmax(-1) != ids[:, position]).sum())
+    return different / ids.numel()
+
+
+@run_main
+def main(argv: Sequence[str] | None = None) -> None:
+    settings = parse(DecodeBenchmark, argv, prog="python benchmarks/decode.py")
+    if settings.quick:
+        settings = dataclasses.replace(settings, presets=("flickr8k",), steps=16, rounds=2)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    rows = [
+        compare(p, b, settings.steps, settings.rounds) for p in settings.presets for b in settings.batches
+    ]
+    prior = Prior.from_pretrained(settings.prior) if settings.prior else random_prior("flickr8k")
+    texts = TextEncoder(prior.config.text_encoder).token_states(
+        PROMPTS, prior.config.max_text_tokens, batch_size=1
+    )
+    parts = [_machine(), speed_table(rows), whole_images(prior, texts, settings.rounds)]
+    if settings.prior:
+        shares = ", ".join(f"{p} {100 * flips(prior, texts, p):.1f} %" for p in PRECISIONS if p != "float32")
+        parts.append(f"Tokens drawn differently from float32 after the same beginning: {shares}.")
+    table = "\n\n".join(parts)
+    print(table)
+    if settings.out:
+        settings.out.write_text(table + "\n")
+
+
+def _machine() -> str:
+    kind = platform.processor() or platform.machine()
+    return f"{kind}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""tavq train captioner --tokens DIR --out DIR [--preset tiny|flickr8k|base]
+tavq train captioner --tokens DIR --out DIR --preset flickr8k-self-critical --start DIR
+
+Train the captioner on image tokens: by cross-entropy, then self-critically with CIDEr-D as the reward. The
+same command resumes a stopped run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tavq.arguments import parse, run_main
+from tavq.data.tokens import TokenSet, open_tokens
+from tavq.training.loop import RunLog, StepOutput, Task, TrainingConfig, train
+
+from .decoding import GREEDY, search
+from .examples import TokenCaptions, caption_targets, quality_buckets
+from .model import PRESETS, Captioner, CaptionerConfig, CaptionerShape, start_captioner
+from .reward import CiderD, DocumentFrequencies, ends_in_function_word, with_end
+from .self_critical import Baseline, reinforce
+from .vocabulary import WordVocabulary, metric_words
+
+EVALUATION_BATCH = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionerRun:
+    """Train the captioner (ids -> text).
+
+    Example: tavq train captioner --tokens runs/a/tokens --tokenizer runs/a/tokenizer --out runs/a/captioner
+    """
+
+    tokens: Path = Path("runs/tokens")
+    """Token set, as `tavq tokenize` writes it."""
+    out: Path = Path("runs/captioner")
+    """Directory of the run; holds the checkpoint, its log and the state to resume from."""
+    preset: str = "flickr8k"
+    """flickr8k or flickr8k-self-critical, tiny or tiny-self-critical (seconds on a CPU), base."""
+    config: Path | None = None
+    """YAML file of these fields, instead of a preset."""
+    stage: Literal["cross-entropy", "self-critical"] = "cross-entropy"
+    """Self-critical training goes on from the captioner in `start`."""
+    start: Path | None = None
+    """Captioner to go on from; its shape and vocabulary stand."""
+    tokenizer: Path | None = None
+    """Tokenizer whose codebook gives the first embeddings; without it they are random."""
+    alignment_scores: Path | None = None
+    """npz of `names` (n,) and `scores` (n, captions), agreement of image and caption: for quality buckets."""
+    captions_per_image: int = 5
+    """Captions of an image that share one pass."""
+    min_word_count: int = 5
+    """Words rarer than this in the training captions are unknown."""
+    label_smoothing: float = 0.1
+    samples_per_image: int = 5
+    """Captions that self-critical training draws of an image."""
+    baseline: Baseline = "samples"
+    """What a sample must beat: the greedy caption (Rennie et al.), or the mean of the other samples (Luo)."""
+    model: CaptionerShape = PRESETS["flickr8k"]
+    training: TrainingConfig = TrainingConfig(
+        steps=3000,
+        batch_size=32,
+        learning_rate=1e-3,
+        warmup_steps=200,
+        weight_decay=0.05,
+        ema_decay=0.995,
+        evaluate_every=250,
+        patience=4,
+    )
+
+    def __post_init__(self) -> None:
+        if bool(self.model.quality_buckets) != (self.alignment_scores is not None) and self.start is None:
+            raise ValueError(
+                f"model.quality_buckets is {self.model.quality_buckets} and alignment_scores "
+                f"{self.alignment_scores}; give both or neither"
+            )
+
+
+_TINY = CaptionerRun(
+    preset="tiny",
+    model=PRESETS["tiny"],
+    min_word_count=1,
+    training=TrainingConfig(
+        steps=60, batch_size=8, learning_rate=3e-3, warmup_steps=5, ema_decay=0.9, evaluate_every=60
+    ),
+)
+RUN_PRESETS: dict[str, CaptionerRun] = {
+    "flickr8k": CaptionerRun(),
+    "flickr8k-self-critical": CaptionerRun(
+        preset="flickr8k-self-critical",
+        stage="self-critical",
+        training=TrainingConfig(
+            steps=1500,
+            learning_rate=1e-4,
+            warmup_steps=50,
+            weight_decay=0.0,
+            ema_decay=0.99,
+            evaluate_every=150,
+            patience=5,
+        ),
+    ),
+    "tiny": _TINY,
+    "tiny-self-critical": dataclasses.replace(
+        _TINY,
+        preset="tiny-self-critical",
+        stage="self-critical",
+        training=TrainingConfig(
+            steps=10, batch_size=8, learning_rate=1e-3, warmup_steps=2, ema_decay=0.9, evaluate_every=10
+        ),
+    ),
+    "base": CaptionerRun(
+        preset="base",
+        model=PRESETS["base"],
+        training=TrainingConfig(
+            steps=100_000,
+            batch_size=64,
+            learning_rate=2e-4,
+            warmup_steps=2000,
+            evaluate_every=2000,
+            patience=5,
+        ),
+    ),
+}
+
+
+class CaptionerTrainee(nn.Module):
+    """The captioner under one of the two losses."""
+
+    def __init__(self, captioner: Captioner, run: CaptionerRun, reward: CiderD | None):
+        super().__init__()
+        self.captioner, self.run = captioner, run
+        self.reward = reward
+
+    def forward(self, batch: dict[str, Tensor], step: int) -> StepOutput:
+        return self._cross_entropy(batch) if self.reward is None else self._self_critical(batch)
+
+    def _cross_entropy(self, batch: dict[str, Tensor]) -> StepOutput:
+        longest = max(1, int(batch["lengths"].max()))
+        words, lengths = batch["words"][..., :longest], batch["lengths"]
+        logits = self.captioner(batch["ids"], words, batch["starts"]).float()
+        targets = caption_targets(words, lengths, self.captioner.text.end_id)
+        loss = F.cross_entropy(
+            logits.flatten(0, 2), targets.flatten(), ignore_index=-1, label_smoothing=self.run.label_smoothing
+        )
+        return StepOutput(loss, {"loss": loss.detach()})
+
+    def _self_critical(self, batch: dict[str, Tensor]) -> StepOutput:
+        self.captioner.eval()  # samples and gradient belong to one policy
+        images, samples = batch["index"].tolist(), self.run.samples_per_image
+        return reinforce(self.captioner, batch["ids"], images, self.reward, samples, self.run.baseline)
+
+
+class CaptionerTask(Task):
+    """The captioner as the training loop sees it."""
+
+    watch = ("CIDEr", "max")
+
+    def __init__(self, run: CaptionerRun, codebook: Tensor | None = None):
+        self.run = run
+        tokens, self.val = open_tokens(run.tokens, "train"), open_tokens(run.tokens, "val")
+        torch.manual_seed(run.training.seed)
+        captioner = _captioner(run, tokens, codebook)
+        buckets = None
+        if run.alignment_scores is not None:
+            buckets = quality_buckets(run.alignment_scores, tokens, captioner.config.shape.quality_buckets)
+        reward = None
+        if run.stage == "self-critical":
+            references = [[with_end(metric_words(text)) for text in texts] for texts in tokens.captions]
+            reward = CiderD(references, DocumentFrequencies.of(references))
+        self.dataset = TokenCaptions(tokens, captioner, run.captions_per_image, buckets)
+        self.model = CaptionerTrainee(captioner, run, reward)
+        self.val_reward = CiderD([[metric_words(text) for text in texts] for texts in self.val.captions])
+
+    @torch.inference_mode()
+    def evaluate(self, model: CaptionerTrainee, step: int) -> dict[str, float]:
+        """CIDEr of greedy captions on the validation split, and how many break off behind a function word."""
+        captioner = model.captioner
+        device = captioner.starts.weight.device
+        ids = self.val.ids[:, 0].flatten(1).long()
+        captions = [
+            captioner.text.words(found[0])
+            for batch in ids.split(EVALUATION_BATCH)
+            for found in search(captioner, batch.to(device), GREEDY)
+        ]
+        return {
+            "CIDEr": float(self.val_reward.scores(captions, range(len(captions))).mean()),
+            "function_word_end": float(np.mean([ends_in_function_word(words) for words in captions])),
+            "words": float(np.mean([len(words) for words in captions])),
+            "distinct": len(set(map(tuple, captions))) / len(captions),
+        }
+
+    def save(self, model: CaptionerTrainee, directory: Path, log: RunLog) -> None:
+        model.captioner.save_pretrained(directory)
+
+
+def _captioner(run: CaptionerRun, tokens: TokenSet, codebook: Tensor | None) -> Captioner:
+    """The captioner that training starts from."""
+    if run.start is not None:
+        captioner = Captioner.from_pretrained(run.start)
+        captioner.check_codebook(tokens.meta.codebook_hash)
+        provenance = captioner.config.provenance | {"stage": run.stage}
+        captioner.config = dataclasses.replace(captioner.config, provenance=provenance)
+        return captioner
+    if run.stage == "self-critical":
+        raise ValueError("self-critical training needs a captioner to go on from; add --start DIR")
+    if (run.tokenizer is None) != (codebook is None):
+        raise ValueError(f"no codebook of tokenizer {run.tokenizer} was handed in; run tavq train captioner")
+    texts = [text for captions in tokens.captions for text in captions]
+    if run.model.long_words:
+        texts += [text for text in tokens.long_texts if text]
+    own = run.model.decoder is None
+    config = CaptionerConfig(
+        shape=run.model,
+        num_codes=tokens.meta.num_codes,
+        code_dim=run.model.width if codebook is None else codebook.shape[1],
+        grid_size=tokens.meta.grid_size,
+        codebook_hash=tokens.meta.codebook_hash,
+        words=WordVocabulary.build(texts, run.min_word_count).names if own else (),
+        provenance={"data": tokens.meta.data, "tokenizer": tokens.meta.tokenizer, "stage": run.stage},
+    )
+    captioner = start_captioner(config)
+    if codebook is not None:
+        captioner.image.start_from(codebook)
+    return captioner
+
+
+def train_captioner(run: CaptionerRun, codebook: Tensor | None = None) -> None:
+    """Train into `run.out`; `codebook` (K, E) is that of `run.tokenizer`, for the first embeddings."""
+    train(CaptionerTask(run, codebook), run.training, run.out, run)
+
+
+@run_main
+def main(argv: Sequence[str] | None = None) -> None:
+    train_captioner(parse(CaptionerRun, argv, prog="tavq train captioner", presets=RUN_PRESETS))
+
+
+if __name__ == "__main__":
+    main()

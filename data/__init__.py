@@ -1,0 +1,1 @@
+"""Image-text data sets, images <-> tensors, text units, and the frozen text encoder with its cache."""

@@ -1,0 +1,147 @@
+"""Images between files, PIL and tensors: the only place that knows uint8 HWC.
+
+Letters: B batch, H W image size in px.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+MIN_SIDE_PX = 8
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+class UnreadableImageError(ValueError):
+    """An image that cannot be used: truncated, no image at all, or too small."""
+
+
+def load_image(source: str | Path | BinaryIO) -> Image.Image:
+    """Read an image file, whatever its kind, as an upright 8-bit RGB picture.
+
+    Args:
+        source: a path or an open binary file.
+
+    Returns:
+        PIL image of mode RGB, at its own size (EXIF orientation applied, see `to_rgb`).
+
+    Raises:
+        FileNotFoundError: `source` is a path at which nothing lies.
+        UnreadableImageError: the file is truncated, is no image, or is smaller than 8 px a side.
+    """
+    name = str(source) if isinstance(source, str | Path) else getattr(source, "name", "image")
+    try:
+        with Image.open(source) as image:
+            image.load()
+            return to_rgb(image)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"no image at {name}; expected a file such as photo.jpg, check the path"
+        ) from None
+    except _DECODE_ERRORS as error:
+        reason = " ".join(str(error).split())
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = "not an image, or of a kind that Pillow does not know"
+        raise UnreadableImageError(f"{name}: {reason}; replace the file or take it out") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any PIL image to 8-bit RGB: upright by EXIF, transparency over white, 16 bit scaled to 8.
+
+    Raises:
+        UnreadableImageError: a side is shorter than 8 px, or the samples are floating point.
+    """
+    if min(image.size) < MIN_SIDE_PX:
+        raise UnreadableImageError(
+            f"image is {image.width} x {image.height} px, at least {MIN_SIDE_PX} px a side are needed; "
+            "use a larger one"
+        )
+    if image.mode == "F":
+        raise UnreadableImageError(
+            "image has floating-point samples of unknown range, 8 or 16 bit is expected; convert it"
+        )
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit grey: 0..65535 -> 0..255
+        levels = np.asarray(image).astype(np.float64) / 257
+        return Image.fromarray(np.clip(np.rint(levels), 0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, "white")
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def to_tensor(image: Image.Image, size_px: int) -> Tensor:
+    """Squash a picture to the square (antialiased bicubic; nothing is cropped).
+
+    Args:
+        image: any PIL image.
+        size_px: side of the square.
+
+    Returns:
+        (3, size_px, size_px) float32 in [-1, 1].
+    """
+    rgb = image if image.mode == "RGB" else to_rgb(image)
+    if rgb.size != (size_px, size_px):
+        rgb = rgb.resize((size_px, size_px), Image.Resampling.BICUBIC)
+    pixels_HWC = torch.from_numpy(np.array(rgb, dtype=np.uint8))
+    return pixels_HWC.permute(2, 0, 1).to(torch.float32).div_(127.5).sub_(1.0).contiguous()
+
+
+def to_uint8(images_BCHW: Tensor) -> Tensor:
+    """Map images from [-1, 1] to 0..255, rounded; what a decoder overshoots is clipped.
+
+    Args:
+        images_BCHW: (B, 3, H, W), float.
+
+    Returns:
+        (B, 3, H, W) uint8 on the same device.
+    """
+    if images_BCHW.ndim != 4 or images_BCHW.shape[1] != 3:
+        raise ValueError(
+            f"images have shape {tuple(images_BCHW.shape)}, expected (B, 3, H, W); add the batch axis"
+        )
+    scaled = (images_BCHW.detach().to(torch.float32) + 1.0) * 127.5
+    return scaled.round().clamp_(0, 255).to(torch.uint8)
+
+
+def to_pil(images_BCHW: Tensor) -> list[Image.Image]:
+    """Turn (B, 3, H, W) floats in [-1, 1] into B RGB pictures (rounded; overshoot clipped)."""
+    pixels_BHWC = to_uint8(images_BCHW).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(np.ascontiguousarray(pixels_HWC)) for pixels_HWC in pixels_BHWC]
+
+
+def grid(images: Sequence[Image.Image], columns: int, gap_px: int = 2) -> Image.Image:
+    """Lay pictures of one size out row by row on white, `gap_px` apart.
+
+    Raises:
+        ValueError: no picture, fewer than one column, or pictures of unlike size.
+    """
+    if not images or columns < 1:
+        raise ValueError(f"got {len(images)} pictures and {columns} columns, expected at least one of each")
+    width, height = images[0].size
+    if any(image.size != (width, height) for image in images):
+        raise ValueError(f"pictures differ in size from the first, {width} x {height} px; resize them before")
+    rows = -(-len(images) // columns)
+    sheet = Image.new(
+        "RGB", (columns * (width + gap_px) - gap_px, rows * (height + gap_px) - gap_px), "white"
+    )
+    for place, image in enumerate(images):
+        sheet.paste(image, ((place % columns) * (width + gap_px), (place // columns) * (height + gap_px)))
+    return sheet

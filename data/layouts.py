@@ -1,0 +1,140 @@
+"""Open an image-text data set by its path; the layout is found, not named.
+
+Known layouts: Karpathy json (`dataset_*.json` + `images/`), COCO captions (`annotations/captions_*.json` +
+image folders), the original Flickr8k (`Images/` + `captions.txt` or `Flickr8k.token.txt` and its split
+lists), `metadata.jsonl` (Hugging Face imagefolder), a folder of images with `.txt` side-cars (one caption a
+line), and "shapes", the generated set. A dense description is taken from `long_text.jsonl`, a ShareGPT4V json
+or `NAME.long.txt` where one lies beside them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from .examples import Example, ImageTextDataset
+from .layouts_folder import IMAGE_SUFFIXES, has_metadata, read_metadata, read_sidecars
+from .layouts_json import read_coco, read_karpathy, read_original_flickr8k
+from .long_text import attach_long_text
+from .shapes import shapes_examples
+
+SPLITS = ("train", "val", "test")
+_KNOWN = (
+    "dataset_*.json, annotations/captions_*.json, Flickr8k's captions.txt, metadata.jsonl, "
+    "or images with .txt side-cars"
+)
+
+
+def open_dataset(path: str | Path, split: str | None = None) -> ImageTextDataset:
+    """Open a data set, whatever its layout.
+
+    Where the layout knows no splits, an id goes to train (80 %), val (10 %) or test (10 %) by its SHA-256.
+
+    Args:
+        path: a directory, an annotation json in it, or "shapes" for the generated set.
+        split: "train", "val" or "test"; None gives all.
+
+    Raises:
+        FileNotFoundError: nothing lies at `path`, or annotated images are missing.
+        ValueError: no known layout, an annotation that cannot be read, or no example in `split`.
+    """
+    if split is not None and split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
+    if str(path) == "shapes":
+        wanted = SPLITS if split is None else (split,)
+        return ImageTextDataset("shapes", [example for name in wanted for example in shapes_examples(name)])
+    root = Path(path)
+    examples = [_with_split(example) for example in _find_layout(root)()]
+    folder = root if root.is_dir() else root.parent
+    chosen = _choose_split(examples, split, folder)
+    _check_images(chosen, folder)
+    return ImageTextDataset(folder.resolve().name, attach_long_text(chosen, folder))
+
+
+def _find_layout(root: Path) -> Callable[[], Iterable[Example]]:
+    """Return the reader for what lies at `root`."""
+    if root.is_file():
+        return _json_reader(root)
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"no data set at {root}; expected a directory ({_KNOWN}) or 'shapes', check --data"
+        )
+    if karpathy := sorted(root.glob("dataset_*.json")):
+        return lambda: read_karpathy(_only(karpathy), root)
+    if coco := sorted(root.glob("annotations/captions_*.json")):
+        return lambda: read_coco(coco, root)
+    if has_metadata(root):
+        return lambda: read_metadata(root)
+    if captions := _flickr_captions(root):
+        return lambda: read_original_flickr8k(captions, root)
+    if any(file.suffix.lower() in IMAGE_SUFFIXES for file in root.rglob("*")):
+        return lambda: read_sidecars(root)
+    state = "holds no known layout" if any(root.iterdir()) else "is empty"
+    raise ValueError(f"{root} {state}; expected {_KNOWN}")
+
+
+def _json_reader(file: Path) -> Callable[[], Iterable[Example]]:
+    if file.match("dataset_*.json"):
+        return lambda: read_karpathy(file, file.parent)
+    if file.match("captions_*.json"):
+        return lambda: read_coco([file], file.parent.parent)
+    raise ValueError(
+        f"{file} is no known annotation file; expected dataset_*.json or captions_*.json, or its directory"
+    )
+
+
+def _flickr_captions(root: Path) -> Path | None:
+    places = (
+        folder / name
+        for name in ("Flickr8k.token.txt", "captions.txt")
+        for folder in (root, root / "Flickr8k_text")
+    )
+    return next((place for place in places if place.is_file()), None)
+
+
+def _only(files: list[Path]) -> Path:
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise ValueError(
+            f"{files[0].parent} holds {len(files)} annotation files ({names}); give the path of one"
+        )
+    return files[0]
+
+
+def _with_split(example: Example) -> Example:
+    """Give an example without a split its own, by the hash of its id: stable when others come or go."""
+    if example.split:
+        return example
+    share = int.from_bytes(hashlib.sha256(example.id.encode()).digest()[:4], "big") / 2**32
+    return replace(example, split="train" if share < 0.8 else "val" if share < 0.9 else "test")
+
+
+def _choose_split(examples: list[Example], split: str | None, folder: Path) -> list[Example]:
+    if not examples:
+        raise ValueError(f"{folder} holds no example with image and caption; expected {_KNOWN}")
+    unknown = next((example for example in examples if example.split not in SPLITS), None)
+    if unknown:
+        raise ValueError(
+            f"{folder}: {unknown.id} is in split {unknown.split!r}, expected {', '.join(SPLITS)}; rename it"
+        )
+    chosen = [example for example in examples if split in (None, example.split)]
+    if not chosen:
+        counts = ", ".join(
+            f"{name} {n}" for name, n in Counter(example.split for example in examples).items()
+        )
+        raise ValueError(
+            f"{folder} has no example in split {split!r} (it has {counts}); choose another --split"
+        )
+    return chosen
+
+
+def _check_images(examples: list[Example], folder: Path) -> None:
+    missing = [example.image for example in examples if not example.image.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder}: {len(missing)} of {len(examples)} annotated images are missing, the first is "
+            f"{missing[0]}; put them there or take them out of the annotations"
+        )

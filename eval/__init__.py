@@ -1,0 +1,1 @@
+"""Evaluation runs, result files, tables and reports."""

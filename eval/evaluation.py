@@ -1,0 +1,130 @@
+"""What the three evaluations share: their flags, the evaluated photos, and which networks may measure."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tavq.data.examples import ImageTextDataset, readable_images
+from tavq.data.images import to_tensor, to_uint8
+from tavq.data.layouts import open_dataset
+from tavq.metrics.features import FeatureNetwork, ImageSet, load_network, refuse_training_network
+from tavq.pipeline import Pipeline
+from tavq.training.checkpoint import CONFIG_FILE, local_directory
+
+FEATURE_CACHE = Path.home() / ".cache" / "tavq" / "features"
+REFERENCE_SIZE_PX = 224
+RESIZE = f"squashed to {REFERENCE_SIZE_PX} x {REFERENCE_SIZE_PX}, antialiased bicubic (Pillow)"
+TEACHERS = ("perceptual", "distilled_from")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationRun:
+    """Flags of every evaluation."""
+
+    checkpoint: str = "checkpoints/flickr8k"
+    """Directory or hub id that holds tokenizer/, generator/ and captioner/."""
+    data: str = "../shared/data/flickr8k"
+    """Data set: a directory in any known layout, or `shapes`."""
+    split: str = "test"
+    """Choices are made on val; test is run once, on the frozen recipe."""
+    limit: int | None = None
+    """Only the first so many photos of the split; the protocol records it."""
+    out: Path | None = None
+    """JSON to write; by default CHECKPOINT/results/NAME.json."""
+    label: str | None = None
+    """What tables call this row; the checkpoint's name if not given."""
+    device: str = "cpu"
+    compare: Path | None = None
+    """Another result file: print both with the difference and its interval; unlike protocols are refused."""
+
+    def __post_init__(self) -> None:
+        if self.compare is not None and not self.compare.is_file():
+            raise FileNotFoundError(f"no result file {self.compare} to compare with; check --compare")
+
+    def open(self, needs: tuple[str, ...]) -> tuple[Pipeline, ImageTextDataset]:
+        """The checkpoint and the evaluated photos.
+
+        Args:
+            needs: parts of the checkpoint that must be there, such as ("tokenizer", "captioner").
+        """
+        directory = local_directory(self.checkpoint)
+        absent = [part for part in needs if not (directory / part / CONFIG_FILE).is_file()]
+        if absent:
+            raise FileNotFoundError(
+                f"{directory} has no {absent[0]}/{CONFIG_FILE}; expected a directory that holds "
+                f"{', '.join(f'{part}/' for part in needs)}"
+            )
+        return Pipeline(directory, self.device), open_dataset(self.data, self.split).head(self.limit)
+
+    def result_path(self, name: str) -> Path:
+        return self.out or Path(self.checkpoint) / "results" / f"{name}.json"
+
+    def protocol_fields(self, pipeline: Pipeline, dataset: ImageTextDataset, name: str) -> dict[str, Any]:
+        """The fields of the protocol that every evaluation records."""
+        return {
+            "label": self.label or Path(self.checkpoint).name,
+            "data": dataset.name,
+            "split": self.split,
+            "limit": self.limit,
+            "checkpoints": pipeline.hashes,
+        }
+
+
+def photos(dataset: ImageTextDataset, size_px: int) -> tuple[Tensor, list[int]]:
+    """The photos of a split, squashed to the square: (n, 3, size, size) uint8, and their indices."""
+    pairs = [(to_tensor(image, size_px), index) for index, image in readable_images(dataset)]
+    return to_uint8(torch.stack([tensor for tensor, _ in pairs])), [index for _, index in pairs]
+
+
+def at_reference_size(images: Tensor) -> Tensor:
+    """(n, 3, H, W) uint8 -> (n, 3, 224, 224) uint8, as every image is measured."""
+    from tavq.data.images import to_pil
+
+    pictures = (to_pil(image[None].float() / 127.5 - 1)[0] for image in images)
+    return to_uint8(torch.stack([to_tensor(picture, REFERENCE_SIZE_PX) for picture in pictures]))
+
+
+def open_network(features: Path | None, directory: Path) -> FeatureNetwork:
+    """The feature network, refused when it shaped the checkpoint in `directory`."""
+    network = load_network(features)
+    refuse_training_network(network, training_networks(directory))
+    return network
+
+
+def training_networks(directory: Path) -> dict[str, str]:
+    """Networks that shaped any part of a checkpoint: what for -> hash."""
+    found = {}
+    for path in sorted(directory.glob(f"*/{CONFIG_FILE}")):
+        provenance = json.loads(path.read_text()).get("provenance", {})
+        found |= {f"{path.parent.name}.{use}": provenance[use] for use in TEACHERS if use in provenance}
+    return found
+
+
+def network_fields(network: FeatureNetwork) -> dict[str, Any]:
+    """The protocol's fields of image metrics."""
+    return {
+        "feature_network": {"name": network.name, "sha256": network.sha256},
+        "resize": RESIZE,
+        "kid": {"subsets": 100, "subset_size": 250},
+    }
+
+
+def reference_set(dataset: ImageTextDataset) -> tuple[ImageSet, list[int]]:
+    """The photos at the size at which everything is measured."""
+    images, indices = photos(dataset, REFERENCE_SIZE_PX)
+    return ImageSet(images), indices
+
+
+def print_metrics(metrics: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """One line a metric, then where the file lies."""
+    for name, entry in metrics.items():
+        interval = f"  [{entry['low']:.4f}, {entry['high']:.4f}]" if "low" in entry else ""
+        print(f"{name:<24}{entry['value']:>10.4f}{interval}  n={entry['n']}")
+    print(path)

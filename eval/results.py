@@ -1,0 +1,273 @@
+"""Result files: one JSON with metrics and the whole protocol, beside it the per-image statistics; and their
+comparison.
+
+`x.json` is written last and at once: a killed evaluation leaves nothing that looks complete.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tavq.metrics.bootstrap import Interval, bootstrap_interval, paired_difference
+from tavq.metrics.captions import score_of
+
+METRIC_LIBRARIES = (
+    "torch-fidelity",
+    "pycocoevalcap",
+    "pillow",
+)  # the protocol: they compute, decode or resize
+OTHER_LIBRARIES = ("ta-vq", "torch", "numpy", "transformers")  # recorded, free to differ
+FREE_FIELDS = frozenset(
+    [
+        "label",
+        "command",
+        "seconds",
+        "date",
+        "checkpoints",
+        "generated_sha256",
+        "environment",
+        "backend",
+        "skipped",
+        "floors",
+    ]
+)
+"""Protocol fields that say what was measured, where and when, not how; all others must be alike."""
+RESAMPLES, BOOTSTRAP_SEED, LEVEL = 1000, 0, 0.95
+
+
+@dataclass(frozen=True)
+class Results:
+    """One result file."""
+
+    path: Path
+    metrics: dict[str, dict[str, Any]]
+    protocol: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        """What tables call it: the protocol's label, else the file's name."""
+        return self.protocol.get("label") or self.path.stem
+
+    def per_image(self) -> dict[str, np.ndarray]:
+        """The arrays stored beside it: "ids" and per-image statistics by metric; empty if there are none."""
+        beside = per_image_path(self.path)
+        if not beside.is_file():
+            return {}
+        with np.load(beside, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One metric of two result files."""
+
+    metric: str
+    a: float
+    b: float
+    difference: float
+    interval: Interval | None
+    """Of the difference b - a by the paired bootstrap, where both files have per-image statistics."""
+
+
+def measured(value: float, n: int, **more: Any) -> dict[str, Any]:
+    """Return the entry of one metric; `more` may hold low, high, over (what those two span), deviation."""
+    return {
+        "value": float(value),
+        "n": int(n),
+        **{key: entry for key, entry in more.items() if entry is not None},
+    }
+
+
+def with_intervals(statistics: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """Return the entries of metrics given as per-image statistics (n,) or (n, k), with bootstrap intervals.
+
+    A metric is the mean of its statistics, except BLEU and METEOR, which are computed from their sums.
+    """
+    options = {"resamples": RESAMPLES, "seed": BOOTSTRAP_SEED, "level": LEVEL}
+    intervals = {
+        name: bootstrap_interval(rows, score_of(name), **options) for name, rows in statistics.items()
+    }
+    return {name: dataclasses.asdict(interval) for name, interval in intervals.items()}
+
+
+def make_protocol(*, task: str, ids: Iterable[str], started: float, **fields: Any) -> dict[str, Any]:
+    """Return a protocol: the given fields and what every run records by itself.
+
+    Args:
+        task: "tokenizer", "t2i", "captions", "images": what tables group by.
+        ids: of the evaluated images, in order; stored as count and hash.
+        started: `time.monotonic()` at the start.
+        fields: split, reference set, resize filter, feature network, seeds, checkpoints, label, ...
+    """
+    ids = list(ids)
+    return {
+        "task": task,
+        "n": len(ids),
+        "ids_sha256": ids_sha256(ids),
+        **fields,
+        "bootstrap": {"resamples": RESAMPLES, "level": LEVEL, "seed": BOOTSTRAP_SEED, "over": "images"},
+        "libraries": library_versions(METRIC_LIBRARIES),
+        "environment": {
+            **library_versions(OTHER_LIBRARIES),
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+        },
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def library_versions(names: Iterable[str]) -> dict[str, str]:
+    """Return the versions of the distributions that are installed."""
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def ids_sha256(ids: Iterable[str]) -> str:
+    """Hash a list of image ids, in order."""
+    return hashlib.sha256("\n".join(map(str, ids)).encode()).hexdigest()
+
+
+def references_sha256(references: Mapping[str, Iterable[str]]) -> str:
+    """Hash image id -> human captions, in whatever file they came."""
+    lines = sorted(json.dumps([str(i), *captions]) for i, captions in references.items())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def caption_fields(references: Mapping[str, Iterable[str]]) -> dict[str, str]:
+    """Return the protocol fields of caption metrics: what they are, and against which captions."""
+    return {
+        "references_sha256": references_sha256(references),
+        "cider": "pycocoevalcap's (CIDEr-D formula), document frequencies of the evaluated references",
+        "tokenizer": "PTB of CoreNLP 3.4.1, lower case, punctuation removed",
+    }
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hash a file, such as a feature network or a set of references."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def per_image_path(path: Path) -> Path:
+    """Return where the per-image statistics of a result file lie."""
+    return path.with_suffix(".per_image.npz")
+
+
+def write_results(
+    path: str | Path,
+    metrics: Mapping[str, Mapping[str, Any]],
+    protocol: Mapping[str, Any],
+    *,
+    per_image: Mapping[str, np.ndarray] | None = None,
+    ids: Iterable[str] = (),
+) -> None:
+    """Write `path`, and `x.per_image.npz` beside it when per-image statistics are given, each at once.
+
+    Args:
+        metrics: name -> {"value", "n", and where known "low", "high"}; see `measured` and `with_intervals`.
+        per_image: name -> (n,) or (n, k), rows in the order of `ids`; the paired bootstrap needs it.
+    """
+    path = Path(path)
+    for name, entry in metrics.items():
+        if not {"value", "n"} <= entry.keys() or not np.isfinite(entry["value"]):
+            raise ValueError(f"metric {name} is {dict(entry)}; expected a finite value and n")
+    text = json.dumps({"metrics": dict(metrics), "protocol": dict(protocol)}, indent=2, ensure_ascii=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if per_image:
+        partial = per_image_path(path).with_suffix(f".{os.getpid()}.tmp.npz")
+        np.savez_compressed(partial, ids=np.array(list(ids), dtype=str), **per_image)
+        os.replace(partial, per_image_path(path))
+    else:
+        per_image_path(path).unlink(missing_ok=True)  # those of an earlier run of this name
+    partial = path.with_suffix(f".{os.getpid()}.tmp")
+    partial.write_text(text + "\n")
+    os.replace(partial, path)
+
+
+def read_results(path: str | Path) -> Results:
+    """Read a result file, or say what is wrong with it."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no result file {path}; make one with an eval/run_*.py or tavq score")
+    try:
+        content = json.loads(path.read_text())
+        return Results(path, dict(content["metrics"]), dict(content["protocol"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no result file ({error}); expected metrics and protocol") from error
+
+
+def protocol_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return dotted field -> its two values, for the fields that define a protocol and differ."""
+    flat_a, flat_b = dict(_flatten(a)), dict(_flatten(b))
+    fields = [name for name in {**flat_a, **flat_b} if name.split(".")[0] not in FREE_FIELDS]
+    return {
+        name: (flat_a.get(name), flat_b.get(name)) for name in fields if flat_a.get(name) != flat_b.get(name)
+    }
+
+
+def compare(a: str | Path, b: str | Path) -> list[Comparison]:
+    """Compare two result files metric by metric.
+
+    Raises:
+        ValueError: their protocols differ; the message names each field.
+    """
+    first, second = read_results(a), read_results(b)
+    differences = protocol_differences(first.protocol, second.protocol)
+    if differences:
+        field, (value_a, value_b) = next(iter(differences.items()))
+        raise ValueError(
+            f"unlike protocols, differing in {', '.join(differences)} ({field}: {value_a!r} in "
+            f"{first.path.name}, {value_b!r} in {second.path.name}); measure both alike"
+        )
+    rows_a, rows_b = first.per_image(), second.per_image()
+    common = [name for name in first.metrics if name in second.metrics]
+    return [_compared(name, first.metrics[name], second.metrics[name], rows_a, rows_b) for name in common]
+
+
+def format_comparison(a: str | Path, b: str | Path) -> str:
+    """Return `compare` as lines of text."""
+    names = "".join(f"{Path(path).stem[:15]:>16}" for path in (a, b))
+    lines = [f"{'metric':<20}{names}{'difference':>14}  95 % interval"]
+    for row in compare(a, b):
+        interval = "no per-image scores"
+        if row.interval is not None:
+            verdict = "" if row.interval.excludes_zero else "  (may be 0)"
+            interval = f"[{row.interval.low:+.5g}, {row.interval.high:+.5g}]{verdict}"
+        lines.append(f"{row.metric:<20}{row.a:>16.5g}{row.b:>16.5g}{row.difference:>+14.5g}  {interval}")
+    return "\n".join(lines)
+
+
+def _compared(name: str, a: Mapping, b: Mapping, rows_a: Mapping, rows_b: Mapping) -> Comparison:
+    interval = None
+    if name in rows_a and name in rows_b and np.array_equal(rows_a["ids"], rows_b["ids"]):
+        options = {"resamples": RESAMPLES, "seed": BOOTSTRAP_SEED, "level": LEVEL}
+        interval = paired_difference(rows_a[name], rows_b[name], score_of(name), **options)
+    return Comparison(name, a["value"], b["value"], b["value"] - a["value"], interval)
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

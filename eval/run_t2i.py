@@ -1,0 +1,209 @@
+"""python eval/run_t2i.py [--checkpoint DIR] [--data DIR] [--split test] [--features NETWORK.pt]
+
+Draw one picture for the first caption of each photo of a split, and compare the pictures with the photos: FID
+or FD, KID, precision, recall, IS. A second call goes on where a killed one stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+from tyro.conf import OmitArgPrefixes
+
+from tavq.arguments import parse, run_main
+from tavq.data.examples import ImageTextDataset
+from tavq.data.images import to_tensor, to_uint8
+from tavq.data.layouts import open_dataset
+from tavq.eval.evaluation import (
+    FEATURE_CACHE,
+    REFERENCE_SIZE_PX,
+    EvaluationRun,
+    at_reference_size,
+    network_fields,
+    open_network,
+    photos,
+    print_metrics,
+    reference_set,
+)
+from tavq.eval.results import format_comparison, make_protocol, measured, with_intervals, write_results
+from tavq.generator.sampling import SamplingConfig
+from tavq.metrics.captions import caption_metrics
+from tavq.metrics.features import FeatureNetwork, ImageSet
+from tavq.metrics.frechet import image_metrics
+from tavq.pipeline import Pipeline, read_recipe
+
+PROMPTS_AT_ONCE = 16
+SEED_STRIDE = 1_000_000  # image i of generation seed s has seed s * SEED_STRIDE + i
+
+
+@dataclasses.dataclass(frozen=True)
+class T2IEvaluation(EvaluationRun):
+    """Draw the first caption of each photo and compare the pictures with the photos.
+
+    Example: python eval/run_t2i.py --features mobilenet_v2_features.pt --out results/t2i.json
+    """
+
+    features: Path | None = None
+    """TorchScript feature network (uint8 B,3,H,W -> B,D) that names the metric; Inception v3 if not given."""
+    seeds: int = 3
+    """Generation seeds 0, 1, ...: the Frechet distance is their mean, with its range."""
+    floors: bool = True
+    """Also measure what a good and a bad set would get: real photos, shrunk photos, noise, a constant
+    image."""
+    judge: str | None = None
+    """Checkpoint whose tokenizer and captioner judge the pictures (cycle CIDEr); never the one that drew
+    them."""
+    sampling: OmitArgPrefixes[SamplingConfig] = SamplingConfig()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seeds < 1:
+            raise ValueError(f"seeds is {self.seeds}, expected 1 or more")
+
+
+def draw(
+    pipeline: Pipeline, prompts: Sequence[str], seed: int, folder: Path, settings: SamplingConfig
+) -> Tensor:
+    """Draw every prompt into `folder` as 000000.png, ...; pictures that an earlier call left there are kept.
+
+    Returns:
+        (n, 3, S, S) uint8.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{index:06d}.png" for index in range(len(prompts))]
+    seeds = [seed * SEED_STRIDE + index for index in range(len(prompts))]
+    wanted = {"settings": dataclasses.asdict(settings), "generator": pipeline.hashes["generator"]}
+    missing = [i for i, path in enumerate(paths) if not _is_drawn(path, prompts[i], seeds[i], wanted)]
+    bar = tqdm(total=len(paths), initial=len(paths) - len(missing), desc=f"seed {seed}", disable=None)
+    for start in range(0, len(missing), PROMPTS_AT_ONCE):
+        part = missing[start : start + PROMPTS_AT_ONCE]
+        drawn = pipeline.generate([prompts[i] for i in part], [seeds[i] for i in part], settings)
+        for index, picture in zip(part, drawn, strict=True):
+            picture.save(paths[index])
+        bar.update(len(part))
+    bar.close()
+    return to_uint8(torch.stack([_read(path) for path in paths]))
+
+
+def _is_drawn(path: Path, prompt: str, seed: int, wanted: dict[str, Any]) -> bool:
+    if not path.exists():
+        return False
+    recipe = read_recipe(path)
+    made = {"settings": recipe["settings"], "generator": recipe["checkpoints"]["generator"]}
+    return (recipe["prompt"], recipe["seed"], made) == (prompt, seed, wanted)
+
+
+def _read(path: Path) -> Tensor:
+    with Image.open(path) as image:
+        return to_tensor(image, image.width)
+
+
+def worst_and_best(
+    run: T2IEvaluation, dataset: ImageTextDataset, network: FeatureNetwork, size: int, reference: ImageSet
+) -> dict[str, float]:
+    """Frechet distances that frame the result, at equal n: real, shrunk, constant, noise."""
+    real = open_dataset(run.data, "train" if run.split != "train" else "val").head(len(reference))
+    sets = {
+        "photos of another split": photos(real, REFERENCE_SIZE_PX)[0],
+        f"the photos at {size} px": at_reference_size(photos(dataset, size)[0]),
+        "a constant grey image": torch.full(
+            (len(reference), 3, REFERENCE_SIZE_PX, REFERENCE_SIZE_PX), 127
+        ).byte(),
+        "noise": _noise(len(reference), size),
+    }
+    scores = {}
+    for name, images in sets.items():
+        if len(images) == len(reference):
+            found = image_metrics(
+                ImageSet(images), reference, network, cache_dir=FEATURE_CACHE, device=run.device
+            )
+            scores[name] = found.values[network.frechet_name]
+    return scores
+
+
+def _noise(count: int, size: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
+    return at_reference_size(noise)
+
+
+def cycle_scores(judge: Pipeline, images: Tensor, dataset: ImageTextDataset) -> np.ndarray:
+    """CIDEr of the judge's captions of generated pictures against the prompts' references: (n, 1)."""
+    from tavq.captioner.decoding import DecodingConfig
+    from tavq.data.images import to_pil
+
+    hypotheses, references = {}, {}
+    for image, example in zip(tqdm(images, desc="judging", disable=None), dataset.examples, strict=True):
+        picture = to_pil(image[None].float() / 127.5 - 1)
+        hypotheses[example.id] = judge.caption(picture, DecodingConfig(beam=1))[0][0].text
+        references[example.id] = list(example.captions)
+    return caption_metrics(hypotheses, references, backend="python", metrics=("CIDEr",)).statistics["CIDEr"]
+
+
+@run_main
+def main(argv: Sequence[str] | None = None) -> None:
+    run = parse(T2IEvaluation, argv, prog="python eval/run_t2i.py")
+    started = time.monotonic()
+    pipeline, dataset = run.open(("tokenizer", "generator"))
+    network = open_network(run.features, pipeline.directory)
+    path = run.result_path("t2i")
+    prompts = [example.captions[0] for example in dataset.examples]
+    reference, _ = reference_set(dataset)
+    drawn, scores = [], []
+    for seed in range(run.seeds):
+        drawn.append(draw(pipeline, prompts, seed, path.with_suffix("") / f"seed{seed}", run.sampling))
+        generated = ImageSet(at_reference_size(drawn[-1]))
+        scores.append(
+            image_metrics(generated, reference, network, cache_dir=FEATURE_CACHE, device=run.device)
+        )
+        print(f"seed {seed}: " + json.dumps(scores[-1].values), flush=True)
+    metrics = {
+        name: over_seeds([score.values[name] for score in scores], len(prompts)) for name in scores[0].values
+    }
+    per_image = {}
+    if run.judge is not None:
+        per_image["cycle_CIDEr"] = cycle_scores(
+            Pipeline.from_pretrained(run.judge, run.device), drawn[0], dataset
+        )
+        metrics |= with_intervals(per_image)
+    floors = (
+        worst_and_best(run, dataset, network, pipeline.tokenizer.image_size_px, reference)
+        if run.floors
+        else {}
+    )
+    protocol = make_protocol(
+        task="t2i",
+        ids=dataset.ids,
+        started=started,
+        **run.protocol_fields(pipeline, dataset, "t2i"),
+        **network_fields(network),
+        sampling=dataclasses.asdict(run.sampling),
+        seeds=list(range(run.seeds)),
+        prompts="the first caption of each photo",
+        floors={f"{network.frechet_name} of {name}": value for name, value in floors.items()},
+    )
+    write_results(path, metrics, protocol, per_image=per_image, ids=dataset.ids)
+    print_metrics(metrics, path)
+    for name, value in floors.items():
+        print(f"{network.frechet_name} of {name}: {value:.1f}")
+    if run.compare is not None:
+        print(format_comparison(run.compare, path))
+
+
+def over_seeds(values: Sequence[float], n: int) -> dict[str, Any]:
+    """Mean and range over generation seeds."""
+    return measured(float(np.mean(values)), n, low=min(values), high=max(values), over="generation seeds")
+
+
+if __name__ == "__main__":
+    main()

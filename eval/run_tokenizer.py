@@ -1,0 +1,139 @@
+"""python eval/run_tokenizer.py [--checkpoint DIR] [--data DIR] [--split test] [--features NETWORK.pt]
+
+Measure a tokenizer: reconstruction (rFID, PSNR, SSIM), use of the codebook, and retrieval through its codes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tavq.arguments import parse, run_main
+from tavq.data.examples import ImageTextDataset
+from tavq.data.images import to_uint8
+from tavq.data.text_encoder import TextEncoder
+from tavq.eval.evaluation import (
+    FEATURE_CACHE,
+    EvaluationRun,
+    at_reference_size,
+    network_fields,
+    open_network,
+    photos,
+    print_metrics,
+    reference_set,
+)
+from tavq.eval.results import format_comparison, make_protocol, measured, with_intervals, write_results
+from tavq.metrics.features import ImageSet
+from tavq.metrics.frechet import image_metrics
+from tavq.metrics.image import psnr, ssim
+from tavq.pipeline import Pipeline
+from tavq.tokenizer.retrieval import alignment_scores, image_to_text_ranks, text_to_image_ranks
+
+RECALLS = (1, 5, 10)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerEvaluation(EvaluationRun):
+    """Measure a tokenizer: reconstruction, use of the codebook, retrieval through the codes.
+
+    Example: python eval/run_tokenizer.py --features mobilenet_v2_features.pt --out results/tokenizer.json
+    """
+
+    features: Path | None = None
+    """TorchScript feature network (uint8 B,3,H,W -> B,D) that names the metric; Inception v3 if not given."""
+    frechet: bool = True
+    """Measure rFID or rFD; without it no feature network is needed."""
+    retrieval: bool = True
+    """Measure text-to-image and image-to-text recall, where the tokenizer is aligned with text."""
+
+
+def reconstruct(pipeline: Pipeline, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Photos (n, 3, S, S) uint8 -> ids (n, h, w) and reconstructions (n, 3, S, S) uint8, one at a time."""
+    tokenizer, ids, rebuilt = pipeline.tokenizer, [], []
+    for image in tqdm(images, desc="reconstructing", unit="image", disable=None):
+        code = tokenizer.encode((image[None].float() / 127.5 - 1).to(pipeline.device))
+        ids.append(code.cpu())
+        rebuilt.append(to_uint8(tokenizer.decode(code)).cpu())
+    return torch.cat(ids), torch.cat(rebuilt)
+
+
+def codebook_use(ids: Tensor, num_codes: int) -> dict[str, dict[str, Any]]:
+    """Usage and perplexity over all evaluated tokens."""
+    counts = torch.bincount(ids.flatten(), minlength=num_codes).double()
+    shares = counts / counts.sum()
+    perplexity = torch.exp(-torch.special.xlogy(shares, shares).sum())
+    return {
+        "usage": measured(float((counts > 0).double().mean()), len(ids)),
+        "perplexity": measured(float(perplexity), len(ids)),
+    }
+
+
+def retrieval(pipeline: Pipeline, dataset: ImageTextDataset, ids: Tensor) -> dict[str, np.ndarray]:
+    """Hits (n, 1) a query by metric: the first caption against all photos, and each photo against all
+    captions."""
+    tokenizer = pipeline.tokenizer
+    encoder = TextEncoder(tokenizer.config.provenance["text_encoder"], device=pipeline.device)
+    owners = [row for row, example in enumerate(dataset.examples) for _ in example.captions]
+    vectors = encoder.encode([caption for example in dataset.examples for caption in example.captions])
+    scores, own_image = alignment_scores(tokenizer, ids, vectors), torch.tensor(owners)
+    first = torch.tensor([owners.index(row) for row in range(len(ids))])
+    t2i = text_to_image_ranks(scores[:, first], torch.arange(len(ids)))
+    i2t = image_to_text_ranks(scores, own_image)
+    ranks = {"t2i": t2i, "i2t": i2t}
+    return {
+        f"{way}_R@{k}": (found < k).double().numpy()[:, None] for way, found in ranks.items() for k in RECALLS
+    }
+
+
+@run_main
+def main(argv: Sequence[str] | None = None) -> None:
+    run = parse(TokenizerEvaluation, argv, prog="python eval/run_tokenizer.py")
+    started = time.monotonic()
+    pipeline, dataset = run.open(("tokenizer",))
+    network = open_network(run.features, pipeline.directory) if run.frechet else None
+    size = pipeline.tokenizer.image_size_px
+    originals, indices = photos(dataset, size)
+    evaluated = readable_part(dataset, indices)
+    ids, rebuilt = reconstruct(pipeline, originals)
+    per_image = {"PSNR": psnr(rebuilt, originals)[:, None], "SSIM": ssim(rebuilt, originals)[:, None]}
+    aligned = pipeline.tokenizer.config.provenance.get("align", "none") != "none"
+    if run.retrieval and aligned:
+        per_image |= retrieval(pipeline, evaluated, ids)
+    metrics: dict[str, Any] = {}
+    protocol = run.protocol_fields(pipeline, evaluated, "tokenizer") | {"image_size_px": size}
+    if network is not None:
+        reference, _ = reference_set(evaluated)
+        options = {"cache_dir": FEATURE_CACHE, "device": run.device}
+        rebuilt_scores = image_metrics(ImageSet(at_reference_size(rebuilt)), reference, network, **options)
+        shrunk_scores = image_metrics(ImageSet(at_reference_size(originals)), reference, network, **options)
+        name = network.frechet_name
+        metrics[f"r{name}"] = measured(rebuilt_scores.values[name], len(ids))
+        protocol |= network_fields(network) | {
+            "floors": {f"{name} of photos at {size} px": shrunk_scores.values[name]}
+        }
+    metrics |= with_intervals(per_image) | codebook_use(ids, pipeline.tokenizer.num_codes)
+    path = run.result_path("tokenizer")
+    result = make_protocol(task="tokenizer", ids=evaluated.ids, started=started, **protocol)
+    write_results(path, metrics, result, per_image=per_image, ids=evaluated.ids)
+    print_metrics(metrics, path)
+    for floor, value in protocol.get("floors", {}).items():
+        print(f"floor: {floor} {value:.1f}")
+    if run.compare is not None:
+        print(format_comparison(run.compare, path))
+
+
+def readable_part(dataset: ImageTextDataset, indices: list[int]) -> ImageTextDataset:
+    """The photos that could be read."""
+    return ImageTextDataset(dataset.name, [dataset[index] for index in indices])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""tavq table results/*.json [--readme README.md] [--check]
+
+Make the tables of results between the two marker lines of the README, from the result files, never by hand.
+Files whose protocols differ never share a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tyro.conf import Positional
+
+from tavq.arguments import parse, run_main
+from tavq.eval.results import Results, protocol_differences, read_results
+
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+TIMES_100 = ("CIDEr", "BLEU", "METEOR", "ROUGE-L", "SPICE", "cycle_CIDEr")
+DIGITS = {"PSNR": 2, "SSIM": 3, "KID": 4, "precision": 3, "recall": 3, "usage": 3, "IS": 2}
+TITLES = {
+    "tokenizer": "Tokenizer: reconstruction, codebook, retrieval",
+    "t2i": "Text to image",
+    "captions": "Captions",
+    "images": "Image sets",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Make the README's tables of results."""
+
+    results: Positional[tuple[Path, ...]]
+    """The result files, one row each."""
+    readme: Path = Path("README.md")
+    """The file that holds the two marker lines."""
+    check: bool = False
+    """Change nothing; exit 2 if the tables are stale."""
+
+
+@run_main
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `tavq table`."""
+    config = parse(Table, argv, prog="tavq table")
+    if not config.results:
+        raise ValueError("no result files given; name at least one, such as results/*.json")
+    if not config.readme.is_file():
+        raise FileNotFoundError(f"no file {config.readme}; name one with --readme")
+    old = config.readme.read_text(encoding="utf-8")
+    new = with_tables(old, make_tables([read_results(path) for path in config.results]), config.readme)
+    if config.check and new != old:
+        raise ValueError(f"the tables in {config.readme} are stale; run tavq table without --check")
+    if new != old:
+        config.readme.write_text(new, encoding="utf-8")
+    print(f"{config.readme}: {'up to date' if new == old else 'tables written'}")
+
+
+def with_tables(text: str, tables: str, path: Path) -> str:
+    """Return `text` with `tables` between its two marker lines."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(
+            f"{path} lacks the marker lines; put {BEGIN} and below it {END} where the tables belong"
+        )
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{tables}\n{END}{rest.split(END)[1]}"
+
+
+def make_tables(results: Sequence[Results]) -> str:
+    """Return one Markdown table for each protocol among the results, with what defines it."""
+    return "\n\n".join(_markdown(group) for group in group_by_protocol(results))
+
+
+def group_by_protocol(results: Sequence[Results]) -> list[list[Results]]:
+    """Split result files into groups that may stand in one table, in order of first appearance."""
+    groups: list[list[Results]] = []
+    for result in results:
+        like = (g for g in groups if not protocol_differences(g[0].protocol, result.protocol))
+        group = next(like, None)
+        if group is None:
+            groups.append([result])
+        else:
+            group.append(result)
+    return groups
+
+
+def title(group: Sequence[Results]) -> str:
+    """Return the heading of a group."""
+    task = group[0].protocol.get("task", "")
+    return TITLES.get(task, task)
+
+
+def describe(group: Sequence[Results]) -> str:
+    """Return in one line what the rows of a group share, and how to read the cells."""
+    protocol = group[0].protocol
+    network = protocol.get("feature_network")
+    parts = [
+        f"{protocol['split']} split" if "split" in protocol else None,
+        f"n = {protocol['n']:,}" if "n" in protocol else None,
+        f"features: {network['name']} ({network['sha256'][:8]})" if network else None,
+        f"resize: {protocol['resize']}" if "resize" in protocol else None,
+        "in brackets the 95 % bootstrap interval" if any(_has_interval(result) for result in group) else None,
+    ]
+    hundred = [name for name in metric_names(group) if name.startswith(TIMES_100)]
+    if hundred:
+        parts.append("CIDEr, BLEU, METEOR, ROUGE-L times 100")
+    return "; ".join(part for part in parts if part) + "."
+
+
+def metric_names(group: Sequence[Results]) -> list[str]:
+    """Return the metrics of a group, in order of first appearance."""
+    return list(dict.fromkeys(name for result in group for name in result.metrics))
+
+
+def format_metric(name: str, entry: dict[str, Any] | None) -> str:
+    """Return one cell: the value, its interval in brackets, or its deviation; "-" if not measured."""
+    if entry is None:
+        return "-"
+    factor = 100 if name.startswith(TIMES_100) else 1
+    digits = DIGITS.get(name, 3 if "R@" in name else 1)
+    value, low, high = (
+        None if entry.get(key) is None else entry[key] * factor for key in ("value", "low", "high")
+    )
+    if low is not None:
+        return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    if "deviation" in entry:
+        return f"{value:.{digits}f} ± {entry['deviation'] * factor:.{digits}f}"
+    return f"{value:.{digits}f}"
+
+
+def checkpoint_of(result: Results) -> str:
+    """Return the short hashes of the checkpoints that a result file names."""
+    checkpoints = result.protocol.get("checkpoints") or {}
+    return " ".join(f"{part} {str(sha256)[:8]}" for part, sha256 in checkpoints.items()) or "-"
+
+
+def _markdown(group: Sequence[Results]) -> str:
+    names = metric_names(group)
+    with_checkpoint = any(result.protocol.get("checkpoints") for result in group)
+    head = ["", *names, *(["checkpoint"] if with_checkpoint else [])]
+    lines = [
+        f"**{title(group)}**: {describe(group)}",
+        "",
+        _row(head),
+        _row(["---"] + ["---:"] * len(head[1:])),
+    ]
+    for result in group:
+        cells = [format_metric(name, result.metrics.get(name)) for name in names]
+        lines.append(_row([result.label, *cells, *([checkpoint_of(result)] if with_checkpoint else [])]))
+    return "\n".join(lines)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _has_interval(result: Results) -> bool:
+    return any("low" in entry for entry in result.metrics.values())
+
+
+if __name__ == "__main__":
+    main()

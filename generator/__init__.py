@@ -1,0 +1,1 @@
+"""The prior: text to image ids."""

@@ -1,0 +1,1 @@
+"""FID and CIDEr families: pure functions on arrays and strings."""

@@ -1,0 +1,259 @@
+"""Feature networks and the features of image sets: the part of the FID family that costs time.
+
+Images are uint8 RGB, (3, H, W) each. Features of a set are cached by what they depend on: the network's
+weights and the content of the images (torch-fidelity's own cache goes by names alone and returns stale
+numbers).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tavq.torchvision_ops import ensure_torchvision
+
+EXTENSIONS = (".png", ".jpg", ".jpeg")
+METRIC_LAYERS = ("fid", "kid", "prc", "isc")
+
+
+@dataclass(frozen=True)
+class FeatureNetwork:
+    """A network known to torch-fidelity as `extractor`, a name that carries the hash of its weights."""
+
+    name: str
+    """"inception", or the stem of the TorchScript file without "_features"."""
+    extractor: str
+    weights: Path
+    sha256: str
+    layers: Mapping[str, str]
+    """"fid", "kid", "prc" and, where the network classifies, "isc" -> torch-fidelity's name of the layer."""
+
+    @property
+    def frechet_name(self) -> str:
+        """How the Frechet distance in these features is called: "FID" for Inception alone."""
+        return "FID" if self.name == "inception" else f"FD-{self.name}"
+
+
+def load_network(path: str | Path | None = None) -> FeatureNetwork:
+    """Return Inception v3 as torch-fidelity loads it, or the TorchScript network (uint8 B,3,H,W -> B,D) in
+    `path`.
+
+    Raises:
+        FileNotFoundError: the file is absent, or Inception's weights are and cannot be downloaded.
+        ValueError: the file is no TorchScript network.
+    """
+    return _inception() if path is None else _torchscript(Path(path))
+
+
+def refuse_training_network(network: FeatureNetwork, training_networks: Mapping[str, str]) -> None:
+    """Raise ValueError if `network` is among the networks that shaped a checkpoint.
+
+    Args:
+        training_networks: what each was used for -> its sha256, or the first 16 digits of it or more.
+    """
+    for name, sha256 in training_networks.items():
+        if len(sha256) >= 16 and network.sha256.startswith(sha256):
+            raise ValueError(
+                f"the feature network {network.weights.name} shaped training (as {name}); a network that "
+                "shaped training never measures: choose another with --features"
+            )
+
+
+class ImageSet(torch.utils.data.Dataset):
+    """Images of one size, from a folder (png, jpg, not recursive, by name) or from arrays.
+
+    Args:
+        source: a folder; or a tensor or array (n, 3, H, W), or an iterable of (3, H, W), all uint8 RGB.
+        image_size_px: squash each image of a folder to this square (antialiased bicubic) when it is not that
+            size.
+    """
+
+    def __init__(self, source: str | Path | Tensor | np.ndarray | Iterable, image_size_px: int | None = None):
+        self.image_size_px = image_size_px
+        self.files: list[Path] = []
+        self.images: Tensor | list[Tensor] = []
+        if isinstance(source, str | Path):
+            self.files = image_files(Path(source))
+        else:
+            self.images = [_checked(image) for image in source]
+        if len(self) == 0:
+            raise ValueError("no images given; expected at least one (3, H, W) uint8 array")
+
+    def __len__(self) -> int:
+        return len(self.files) or len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self._read(self.files[index]) if self.files else self.images[index]
+
+    def _read(self, path: Path) -> Tensor:
+        try:
+            image = Image.open(path).convert("RGB")
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read as an image ({error}); remove or replace it") from error
+        size = (self.image_size_px,) * 2
+        if self.image_size_px is not None and image.size != size:
+            image = image.resize(size, Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the content: of the files' bytes, or of the arrays and their shapes."""
+        digest = hashlib.sha256(f"{self.image_size_px if self.files else None}".encode())
+        for index in range(len(self)):
+            if self.files:
+                digest.update(hashlib.sha256(self.files[index].read_bytes()).digest())
+            else:
+                digest.update(
+                    str(tuple(self.images[index].shape)).encode() + self.images[index].numpy().tobytes()
+                )
+        return digest.hexdigest()
+
+
+def image_files(folder: Path) -> list[Path]:
+    """List the png and jpg files of a folder by name, or say what is wrong with it."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}; expected one with png or jpg images")
+    files = sorted(path.resolve() for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS)
+    if not files:
+        raise ValueError(f"{folder} holds no png or jpg image; put the images directly into it")
+    return files
+
+
+def extract_features(
+    images: ImageSet,
+    network: FeatureNetwork,
+    *,
+    device: str = "cpu",
+    batch_size: int = 64,
+    cache_dir: str | Path | None = None,
+) -> dict[str, Tensor]:
+    """Return layer name -> (n, D) float32 features; `cache_dir` keeps them by content for the next call."""
+    if cache_dir is None:
+        return _extract(images, network, device, batch_size)
+    cached = Path(cache_dir) / f"{network.extractor}-{images.sha256[:32]}.npz"
+    if cached.is_file():
+        with np.load(cached) as arrays:
+            return {layer: torch.from_numpy(arrays[layer]) for layer in arrays.files}
+    features = _extract(images, network, device, batch_size)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    partial = cached.with_name(f"{cached.stem}.{os.getpid()}.tmp.npz")
+    np.savez(partial, **{layer: values.numpy() for layer, values in features.items()})
+    os.replace(partial, cached)
+    return features
+
+
+def _extract(images: ImageSet, network: FeatureNetwork, device: str, batch_size: int) -> dict[str, Tensor]:
+    ensure_torchvision()
+    from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
+
+    _check_one_size(images)
+    cuda = torch.device(device).type == "cuda"
+    options = {"cuda": cuda, "verbose": False, "feature_extractor_weights_path": str(network.weights)}
+    extractor = create_feature_extractor(network.extractor, sorted(set(network.layers.values())), **options)
+    return get_featuresdict_from_dataset(
+        images, extractor, batch_size, cuda, save_cpu_ram=True, verbose=False
+    )
+
+
+def _check_one_size(images: ImageSet) -> None:
+    """Batches need one size; a folder's sizes are read from the headers."""
+    if images.image_size_px is not None and images.files:
+        return
+    first = None
+    for index in range(len(images)):
+        if images.files:
+            with Image.open(images.files[index]) as image:
+                size = image.size
+        else:
+            size = tuple(images.images[index].shape[:0:-1])
+        first = first or size
+        if size != first:
+            name = images.files[index].name if images.files else f"image {index}"
+            raise ValueError(f"{name} is {size}, the first image {first}; give one size, or --image-size-px")
+
+
+def _checked(image: Tensor | np.ndarray) -> Tensor:
+    image = torch.as_tensor(image)
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+        raise ValueError(f"an image of {image.dtype} {tuple(image.shape)}; expected uint8 (3, H, W), RGB")
+    return image.cpu()
+
+
+def _torchscript(path: Path) -> FeatureNetwork:
+    ensure_torchvision()
+    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
+
+    if not path.is_file():
+        raise FileNotFoundError(f"no feature network {path}; give a TorchScript file (uint8 B,3,H,W -> B,D)")
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    name = path.stem.removesuffix("_features")
+    extractor = f"{name}-{sha256[:12]}"
+    if extractor not in FEATURE_EXTRACTORS_REGISTRY:
+        register_feature_extractor(extractor, _torchscript_extractor(path))
+    return FeatureNetwork(
+        name, extractor, path.resolve(), sha256, dict.fromkeys(("fid", "kid", "prc"), "features")
+    )
+
+
+def _torchscript_extractor(path: Path) -> type:
+    """Make the class that torch-fidelity wants, around one loaded network."""
+    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+
+    try:
+        network = torch.jit.load(path, map_location="cpu").eval()
+    except RuntimeError as error:
+        raise ValueError(f"{path} is not a TorchScript file; save the network with torch.jit.save") from error
+
+    class TorchScriptExtractor(FeatureExtractorBase):
+        def __init__(self, name: str, features_list: list[str], **options: object):
+            super().__init__(name, features_list)
+            self.network = network
+
+        @staticmethod
+        def get_provided_features_list() -> tuple[str, ...]:
+            return ("features",)
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric: str) -> str:
+            return "features"
+
+        def forward(self, images: Tensor) -> tuple[Tensor]:
+            features = self.network(images)
+            if not isinstance(features, Tensor) or features.ndim != 2:
+                shape = tuple(getattr(features, "shape", ())) or type(features).__name__
+                raise ValueError(f"{path.name} gives {shape}; a feature network gives a tensor (B, D)")
+            return (features.float(),)
+
+    return TorchScriptExtractor
+
+
+def _inception() -> FeatureNetwork:
+    ensure_torchvision()
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+
+    weights = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
+    if not weights.is_file():
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(weights), progress=False)
+        except (URLError, OSError) as error:
+            raise FileNotFoundError(
+                f"no Inception weights and no way to download them ({error}); fetch {URL_INCEPTION_V3} "
+                f"and put it at {weights}, or measure in other features with --features NETWORK.pt"
+            ) from error
+    sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
+    if not sha256.startswith(weights.stem.rsplit("-", 1)[-1]):
+        raise ValueError(
+            f"{weights} is damaged (sha256 {sha256[:12]}); delete it and fetch {URL_INCEPTION_V3}"
+        )
+    layers = {m: FeatureExtractorInceptionV3.get_default_feature_layer_for_metric(m) for m in METRIC_LAYERS}
+    return FeatureNetwork("inception", "inception-v3-compat", weights, sha256, layers)

@@ -1,0 +1,165 @@
+"""Command lines from frozen dataclasses: one parser, one way to fail.
+
+A run is described by a frozen dataclass. `parse` turns it into a command line with tyro; fields named
+`preset` and `config` in it choose the defaults: a named preset, or a YAML file of the same fields. `run_main`
+turns the errors that a user can mend into one line and exit code 2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import io
+import os
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import dacite
+import tyro
+import yaml
+
+Config = TypeVar("Config")
+USER_ERRORS = (
+    ValueError,
+    TypeError,
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    PermissionError,
+    FloatingPointError,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Defaults:
+    preset: str | None = None
+    config: Path | None = None
+
+
+def parse(
+    config_class: type[Config],
+    argv: Sequence[str] | None,
+    *,
+    prog: str,
+    presets: Mapping[str, Config] | None = None,
+) -> Config:
+    """Read `argv` into an instance of `config_class`.
+
+    Args:
+        config_class: a frozen dataclass; its docstring is the help text, its fields become `--like-this`
+            flags.
+        argv: the arguments after the program's name; None takes those of the process.
+        prog: the command as the user typed it, for the help text.
+        presets: instances to start from, by name; the class then has a field `preset: str` and, for a YAML
+            file of
+            the same fields, `config: Path | None`. The first preset is the default one.
+
+    Raises:
+        ValueError: unknown flag, preset or key, or a value of the wrong type; the message is one line.
+        FileNotFoundError: the YAML file does not exist.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    default: Any = tyro.MISSING_NONPROP
+    if presets is not None:
+        chosen, _ = _tyro(_Defaults, argv, prog, return_unknown_args=True, add_help=False)
+        default = _defaults(config_class, chosen, presets)
+    return _tyro(config_class, argv, prog, default=default)
+
+
+def _defaults(config_class: type[Config], chosen: _Defaults, presets: Mapping[str, Config]) -> Config:
+    if chosen.config is not None:
+        return load_yaml(config_class, chosen.config)
+    name = chosen.preset or next(iter(presets))
+    if name not in presets:
+        raise ValueError(f"unknown preset {name!r}; choose one of: {', '.join(presets)}")
+    return presets[name]
+
+
+def _tyro(config_class: type, argv: list[str], prog: str, **options: Any) -> Any:
+    """Call tyro; fold the box that it draws around an error into the one line that matters."""
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            return tyro.cli(config_class, args=argv, prog=prog, **options)
+    except SystemExit as exit_:
+        if exit_.code in (0, None):
+            raise
+        message = _first_section(stderr.getvalue())
+    raise ValueError(f"{message}; see {prog} --help")
+
+
+def _first_section(box: str) -> str:
+    lines = [line.strip(" │") for line in box.splitlines() if line.strip() and line.strip()[0] not in "╭╰"]
+    end = next((i for i, line in enumerate(lines) if line.startswith("───")), len(lines))
+    return " ".join(lines[:end]) or "the arguments could not be read"
+
+
+def load_yaml(config_class: type[Config], path: Path) -> Config:
+    """Load a YAML file of the fields of `config_class`; an unknown key or a wrong type is a ValueError."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no configuration file {path}; write one, or start from --preset")
+    return from_dict(config_class, yaml.safe_load(path.read_text()) or {}, source=str(path))
+
+
+def from_dict(config_class: type[Config], values: Mapping[str, Any], *, source: str) -> Config:
+    """Build `config_class` from plain values (as `dataclasses.asdict` gives them); `source` names them in
+    errors."""
+    try:
+        return dacite.from_dict(config_class, values, dacite.Config(strict=True, cast=[tuple, Path, float]))
+    except dacite.DaciteError as error:
+        raise ValueError(f"{source}: {error}; the fields are those of {config_class.__name__}") from error
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """The dataclass `config` as values that YAML and JSON can hold (paths as strings, tuples as lists)."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def run_main(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[str] | None], None]:
+    """Decorate an entry point: a mistake the user can mend becomes `error: ...` and exit code 2.
+
+    `--debug` anywhere among the arguments shows the traceback instead. Warnings are shown as one line each.
+    """
+
+    @functools.wraps(main)
+    def guarded(argv: Sequence[str] | None = None) -> None:
+        argv = list(sys.argv[1:] if argv is None else argv)
+        debug = "--debug" in argv
+        argv = [argument for argument in argv if argument != "--debug"]
+        with warnings.catch_warnings():
+            warnings.showwarning = _one_line_warning
+            try:
+                main(argv)
+            except USER_ERRORS as error:
+                if debug:
+                    raise
+                sys.exit(_complain(error))
+            except BrokenPipeError:  # `tavq ... | head`
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            except KeyboardInterrupt:
+                print("stopped", file=sys.stderr)
+                sys.exit(130)
+
+    return guarded
+
+
+def _complain(error: Exception) -> int:
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    return 2
+
+
+def _one_line_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    if issubclass(category, UserWarning | RuntimeWarning):
+        print("warning: " + " ".join(str(message).split()), file=sys.stderr)

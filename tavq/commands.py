@@ -1,0 +1,319 @@
+"""The commands of `tavq` that use the whole chain; each reads its arguments, calls `Pipeline`, and writes
+files."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import itertools
+import json
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import tyro
+from tqdm.auto import tqdm
+from tyro.conf import OmitArgPrefixes, Positional
+
+from tavq.arguments import from_dict, parse, run_main
+from tavq.captioner.decoding import DecodingConfig
+from tavq.captioner.folder import caption_folder
+from tavq.captioner.train import RUN_PRESETS as CAPTIONER_PRESETS
+from tavq.captioner.train import CaptionerRun
+from tavq.captioner.train import train_captioner as run_captioner_training
+from tavq.data.images import grid, load_image
+from tavq.generator.sampling import SamplingConfig
+from tavq.generator.train import RUN_PRESETS as PRIOR_PRESETS
+from tavq.generator.train import PriorRun, train_prior
+from tavq.pipeline import Pipeline, read_recipe
+from tavq.tokenizer.model import TAVQTokenizer
+from tavq.training.checkpoint import written_aside
+
+CHECKPOINT = "checkpoints/flickr8k"
+PROMPTS_AT_ONCE = 16
+MIN_MASK_GREY = 128  # of a mask picture; lighter is drawn anew
+
+Device = Annotated[str, tyro.conf.arg(metavar="auto|cpu|cuda|mps")]
+
+
+def choose_device(name: str) -> str:
+    """`auto` takes a GPU where there is one; a device that is asked for and absent is an error, never a
+    fallback."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return next(device for device in ("cuda", "mps", "cpu") if available[device])
+    if not available.get(name.split(":")[0], False):
+        raise ValueError(
+            f"no device {name} here; choose one of: {', '.join(d for d, ok in available.items() if ok)}"
+        )
+    return name
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateRun:
+    """Draw pictures from text.
+
+    Example: tavq generate "a dog runs on the beach" --num-images 4 --seed 7 --out out/
+    """
+
+    prompts: Positional[tuple[str, ...]] = ()
+    """What the pictures show."""
+    prompts_file: Path | None = None
+    """More prompts: .txt (one a line), .csv (column `prompt`) or .jsonl (key `prompt`)."""
+    num_images: int = 1
+    """Pictures a prompt; picture i has seed + i."""
+    seed: int = 0
+    """-1 draws one at random and prints it."""
+    out: Path = Path("out")
+    """Directory of the numbered PNG files and of result.jsonl."""
+    best_of: int = 1
+    """Candidates a picture, of which the captioner and the alignment choose one."""
+    from_png: Path | None = None
+    """Draw again what this PNG shows, from the recipe in it; other settings are ignored."""
+    checkpoint: str = CHECKPOINT
+    """Directory or hub id that holds tokenizer/, generator/ and captioner/."""
+    device: Device = "auto"
+    sampling: OmitArgPrefixes[SamplingConfig] = SamplingConfig()
+
+    def __post_init__(self) -> None:
+        if self.num_images < 1:
+            raise ValueError(f"num_images is {self.num_images}, expected 1 or more")
+        if not (self.prompts or self.prompts_file or self.from_png):
+            raise ValueError('no prompt; write one, as in: tavq generate "a dog runs on the beach"')
+
+
+@run_main
+def generate(argv: Sequence[str] | None = None) -> None:
+    run = parse(GenerateRun, argv, prog="tavq generate")
+    jobs, settings, best_of, hashes = _recorded(run.from_png) if run.from_png else _asked_for(run)
+    pipeline = Pipeline.from_pretrained(run.checkpoint, choose_device(run.device))
+    for part, found in hashes.items():
+        if found != pipeline.hashes[part]:
+            raise ValueError(
+                f"{run.from_png} was drawn with {part} {found}, {run.checkpoint} holds "
+                f"{pipeline.hashes[part]}; name the --checkpoint that drew it"
+            )
+    pipeline.text_states([prompt for prompt, _ in jobs[:1]])  # a bad prompt fails before anything is written
+    run.out.mkdir(parents=True, exist_ok=True)
+    bar = tqdm(total=len(jobs), unit="picture", disable=None)
+    for start in range(0, len(jobs), PROMPTS_AT_ONCE):
+        prompts, seeds = zip(*jobs[start : start + PROMPTS_AT_ONCE], strict=True)
+        for picture in pipeline.generate(prompts, seeds, settings, best_of=best_of):
+            path = next(free_names(run.out))
+            picture.save(path)
+            with (run.out / "result.jsonl").open("a") as results:
+                results.write(json.dumps({"file": path.name, **picture.recipe}) + "\n")
+            bar.update(1)
+            bar.write(str(path))
+    bar.close()
+
+
+def _asked_for(run: GenerateRun) -> tuple[list[tuple[str, int]], SamplingConfig, int, dict[str, str]]:
+    prompts = [*run.prompts, *(read_prompts(run.prompts_file) if run.prompts_file else [])]
+    seed = random.SystemRandom().randrange(2**31) if run.seed < 0 else run.seed
+    if run.seed < 0:
+        print(f"seed {seed}")
+    return [(p, seed + i) for p in prompts for i in range(run.num_images)], run.sampling, run.best_of, {}
+
+
+def _recorded(path: Path) -> tuple[list[tuple[str, int]], SamplingConfig, int, dict[str, str]]:
+    recipe = read_recipe(path)
+    if "completed_tokens" in recipe:
+        raise ValueError(f"{path} completes a photo, which its recipe does not hold; use tavq complete")
+    settings = from_dict(SamplingConfig, recipe["settings"], source=str(path))
+    return [(recipe["prompt"], recipe["seed"])], settings, recipe["best_of"], recipe["checkpoints"]
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Prompts of a .txt, .csv or .jsonl file, in order, empty lines left out.
+
+    Raises:
+        ValueError: another kind of file, no column or key `prompt`, or no prompt at all.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no prompts file {path}; expected .txt, .csv or .jsonl")
+    lines = path.read_text().splitlines()
+    try:
+        if path.suffix == ".csv":
+            prompts = [row["prompt"] for row in csv.DictReader(lines)]
+        elif path.suffix == ".jsonl":
+            prompts = [json.loads(line)["prompt"] for line in lines if line.strip()]
+        elif path.suffix == ".txt":
+            prompts = [line.strip() for line in lines if line.strip()]
+        else:
+            raise ValueError(f"{path} ends in {path.suffix or 'nothing'}, expected .txt, .csv or .jsonl")
+    except KeyError as error:
+        raise ValueError(f"{path} has no column or key `prompt`; add it") from error
+    if not prompts:
+        raise ValueError(f"{path} holds no prompt; write one a line")
+    return prompts
+
+
+def free_names(folder: Path) -> Iterator[Path]:
+    """000000.png, 000001.png, ..., leaving out those that exist."""
+    paths = (folder / f"{number:06d}.png" for number in itertools.count())
+    return (path for path in paths if not path.exists())
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionRun:
+    """Describe photos.
+
+    Example: tavq caption photo.jpg --beam 5 --n-best 3;  tavq caption photos/ --out captions.jsonl
+    """
+
+    images: Positional[tuple[Path, ...]]
+    """Photos, or one folder of them (then --out is needed; photos already described there are skipped)."""
+    out: Path | None = None
+    """.jsonl, .json or .csv file, or a directory for .txt side-cars; a folder's captions go there."""
+    show_scores: bool = False
+    """Print the score of each caption and the probability of each word."""
+    unsure_below: float = 0.0
+    """Mark words less probable than this as [word?]."""
+    checkpoint: str = CHECKPOINT
+    """Directory or hub id that holds tokenizer/ and captioner/."""
+    device: Device = "auto"
+    decoding: OmitArgPrefixes[DecodingConfig] = DecodingConfig()
+
+
+@run_main
+def caption(argv: Sequence[str] | None = None) -> None:
+    run = parse(CaptionRun, argv, prog="tavq caption")
+    if not run.images:
+        raise ValueError("no photo; name one, as in: tavq caption photo.jpg")
+    missing = [path for path in run.images if not path.exists()]
+    if missing:
+        raise FileNotFoundError(f"no photo {missing[0]}; check the path")
+    pipeline = Pipeline.from_pretrained(run.checkpoint, choose_device(run.device))
+    if any(path.is_dir() for path in run.images):
+        if len(run.images) > 1 or run.out is None:
+            raise ValueError("a folder is described into a file: tavq caption photos/ --out captions.jsonl")
+        count = caption_folder(run.images[0], run.out, lambda images: pipeline.caption(images, run.decoding))
+        print(f"{count} photos described in {run.out}")
+        return
+    for path in run.images:
+        for found in pipeline.caption([load_image(path)], run.decoding)[0]:
+            text = found.marked(run.unsure_below) if run.unsure_below else found.text
+            print(text if len(run.images) == 1 else f"{path}\t{text}")
+            if run.show_scores:
+                print(
+                    f"  {found.score:.3f}  " + "  ".join(f"{w.text} {w.probability:.2f}" for w in found.words)
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class ReconstructRun:
+    """Encode and decode photos; writes each beside its reconstruction.
+
+    Example: tavq reconstruct photo.jpg --out out/
+    """
+
+    images: Positional[tuple[Path, ...]]
+    """Photos."""
+    out: Path = Path("out")
+    """Directory of NAME.reconstruction.png and NAME.side-by-side.png."""
+    checkpoint: str = CHECKPOINT
+    """Directory or hub id that holds tokenizer/."""
+    device: Device = "auto"
+
+
+@run_main
+def reconstruct(argv: Sequence[str] | None = None) -> None:
+    run = parse(ReconstructRun, argv, prog="tavq reconstruct")
+    pictures = [load_image(path) for path in run.images]
+    if not pictures:
+        raise ValueError("no photo; name one, as in: tavq reconstruct photo.jpg")
+    pipeline = Pipeline.from_pretrained(run.checkpoint, choose_device(run.device))
+    for path, picture, rebuilt in zip(run.images, pictures, pipeline.reconstruct(pictures), strict=True):
+        pair = grid([picture.resize(rebuilt.image.size), rebuilt.image], columns=2)
+        for kind, image in (("reconstruction", rebuilt.image), ("side-by-side", pair)):
+            target = run.out / f"{path.stem}.{kind}.png"
+            with written_aside(target) as aside:
+                image.save(aside, format="PNG")
+            print(target)
+
+
+@dataclasses.dataclass(frozen=True)
+class CompleteRun:
+    """Draw a part of a photo anew; the rest stays.
+
+    Example: tavq complete photo.jpg "a dog on the beach" --keep top
+    """
+
+    image: Positional[Path]
+    """The photo."""
+    prompt: Positional[str]
+    """What the whole picture shall show."""
+    keep: str | None = None
+    """top, left, or box=x,y,w,h in px of the photo: the part that stays."""
+    mask: Path | None = None
+    """Picture of any size whose white part is drawn anew."""
+    num_images: int = 1
+    seed: int = 0
+    out: Path = Path("out")
+    """Directory of the numbered PNG files."""
+    checkpoint: str = CHECKPOINT
+    device: Device = "auto"
+    sampling: OmitArgPrefixes[SamplingConfig] = SamplingConfig()
+
+    def __post_init__(self) -> None:
+        if (self.keep is None) == (self.mask is None):
+            raise ValueError("name the part that stays by --keep top|left|box=x,y,w,h, or by --mask PICTURE")
+
+
+@run_main
+def complete(argv: Sequence[str] | None = None) -> None:
+    run = parse(CompleteRun, argv, prog="tavq complete")
+    photo = load_image(run.image)
+    mask = kept_part(run.keep, *photo.size) if run.keep else _mask_of(run.mask)
+    pipeline = Pipeline.from_pretrained(run.checkpoint, choose_device(run.device))
+    seeds = [run.seed + i for i in range(run.num_images)]
+    run.out.mkdir(parents=True, exist_ok=True)
+    for picture in pipeline.complete(photo, mask, run.prompt, seeds, run.sampling):
+        path = next(free_names(run.out))
+        picture.save(path)
+        print(path)
+
+
+def kept_part(keep: str, width: int, height: int) -> torch.Tensor:
+    """`top`, `left` or `box=x,y,w,h` -> mask (H, W) bool, True where the picture is drawn anew."""
+    mask = torch.ones(height, width, dtype=torch.bool)
+    if keep == "top":
+        mask[: height // 2] = False
+    elif keep == "left":
+        mask[:, : width // 2] = False
+    else:
+        try:
+            x, y, w, h = (int(part) for part in keep.removeprefix("box=").split(","))
+        except ValueError as error:
+            raise ValueError(f"--keep is {keep!r}, expected top, left or box=x,y,w,h in px") from error
+        mask[y : y + h, x : x + w] = False
+        if mask.all():
+            raise ValueError(
+                f"the box {x},{y},{w},{h} lies outside the photo, which is {width} x {height} px"
+            )
+    return mask
+
+
+def _mask_of(path: Path) -> torch.Tensor:
+    return torch.from_numpy(np.array(load_image(path).convert("L"))) >= MIN_MASK_GREY
+
+
+@run_main
+def train_generator(argv: Sequence[str] | None = None) -> None:
+    run = parse(PriorRun, argv, prog="tavq train generator", presets=PRIOR_PRESETS)
+    if run.tokenizer is None:
+        train_prior(run)
+        return
+    tokenizer = TAVQTokenizer.from_pretrained(run.tokenizer)
+    train_prior(run, lambda ids: tokenizer.decode(ids.cpu()), tokenizer.codebook)
+
+
+@run_main
+def train_captioner(argv: Sequence[str] | None = None) -> None:
+    run = parse(CaptionerRun, argv, prog="tavq train captioner", presets=CAPTIONER_PRESETS)
+    codebook = None if run.tokenizer is None else TAVQTokenizer.from_pretrained(run.tokenizer).codebook
+    run_captioner_training(run, codebook)

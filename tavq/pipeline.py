@@ -1,0 +1,296 @@
+"""Where tokenizer, prior and captioner meet: text to image, image to text, reconstruction, completion.
+
+The command line, the demo and the evaluations are thin over `Pipeline`, so that what is measured is what is
+shown.
+
+Legend: B images, h w token grid, N = h*w, D text width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from tavq.captioner.decoding import Caption, DecodingConfig, caption_ids, log_likelihood
+from tavq.captioner.model import Captioner
+from tavq.data.images import to_pil, to_tensor
+from tavq.data.text_encoder import TextEncoder, TokenStates
+from tavq.generator.model import Prior
+from tavq.generator.sampling import SamplingConfig, sample, stream
+from tavq.tokenizer.model import TAVQTokenizer
+from tavq.tokenizer.retrieval import alignment_scores
+from tavq.training.checkpoint import WEIGHTS_FILE, file_hash, local_directory, written_aside
+from tavq.training.stream import mixed_seed
+
+RECIPE_FIELD = "tavq"  # PNG text field: the recipe as JSON
+PARAMETERS_FIELD = "parameters"  # the same for people, as other programs write and show it
+UNKNOWN_GREY = 0.6  # in [-1, 1], of what a partial picture does not show yet
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """A picture and everything that is needed to draw it again."""
+
+    image: Image.Image
+    ids: Tensor
+    """(h, w) int64."""
+    recipe: dict[str, Any]
+    """prompt, seed, settings, checkpoint hashes, version."""
+
+    def save(self, path: Path) -> None:
+        """Write a PNG that carries its recipe in text fields."""
+        fields = PngInfo()
+        fields.add_itxt(RECIPE_FIELD, json.dumps(self.recipe))
+        fields.add_itxt(PARAMETERS_FIELD, recipe_line(self.recipe))
+        with written_aside(path) as aside:
+            self.image.save(aside, format="PNG", pnginfo=fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reconstruction:
+    """An image after encoding and decoding."""
+
+    image: Image.Image
+    ids: Tensor
+    """(h, w) int64."""
+
+
+class Pipeline:
+    """The whole chain, from a directory that holds `tokenizer/`, `generator/` and `captioner/`.
+
+    Prior, captioner and text encoder are loaded when they are first needed.
+
+    Args:
+        directory: of the three checkpoints; a part that is never used may be absent.
+        device: of all models.
+    """
+
+    def __init__(self, directory: Path, device: str = "cpu"):
+        self.directory, self.device = directory, torch.device(device)
+        self.tokenizer = TAVQTokenizer.from_pretrained(directory / "tokenizer").to(self.device)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, device: str = "cpu") -> Self:
+        """Load from a directory or a hub id. Raises FileNotFoundError where no checkpoint lies."""
+        return cls(local_directory(source), device)
+
+    @functools.cached_property
+    def prior(self) -> Prior:
+        prior = Prior.from_pretrained(self.directory / "generator").to(self.device)
+        prior.check_codebook(self.tokenizer.codebook_hash)
+        return prior
+
+    @functools.cached_property
+    def captioner(self) -> Captioner:
+        captioner = Captioner.from_pretrained(self.directory / "captioner").to(self.device)
+        captioner.check_codebook(self.tokenizer.codebook_hash)
+        return captioner
+
+    @functools.cached_property
+    def text_encoder(self) -> TextEncoder:
+        encoder = TextEncoder(self.prior.config.text_encoder, device=self.device)
+        if encoder.hash != self.prior.config.text_encoder_hash:
+            raise ValueError(
+                f"text encoder {encoder.name} has hash {encoder.hash[:16]}, the prior was trained "
+                f"with {self.prior.config.text_encoder_hash[:16]}; install the one named in the model card"
+            )
+        return encoder
+
+    @functools.cached_property
+    def hashes(self) -> dict[str, str]:
+        """First digits of the SHA-256 of the weights of each part that is there."""
+        parts = ("tokenizer", "generator", "captioner")
+        files = {part: self.directory / part / WEIGHTS_FILE for part in parts}
+        return {part: file_hash(path) for part, path in files.items() if path.is_file()}
+
+    def text_states(self, prompts: Sequence[str]) -> TokenStates:
+        """Token states of each prompt, encoded by itself so that no other prompt can matter.
+
+        Raises ValueError for an empty prompt; warns, naming the words, when one is longer than the prior
+        reads.
+        """
+        for prompt in prompts:
+            if not prompt.strip():
+                raise ValueError("the prompt is empty; describe the picture in a few words")
+        return self.text_encoder.token_states(prompts, self.prior.config.max_text_tokens, batch_size=1)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: SamplingConfig | None = None,
+        *,
+        best_of: int = 1,
+    ) -> list[Generated]:
+        """Draw one picture a prompt.
+
+        The picture depends on its prompt, its seed and the settings alone.
+
+        Args:
+            prompts: B texts.
+            seeds: B integers, at least 0.
+            settings: guidance, temperature and cuts; the defaults if None.
+            best_of: candidates a prompt, of which `rank` chooses one. Candidate 0 has the seed itself.
+        """
+        settings = settings or SamplingConfig()
+        if best_of < 1:
+            raise ValueError(f"best_of is {best_of}, expected 1 or more")
+        texts = self.text_states(prompts)
+        rows = [index for index in range(len(prompts)) for _ in range(best_of)]
+        own = TokenStates(texts.states[rows], texts.mask[rows])
+        drawn_seeds = [
+            mixed_seed(seed, number) if number else seed for seed in seeds for number in range(best_of)
+        ]
+        candidates = sample(self.prior, own, drawn_seeds, settings).unflatten(0, (-1, best_of))
+        results = []
+        for prompt, seed, ids in zip(prompts, seeds, candidates, strict=True):
+            chosen = int(self.rank(ids, prompt).argmax()) if best_of > 1 else 0
+            results.append(self._generated(ids[chosen], prompt, seed, settings, {"best_of": best_of}))
+        return results
+
+    def _generated(
+        self, ids: Tensor, prompt: str, seed: int, settings: SamplingConfig, more: dict[str, Any]
+    ) -> Generated:
+        recipe = {
+            "prompt": prompt,
+            "seed": seed,
+            "settings": dataclasses.asdict(settings),
+            **more,
+            "checkpoints": {part: self.hashes[part] for part in ("tokenizer", "generator")},
+            "version": importlib.metadata.version("ta-vq"),
+        }
+        return Generated(self.decode(ids.unsqueeze(0))[0], ids.view(self.tokenizer.grid_size).cpu(), recipe)
+
+    def stream(
+        self, prompt: str, seed: int, settings: SamplingConfig | None = None, *, every_rows: int = 1
+    ) -> Iterator[Generated]:
+        """Draw one picture and yield it every `every_rows` rows of tokens; stop iterating to cancel.
+
+        What is not drawn yet is grey. The last picture equals that of `generate`.
+        """
+        settings = settings or SamplingConfig()
+        texts = self.text_states([prompt])
+        for partial in stream(self.prior, texts, [seed], settings, every_rows=every_rows):
+            drawn = self._generated(partial.ids[0], prompt, seed, settings, {"best_of": 1})
+            known = partial.known[0].view(1, 1, *self.tokenizer.grid_size).float().cpu()
+            yield dataclasses.replace(drawn, image=_blend(drawn.image, None, known))
+
+    def rank(self, ids: Tensor, prompt: str) -> Tensor:
+        """Score pictures of one prompt by the chain's own parts: (B, N) -> (B,), larger fits better.
+
+        The sum of the captioner's log-likelihood of the prompt, a word, and of the alignment score of the
+        prompt's vector, each standardised over the candidates.
+        """
+        likelihood = log_likelihood(self.captioner, ids, [prompt] * len(ids))
+        alignment = alignment_scores(self.tokenizer, ids, self.text_encoder.encode([prompt]))[:, 0]
+        return sum(_standardised(scores.float().cpu()) for scores in (likelihood, alignment))
+
+    def caption(
+        self,
+        images: Sequence[Image.Image],
+        settings: DecodingConfig | None = None,
+        *,
+        with_patches: bool = False,
+    ) -> list[list[Caption]]:
+        """Describe pictures: for each, `settings.n_best` captions, the best first."""
+        ids = self.encode(images)
+        return caption_ids(self.captioner, ids, settings, with_patches=with_patches)
+
+    def reconstruct(self, images: Sequence[Image.Image]) -> list[Reconstruction]:
+        """Encode and decode pictures; they come back square, at the tokenizer's resolution."""
+        ids = self.encode(images)
+        return [Reconstruction(*pair) for pair in zip(self.decode(ids), ids.cpu(), strict=True)]
+
+    def complete(
+        self,
+        image: Image.Image,
+        mask: Tensor,
+        prompt: str,
+        seeds: Sequence[int],
+        settings: SamplingConfig | None = None,
+    ) -> list[Generated]:
+        """Draw the masked part of a picture anew; the tokens and the pixels outside the mask stay.
+
+        Args:
+            image: any size; squashed to the square.
+            mask: (H, W) bool, any size, True where the picture is drawn anew. A token is drawn when any of
+                its
+                pixels is.
+            prompt: what the whole picture shows.
+            seeds: one picture each.
+        """
+        settings, size = settings or SamplingConfig(), self.tokenizer.image_size_px
+        pixels = F.interpolate(mask[None, None].float(), size=(size, size), mode="area") > 0
+        drawn = F.adaptive_max_pool2d(pixels.float(), self.tokenizer.grid_size)[0, 0] > 0
+        if not drawn.any():
+            raise ValueError("the mask is empty: nothing is to be drawn; mark the part that shall change")
+        texts = _repeated(self.text_states([prompt]), 0, len(seeds))
+        given = self.encode([image])[0].flatten()
+        kept = ~drawn.flatten().to(given.device)
+        ids = sample(self.prior, texts, seeds, settings, given_ids=given, given_mask=kept)
+        more = {"completed_tokens": int(drawn.sum())}
+        original = to_pil(to_tensor(image, size).unsqueeze(0))[0]
+        results = [self._generated(row, prompt, s, settings, more) for row, s in zip(ids, seeds, strict=True)]
+        return [dataclasses.replace(r, image=_blend(r.image, original, pixels.float())) for r in results]
+
+    def encode(self, images: Sequence[Image.Image]) -> Tensor:
+        """Pictures -> ids (B, h, w); one at a time, so that a picture's ids never depend on the others."""
+        if not images:
+            raise ValueError("no image given; name at least one")
+        size = self.tokenizer.image_size_px
+        tensors = (to_tensor(image, size).unsqueeze(0).to(self.device) for image in images)
+        return torch.cat([self.tokenizer.encode(tensor) for tensor in tensors])
+
+    def decode(self, ids: Tensor) -> list[Image.Image]:
+        """ids (B, N) or (B, h, w) -> pictures; one at a time, for the same reason."""
+        return [to_pil(self.tokenizer.decode(row.unsqueeze(0)))[0] for row in ids]
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The recipe in a PNG that `Generated.save` wrote.
+
+    Raises:
+        ValueError: the file carries none.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no picture {path}; name a PNG that tavq generate wrote")
+    with Image.open(path) as image:
+        text = getattr(image, "text", {}).get(RECIPE_FIELD)
+    if text is None:
+        raise ValueError(f"{path} carries no recipe; only PNG files that tavq generate wrote do")
+    return json.loads(text)
+
+
+def recipe_line(recipe: dict[str, Any]) -> str:
+    """The recipe as one prompt line and one line of settings."""
+    settings = {"Seed": recipe["seed"], **recipe["settings"], "Version": f"ta-vq {recipe['version']}"}
+    return recipe["prompt"] + "\n" + ", ".join(f"{name}: {value}" for name, value in settings.items())
+
+
+def _repeated(texts: TokenStates, index: int, count: int) -> TokenStates:
+    return TokenStates(
+        texts.states[index : index + 1].expand(count, -1, -1), texts.mask[index : index + 1].expand(count, -1)
+    )
+
+
+def _standardised(scores: Tensor) -> Tensor:
+    return (scores - scores.mean()) / scores.std().clamp_min(1e-6)
+
+
+def _blend(image: Image.Image, under: Image.Image | None, share: Tensor) -> Image.Image:
+    """`image` where `share` (1, 1, h, w) is 1, `under` (grey if None) where it is 0."""
+    size = image.width
+    alpha = F.interpolate(share, size=(size, size), mode="nearest")
+    below = torch.full((1, 3, size, size), UNKNOWN_GREY) if under is None else to_tensor(under, size)[None]
+    return to_pil(alpha * to_tensor(image, size)[None] + (1 - alpha) * below)[0]

@@ -1,0 +1,68 @@
+"""Fixtures that several test files share: the photos where they are, and tiny real models."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+import pytest
+import torch
+
+from tavq.captioner.model import PRESETS as CAPTIONER_PRESETS
+from tavq.captioner.model import Captioner, CaptionerConfig
+from tavq.data.text_encoder import TextEncoder
+from tavq.generator.model import PRESETS as PRIOR_PRESETS
+from tavq.generator.model import Prior
+from tavq.pipeline import Pipeline
+from tavq.tokenizer.model import PRESETS, TAVQTokenizer
+
+torch.set_num_threads(1)  # the models are tiny, and two threads collapse where another process is busy
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The photos and feature networks beside the repository; the test skips where they are absent."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("needs the photos and networks in ../shared, which is absent")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def flickr8k_dir(shared_dir: Path) -> Path:
+    """Flickr8k in the Karpathy layout; the test skips where it is absent."""
+    return shared_dir / "data" / "flickr8k"
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> TAVQTokenizer:
+    """A tokenizer of the `tiny` preset with random weights."""
+    torch.manual_seed(0)
+    return TAVQTokenizer(PRESETS["tiny"]).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_tokenizer: TAVQTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with tokenizer/, generator/ and captioner/ of the `tiny` presets, random weights."""
+    folder = tmp_path_factory.mktemp("tiny_checkpoint")
+    shared = {"num_codes": tiny_tokenizer.num_codes, "grid_size": tiny_tokenizer.grid_size}
+    shared["codebook_hash"] = tiny_tokenizer.codebook_hash
+    torch.manual_seed(0)
+    prior = dataclasses.replace(PRIOR_PRESETS["tiny"], text_encoder_hash=TextEncoder().hash, **shared)
+    words = tuple("a dog cat runs jumps over the log man woman red black in on grass water".split())
+    captioner = CaptionerConfig(CAPTIONER_PRESETS["tiny"], code_dim=16, words=words, **shared)
+    tiny_tokenizer.save_pretrained(folder / "tokenizer")
+    Prior(prior).save_pretrained(folder / "generator")
+    Captioner(captioner).save_pretrained(folder / "captioner")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tiny_checkpoint: Path) -> Pipeline:
+    return Pipeline.from_pretrained(tiny_checkpoint)

@@ -1,0 +1,151 @@
+"""Decoding: a caption belongs to its image, its settings and its seed, never to the batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tavq.captioner.decoding import GREEDY, Caption, DecodingConfig, Word, caption_ids, search
+from tavq.captioner.examples import caption_targets
+from tavq.captioner.model import PRESETS, Captioner, CaptionerConfig
+
+WORDS = tuple(f"w{i}" for i in range(30))
+SETTINGS = {
+    "greedy": GREEDY,
+    "beam": DecodingConfig(beam=4, n_best=3),
+    "long": DecodingConfig(beam=3, length_penalty=2.0, no_repeat_ngram=2),
+    "sample": DecodingConfig(temperature=1.0, n_best=2),
+    "nucleus": DecodingConfig(temperature=0.7, top_p=0.8),
+}
+
+
+@pytest.fixture(scope="module")
+def ids() -> torch.Tensor:
+    return torch.randint(0, 32, (8, 12), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module")
+def captioner(ids: torch.Tensor) -> Captioner:
+    """Half-way to knowing eight captions of 2 to 9 words: it hesitates, and ends at various lengths."""
+    torch.manual_seed(0)
+    shape = dataclasses.replace(PRESETS["tiny"], dropout=0.0, token_dropout=0.0)
+    captioner = Captioner(CaptionerConfig(shape, 32, 8, (3, 4), "abc", WORDS))
+    words, lengths = torch.randint(3, 13, (8, 1, 9)), torch.arange(2, 10)[:, None]
+    targets = caption_targets(words, lengths, captioner.text.end_id)
+    optimizer = torch.optim.Adam(captioner.parameters(), lr=3e-3)
+    for _ in range(30):
+        optimizer.zero_grad()
+        F.cross_entropy(captioner(ids, words).flatten(0, 2), targets.flatten(), ignore_index=-1).backward()
+        optimizer.step()
+    return captioner.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_alone_in_a_batch_and_in_another_order(captioner: Captioner, ids: torch.Tensor, name: str):
+    settings, seeds = SETTINGS[name], list(range(10, 18))
+    together = search(captioner, ids, settings, seeds)
+    alone = [search(captioner, ids[i : i + 1], settings, seeds[i : i + 1])[0] for i in range(8)]
+    turned = search(captioner, ids.flip(0), settings, seeds[::-1])[::-1]
+    assert together == alone == turned
+    assert all(len(found) == settings.n_best for found in together)
+    lengths = {len(caption) for found in together for caption in found}
+    assert len(lengths) > 1, "the captions must differ in length for this test to mean anything"
+    assert len({tuple(found[0]) for found in together}) > 4
+
+
+def test_greedy_is_the_argmax_of_every_step(captioner: Captioner, ids: torch.Tensor):
+    text, found = captioner.text, search(captioner, ids, GREEDY)
+    for row, [caption] in zip(ids, found, strict=True):
+        logits = captioner(row[None], torch.tensor([[caption]]))[0, 0]
+        logits[:, text.suppressed_ids] = -torch.inf
+        logits[0, text.end_id] = -torch.inf
+        best = logits.argmax(-1).tolist()
+        assert best[: len(caption)] == caption
+        assert len(caption) == captioner.config.shape.max_words or best[len(caption)] == text.end_id
+
+
+def test_beam_1_is_greedy_and_wider_beams_find_likelier_captions(captioner: Captioner, ids: torch.Tensor):
+    greedy = caption_ids(captioner, ids, GREEDY)
+    one = caption_ids(captioner, ids, DecodingConfig(beam=1))
+    wide = caption_ids(captioner, ids, DecodingConfig(beam=8))
+    assert greedy == one
+    scores = torch.tensor([[a[0].score, b[0].score] for a, b in zip(greedy, wide, strict=True)])
+    assert (scores[:, 1] > scores[:, 0]).any() and scores[:, 1].mean() > scores[:, 0].mean()
+
+
+def test_scores_are_the_mean_log_probability_of_words_and_end(captioner: Captioner, ids: torch.Tensor):
+    for [caption] in caption_ids(captioner, ids, DecodingConfig(beam=3, max_words=4)):
+        words = torch.tensor([word.probability for word in caption.words]).log()
+        if len(words) == 4:
+            assert caption.score == pytest.approx(words.mean().item(), abs=1e-4)
+        else:
+            end = caption.score * (len(words) + 1) - words.sum().item()
+            assert end < 0
+
+
+def test_blocked_ngrams_do_not_occur_twice(captioner: Captioner, ids: torch.Tensor):
+    def repeats(settings: DecodingConfig) -> int:
+        pairs = [list(itertools.pairwise(c)) for found in search(captioner, ids, settings) for c in found]
+        return sum(len(p) - len(set(p)) for p in pairs)
+
+    assert repeats(DecodingConfig(beam=3, length_penalty=5.0)) > 0
+    assert repeats(DecodingConfig(beam=3, length_penalty=5.0, no_repeat_ngram=2)) == 0
+
+
+def test_no_caption_holds_padding_or_the_unknown_word(captioner: Captioner, ids: torch.Tensor):
+    found = search(captioner, ids, DecodingConfig(temperature=3.0, n_best=8))
+    assert all(caption and min(caption) >= captioner.text.num_special for group in found for caption in group)
+
+
+def test_seeds_decide_what_is_sampled(captioner: Captioner, ids: torch.Tensor):
+    settings = DecodingConfig(temperature=1.0)
+    one, other = (
+        search(captioner, ids[:1].repeat(8, 1), settings, seeds) for seeds in (range(8), range(8, 16))
+    )
+    assert one != other and len({tuple(found[0]) for found in one}) > 1
+    assert search(captioner, ids[:1].repeat(3, 1), settings)[0] == search(captioner, ids[:1], settings)[0]
+
+
+def test_samples_follow_the_model(captioner: Captioner, ids: torch.Tensor):
+    first = [
+        found[0][0]
+        for found in search(captioner, ids[:1].repeat(2000, 1), DecodingConfig(temperature=1.0), range(2000))
+    ]
+    logits = captioner(ids[:1], torch.zeros(1, 1, 1, dtype=torch.long))[0, 0, 0]
+    logits[[*captioner.text.suppressed_ids, captioner.text.end_id]] = -torch.inf
+    shares = torch.bincount(torch.tensor(first), minlength=len(logits)) / 2000
+    assert (shares - logits.softmax(-1)).abs().max() < 0.04
+
+
+def test_patches_and_marks(captioner: Captioner, ids: torch.Tensor):
+    [caption, *_], *_ = caption_ids(captioner, ids.view(8, 3, 4), with_patches=True)
+    assert all(word.patches.shape == (3, 4) for word in caption.words)
+    assert sum(word.patches.sum() for word in caption.words) == pytest.approx(len(caption.words), abs=1e-4)
+    doubtful = Caption("a dog", -1.0, (Word("a", 0.9), Word("dog", 0.1)))
+    assert doubtful.marked(0.5) == "a [dog?]" and doubtful.marked(0.05) == "a dog"
+
+
+def test_no_image_gives_no_caption(captioner: Captioner):
+    assert caption_ids(captioner, torch.zeros(0, 12, dtype=torch.long)) == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"beam": 0}, "beam is 0, expected 1 or more"),
+        ({"beam": 2, "n_best": 3}, "n_best is 3 and beam 2; widen the beam"),
+        ({"top_p": 0.0}, "expected temperature >= 0 and 0 < top_p <= 1"),
+    ],
+)
+def test_impossible_settings(wrong: dict[str, float], message: str):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(DecodingConfig(), **wrong)
+
+
+def test_captions_longer_than_trained_are_refused(captioner: Captioner, ids: torch.Tensor):
+    with pytest.raises(ValueError, match="max_words is 40, expected 1 to 16"):
+        caption_ids(captioner, ids, DecodingConfig(max_words=40))

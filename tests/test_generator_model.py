@@ -1,0 +1,184 @@
+"""The prior as a function: causality, cache, text mask, attention back ends, contracts of its checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+
+import pytest
+import torch
+
+from tavq.data.text_encoder import TokenStates
+from tavq.generator import attention
+from tavq.generator.decoding import Decoder
+from tavq.generator.model import PRESETS, Prior, PriorConfig, rotary_turns, rotate
+
+TINY = PRESETS["tiny"]
+
+
+def random_prior(config: PriorConfig = TINY) -> Prior:
+    """A prior none of whose weights is zero."""
+    torch.manual_seed(1)
+    prior = Prior(config).eval()
+    for parameter in prior.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return prior
+
+
+def random_texts(count: int, config: PriorConfig = TINY, seed: int = 0) -> TokenStates:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, config.max_text_tokens + 1, (count, 1), generator=generator)
+    mask = torch.arange(config.max_text_tokens) < lengths
+    states = torch.randn(count, config.max_text_tokens, config.text_dim, generator=generator)
+    return TokenStates(states * mask[..., None], mask)
+
+
+def random_ids(count: int, config: PriorConfig = TINY) -> torch.Tensor:
+    return torch.randint(
+        config.num_codes, (count, config.num_tokens), generator=torch.Generator().manual_seed(3)
+    )
+
+
+def test_outputs_have_exactly_no_gradient_from_later_inputs():
+    prior, texts, ids = random_prior(), random_texts(1), random_ids(1)
+    embedded = prior.tokens(ids).detach().requires_grad_()
+    prior.tokens.forward = lambda read: embedded[:, : read.shape[1]]
+    logits = prior(ids, texts.states, texts.mask)
+    for k in (0, 5, TINY.num_tokens - 1):
+        (gradient,) = torch.autograd.grad(logits[0, k].square().sum(), embedded, retain_graph=True)
+        assert torch.count_nonzero(gradient[0, k:]) == 0
+        assert all(torch.count_nonzero(gradient[0, before]) for before in range(k))
+
+
+def test_cached_decoding_agrees_with_the_full_forward():
+    prior, texts, ids = random_prior(), random_texts(3), random_ids(3)
+    texts.mask[1] = False
+    with torch.inference_mode():
+        full = prior(ids, texts.states, texts.mask)
+        decoder = Decoder(prior, rows=3)
+        decoder.read(texts)
+        steps = [decoder.step(ids[:, i - 1] if i else None, i) for i in range(TINY.num_tokens)]
+    torch.testing.assert_close(torch.stack(steps, 1), full, atol=1e-5, rtol=1e-5)
+
+
+def test_empty_text_slots_do_not_matter_and_text_does():
+    prior, texts, ids = random_prior(), random_texts(2), random_ids(2)
+    texts.mask[:] = torch.arange(TINY.max_text_tokens) < 5
+    noisy = texts.states.clone()
+    noisy[:, 5:] = 1000.0
+    expected = prior(ids, texts.states, texts.mask)
+    assert torch.equal(prior(ids, noisy, texts.mask), expected)
+    noisy[:, 4] += 1.0
+    assert not torch.allclose(prior(ids, noisy, texts.mask), expected)
+
+
+def test_null_text_is_one_learned_vector_whatever_the_states():
+    prior, ids = random_prior(), random_ids(1)
+    none = torch.zeros(1, TINY.max_text_tokens, dtype=torch.bool)
+    first, second = (prior(ids, random_texts(1, seed=s).states, none) for s in (1, 2))
+    assert torch.equal(first, second)
+    (gradient,) = torch.autograd.grad(first.sum(), prior.null_text)
+    assert torch.count_nonzero(gradient)
+
+
+def test_first_loss_is_that_of_a_uniform_guess():
+    prior, texts, ids = Prior(TINY).eval(), random_texts(4), random_ids(4)
+    logits = prior(ids, texts.states, texts.mask)
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
+    assert loss.item() == pytest.approx(math.log(TINY.num_codes), abs=1e-5)
+
+
+def test_rotation_keeps_lengths_and_sees_only_distances_in_rows_and_columns():
+    turns = rotary_turns(TINY)
+    q, k = torch.randn(2, 1, 1, 1, 1, TINY.width // TINY.num_heads)
+
+    def score(query_place: tuple[int, int], key_place: tuple[int, int]) -> float:
+        places = [TINY.max_text_tokens + 1 + r * TINY.grid_size[1] + c for r, c in (query_place, key_place)]
+        turned = [rotate(x, turns[place : place + 1]) for x, place in zip((q, k), places, strict=True)]
+        assert turned[0].norm().item() == pytest.approx(q.norm().item(), rel=1e-5)
+        return float((turned[0] * turned[1]).sum())
+
+    assert score((1, 2), (0, 1)) == pytest.approx(score((2, 3), (1, 2)), abs=1e-4)
+    assert score((1, 2), (0, 1)) != pytest.approx(score((1, 2), (1, 1)), abs=1e-3)
+    assert (turns[: TINY.max_text_tokens + 1] == torch.tensor([1.0, 0.0])).all()
+
+
+def test_xformers_and_sdpa_give_the_same(monkeypatch):
+    calls = []
+
+    def memory_efficient_attention(q, k, v, attn_bias):
+        calls.append(tuple(attn_bias.shape))
+        assert attn_bias.stride(-2) % attention.ALIGNMENT == 0 or attn_bias.shape[-2] == 1
+        weights = torch.einsum("blhd,bshd->bhls", q, k) * q.shape[-1] ** -0.5 + attn_bias
+        return torch.einsum("bhls,bshd->blhd", weights.softmax(-1), v)
+
+    ops = types.SimpleNamespace(memory_efficient_attention=memory_efficient_attention)
+    monkeypatch.setattr(attention, "xformers_ops", lambda: ops)
+    q, k, v = torch.randn(2, 5, 2, 8), torch.randn(2, 11, 2, 8), torch.randn(2, 11, 2, 8)
+    bias = torch.zeros(2, 5, 11).masked_fill(torch.rand(2, 5, 11) < 0.3, -math.inf)
+    bias[..., 0] = 0
+    expected = attention.attend(q, k, v, bias, "auto")  # on the CPU: torch's own
+    assert calls == []
+    monkeypatch.setattr(attention, "use_xformers", lambda q, backend: True)
+    torch.testing.assert_close(attention.attend(q, k, v, bias, "auto"), expected, atol=1e-3, rtol=1e-3)
+    assert calls == [(2, 2, 5, 11)]
+
+
+def test_xformers_is_chosen_for_half_precision_on_cuda_only(monkeypatch):
+    monkeypatch.setattr(attention, "xformers_ops", lambda: types.SimpleNamespace())
+    half, full = (types.SimpleNamespace(is_cuda=True, element_size=lambda n=n: n) for n in (2, 4))
+    assert attention.use_xformers(half, "auto") and not attention.use_xformers(full, "auto")
+    assert attention.use_xformers(full, "xformers") and not attention.use_xformers(half, "sdpa")
+    with pytest.raises(ValueError, match="no kernels for cpu; choose 'auto' or 'sdpa'"):
+        attention.use_xformers(torch.zeros(1), "xformers")
+
+
+def test_embeddings_start_as_an_isometric_image_of_the_codebook():
+    prior, codebook = Prior(TINY), torch.nn.functional.normalize(torch.randn(TINY.num_codes, 8), dim=-1)
+    prior.initialise(codebook)
+    embedded = torch.nn.functional.normalize(prior.tokens.weight, dim=-1)
+    torch.testing.assert_close(embedded @ embedded.T, codebook @ codebook.T, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="the codebook has 3 codes, the prior 64"):
+        prior.initialise(codebook[:3])
+
+
+def test_saved_prior_loads_with_the_same_logits(tmp_path):
+    prior, texts, ids = (
+        random_prior(dataclasses.replace(TINY, codebook_hash="abc")),
+        random_texts(2),
+        random_ids(2),
+    )
+    prior.save_pretrained(tmp_path)
+    loaded = Prior.from_pretrained(tmp_path)
+    assert loaded.config == prior.config
+    assert torch.equal(loaded(ids, texts.states, texts.mask), prior(ids, texts.states, texts.mask))
+    loaded.check_codebook("abc")
+    with pytest.raises(
+        ValueError, match=r"codebook is xyz, the prior learned ids of abc; load that tokenizer"
+    ):
+        loaded.check_codebook("xyz")
+
+
+def test_base_has_about_a_hundred_million_weights():
+    with torch.device("meta"):
+        counts = {name: sum(p.numel() for p in Prior(PRESETS[name]).parameters()) for name in PRESETS}
+    assert 90e6 < counts["base"] < 110e6 and 4e6 < counts["flickr8k"] < 5e6 and counts["tiny"] < 1e5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": 36}, "width is 36 with 2 heads; expected a multiple of 8"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+    ],
+)
+def test_impossible_shapes_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **change)
+
+
+def test_text_of_another_encoder_is_refused():
+    prior, ids = random_prior(), random_ids(1)
+    with pytest.raises(ValueError, match=r"text states are \(7, 384\), expected \(32, 384\)"):
+        prior(ids, torch.zeros(1, 7, 384), torch.ones(1, 7, dtype=torch.bool))

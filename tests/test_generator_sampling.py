@@ -1,0 +1,197 @@
+"""The sampling contract: an image is a function of its prompt, its seed and the settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from tavq.data.text_encoder import TokenStates
+from tavq.generator.model import PRESETS, Prior
+from tavq.generator.noise import gumbel_noise
+from tavq.generator.sampling import SamplingConfig, choose, cut, sample, stream
+
+TINY = PRESETS["tiny"]
+SETTINGS = SamplingConfig(guidance=2.0)
+PINNED_TOKENS = [21, 47, 27, 42, 51, 13, 61, 57, 43, 4, 3, 20, 48, 28, 54, 46]
+
+
+@pytest.fixture(scope="module")
+def prior() -> Prior:
+    """A prior with random weights, none of them zero."""
+    torch.manual_seed(1)
+    prior = Prior(TINY).eval()
+    for parameter in prior.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return prior
+
+
+@pytest.fixture(scope="module")
+def texts() -> TokenStates:
+    """64 texts of unlike lengths."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.arange(TINY.max_text_tokens) < torch.randint(3, 33, (64, 1), generator=generator)
+    return TokenStates(torch.randn(64, TINY.max_text_tokens, TINY.text_dim, generator=generator), mask)
+
+
+def part(texts: TokenStates, rows: slice | list[int]) -> TokenStates:
+    return TokenStates(texts.states[rows], texts.mask[rows])
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, SamplingConfig(guidance=1.0, top_k=20, top_p=0.9)])
+def test_64_prompts_draw_the_same_at_batch_1_3_and_16(prior, texts, settings):
+    seeds = [7 * i for i in range(64)]
+    drawn = {}
+    for batch in (1, 3, 16):
+        chunks = [slice(i, i + batch) for i in range(0, 64, batch)]
+        drawn[batch] = torch.cat([sample(prior, part(texts, c), seeds[c], settings) for c in chunks])
+    assert torch.equal(drawn[1], drawn[3]) and torch.equal(drawn[1], drawn[16])
+    assert len({tuple(row) for row in drawn[1].tolist()}) == 64
+
+
+def test_place_in_the_batch_and_the_other_prompts_do_not_matter(prior, texts):
+    order = [5, 9, 2, 33, 60]
+    seeds = [11, 12, 13, 14, 15]
+    one = sample(prior, part(texts, order), seeds, SETTINGS)
+    turned = sample(prior, part(texts, order[::-1]), seeds[::-1], SETTINGS)
+    assert torch.equal(one, turned.flip(0))
+
+
+def test_noise_of_a_seed_is_pinned():
+    """Values of torch 2.13; if they change, every recipe that was ever saved draws another picture."""
+    expected = {
+        (0, 0): [-0.656934, 2.707247, -0.824124],
+        (123, 5): [1.392569, 2.648331, -0.324523],
+        (-1, 0): [-1.297805, 1.466822, 0.212081],
+    }
+    for (seed, position), values in expected.items():
+        torch.testing.assert_close(
+            gumbel_noise(seed, position, 3), torch.tensor(values), atol=1e-5, rtol=1e-5
+        )
+
+
+def test_tokens_of_a_seed_are_pinned(prior, texts):
+    assert sample(prior, part(texts, [0]), [42], SETTINGS)[0].tolist() == PINNED_TOKENS
+
+
+def test_noise_is_standard_gumbel_and_differs_by_seed_and_position():
+    noise = torch.cat([gumbel_noise(seed, 0, 1000) for seed in range(100)])
+    assert noise.mean().item() == pytest.approx(0.57722, abs=0.02)
+    assert noise.std().item() == pytest.approx(math.pi / math.sqrt(6), abs=0.02)
+    rows = torch.stack([gumbel_noise(s, p, 50) for s in range(4) for p in range(4)])
+    assert (torch.corrcoef(rows) - torch.eye(16)).abs().max() < 0.6
+    assert torch.equal(gumbel_noise(3, 4, 50)[:20], gumbel_noise(3, 4, 20))
+
+
+def test_draws_follow_the_tempered_softmax():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(20_000, -1)
+    noise = torch.stack([gumbel_noise(seed, 0, 4) for seed in range(20_000)])
+    drawn = choose(logits, noise, SamplingConfig(temperature=2.0))
+    shares = torch.bincount(drawn, minlength=4) / 20_000
+    torch.testing.assert_close(shares, (logits[0] / 2.0).softmax(-1), atol=0.01, rtol=0)
+
+
+def test_temperature_0_is_argmax_whatever_the_seed(prior, texts):
+    greedy = dataclasses.replace(SETTINGS, temperature=0.0)
+    ids = sample(prior, part(texts, [3, 4]), [1, 2], greedy)
+    assert torch.equal(ids, sample(prior, part(texts, [3, 4]), [8, 9], greedy))
+    with torch.inference_mode():
+        text, null = (prior(ids, texts.states[3:5], texts.mask[3:5] & seen) for seen in (True, False))
+    assert torch.equal((null + 2.0 * (text - null)).argmax(-1), ids)
+
+
+def test_scale_1_is_no_guidance(prior, texts):
+    ids = sample(prior, part(texts, [6]), [5], SamplingConfig(guidance=1.0))
+    with torch.inference_mode():
+        logits = prior(ids, texts.states[6:7], texts.mask[6:7])[0]
+    noise = torch.stack([gumbel_noise(5, position, TINY.num_codes) for position in range(TINY.num_tokens)])
+    assert torch.equal((logits + noise).argmax(-1), ids[0])
+
+
+def test_guidance_schedules_rise_from_none_to_all():
+    for schedule in ("linear", "cosine"):
+        settings = SamplingConfig(guidance=5.0, guidance_schedule=schedule)
+        weights = [settings.guidance_at(position, 11) for position in range(11)]
+        assert weights[0] == 1.0 and weights[5] == pytest.approx(3.0) and weights[10] == pytest.approx(5.0)
+        assert weights == sorted(weights)
+    assert SamplingConfig(guidance=5.0).guidance_at(0, 11) == 5.0
+
+
+def test_top_k_with_ties_keeps_k():
+    logits = torch.tensor([[1.0, 3.0, 3.0, 3.0, 0.0], [2.0, 2.0, 2.0, 2.0, 2.0]])
+    kept = cut(logits, top_k=2, top_p=1.0).isfinite()
+    assert kept.tolist() == [[False, True, True, False, False], [True, True, False, False, False]]
+
+
+def test_top_p_keeps_the_fewest_that_hold_p():
+    logits = torch.tensor([[0.2, 0.5, 0.1, 0.2]]).log()
+    assert cut(logits, 0, 0.45).isfinite().tolist() == [[False, True, False, False]]
+    assert cut(logits, 0, 0.55).isfinite().tolist() == [[True, True, False, False]]
+    assert cut(logits, 0, 0.85).isfinite().tolist() == [[True, True, False, True]]
+    assert torch.equal(cut(logits, 0, 1.0), logits)
+
+
+@pytest.mark.parametrize("keep", ["top", "box", "random"])
+def test_completion_keeps_what_is_given(prior, texts, keep):
+    given = torch.randint(TINY.num_codes, (2, TINY.num_tokens))
+    mask = {
+        "top": torch.arange(16) < 8,
+        "box": torch.zeros(4, 4, dtype=torch.bool).index_fill(0, torch.tensor([1, 2]), True).flatten(),
+        "random": torch.rand(2, 16) < 0.5,
+    }[keep].expand(2, -1)
+    ids = sample(prior, part(texts, [0, 1]), [0, 1], SETTINGS, given_ids=given, given_mask=mask)
+    assert torch.equal(ids[mask], given[mask])
+    assert not torch.equal(ids[~mask], given[~mask])
+    all_kept = sample(
+        prior, part(texts, [0]), [0], SETTINGS, given_ids=ids[:1], given_mask=torch.ones(1, 16) > 0
+    )
+    assert torch.equal(all_kept, ids[:1])
+
+
+def test_completion_of_its_own_beginning_draws_the_rest_of_the_same_image(prior, texts):
+    whole = sample(prior, part(texts, [2]), [77], SETTINGS)
+    mask = torch.arange(16) < 6
+    again = sample(prior, part(texts, [2]), [77], SETTINGS, given_ids=whole[0], given_mask=mask)
+    assert torch.equal(again, whole)
+
+
+def test_stream_grows_row_by_row_to_the_sampled_image(prior, texts):
+    seeds = [1, 2, 3, 4, 5]
+    parts = list(stream(prior, part(texts, slice(5)), seeds, SETTINGS, every_rows=1))
+    assert torch.equal(parts[-1].ids, sample(prior, part(texts, slice(5)), seeds, SETTINGS))
+    assert parts[-1].known.all() and len(parts) == 2 * TINY.grid_size[0]
+    assert parts[0].known.sum(1).tolist() == [4, 4, 4, 4, 0]
+    for partial in parts:
+        assert torch.equal(partial.ids[partial.known], parts[-1].ids[partial.known])
+        assert torch.count_nonzero(partial.ids[~partial.known]) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": -1.0}, "temperature is -1.0, expected 0 or more"),
+        ({"top_p": 0.0}, "top_p is 0.0, expected above 0, at most 1"),
+        ({"top_k": -2}, "top_k is -2"),
+        ({"micro_batch": 0}, "micro_batch is 0"),
+        ({"guidance": math.nan}, "guidance is nan"),
+        ({"guidance_schedule": "up"}, "choose constant, linear or cosine"),
+    ],
+)
+def test_impossible_settings_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingConfig(**change)
+
+
+def test_wrong_counts_and_shapes_are_refused(prior, texts):
+    two = part(texts, [0, 1])
+    with pytest.raises(ValueError, match="got 2 texts and 1 seeds"):
+        sample(prior, two, [1], SETTINGS)
+    with pytest.raises(ValueError, match="expected both or neither"):
+        sample(prior, two, [1, 2], SETTINGS, given_ids=torch.zeros(16, dtype=torch.int64))
+    ones = torch.ones(16, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"given_ids are \(2, 4, 4\)"):
+        sample(prior, two, [1, 2], SETTINGS, given_ids=torch.zeros(2, 4, 4), given_mask=ones)
+    with pytest.raises(ValueError, match="given_ids reach from 64 to 64, expected 0 to 63"):
+        sample(prior, two, [1, 2], SETTINGS, given_ids=torch.full((16,), 64), given_mask=ones)

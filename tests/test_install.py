@@ -1,0 +1,165 @@
+"""`make demo` and `make test` install once, and never a CUDA build on a machine without a GPU."""
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parent.parent
+PIN = "2.13.0"
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+STUB_PYTHON = """#!/bin/sh
+echo "$@" >> {log}
+case "$*" in
+    *"index versions"*"--index-url {index}"*) cat {answers}/on_cpu_index ;;
+    *"index versions"*) cat {answers}/configured ;;
+    *importlib.metadata*) cat {answers}/in_venv ;;
+esac
+"""
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux wheels of torch carry CUDA")
+
+
+class Clone:
+    """A copy of the install files whose .venv/bin/python records its arguments instead of installing."""
+
+    def __init__(self, root: Path):
+        self.root, self.log, self.answers = root / "clone", root / "calls.txt", root / "answers"
+        self.commands = root / "commands"
+        for folder in (self.root / "app", self.root / ".venv" / "bin", self.answers, self.commands):
+            folder.mkdir(parents=True)
+        for name in ("install.py", "Makefile", "pyproject.toml", "constraints.txt"):
+            shutil.copy(ROOT / name, self.root / name)
+        self.log.touch()
+        self.answer(configured=f"2.15.0, {PIN}", on_cpu_index="", in_venv="")
+        script = STUB_PYTHON.format(log=self.log, index=CPU_INDEX, answers=self.answers)
+        self.executable(self.root / ".venv" / "bin" / "python", script)
+        self.gpu(present=False)
+
+    def executable(self, path: Path, text: str) -> None:
+        path.write_text(text)
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+    def answer(self, in_venv: str | None = None, **versions: str) -> None:
+        for name, listed in versions.items():
+            listing = f"torch\nAvailable versions: {listed}\n  INSTALLED: {PIN}+cpu\n"
+            (self.answers / name).write_text(listing if listed else "")
+        if in_venv is not None:
+            (self.answers / "in_venv").write_text(in_venv)
+
+    def gpu(self, *, present: bool) -> None:
+        reply = "echo 'GPU 0: Some Card'" if present else "echo 'NVIDIA-SMI has failed'; exit 9"
+        self.executable(self.commands / "nvidia-smi", f"#!/bin/sh\n{reply}\n")
+
+    def run(self, *command: str) -> subprocess.CompletedProcess:
+        path = f"{self.commands}{os.pathsep}{os.environ['PATH']}"
+        outer_make = {"MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS", "ARGS", "PYTHON"}
+        environment = {k: v for k, v in os.environ.items() if k not in outer_make} | {"PATH": path}
+        return subprocess.run(command, cwd=self.root, env=environment, capture_output=True, text=True)
+
+    def install(self, extras: str = "app") -> subprocess.CompletedProcess:
+        return self.run(sys.executable, "install.py", extras)
+
+    def make(self, target: str) -> subprocess.CompletedProcess:
+        return self.run("make", target, f"PYTHON={sys.executable}")
+
+    def installs(self) -> list[str]:
+        return [line for line in self.log.read_text().splitlines() if line.startswith("-m pip install")]
+
+
+@pytest.fixture
+def clone(tmp_path) -> Clone:
+    return Clone(tmp_path)
+
+
+def test_the_cpu_build_of_pips_own_sources_comes_first(clone):
+    clone.answer(configured=f"2.15.0, {PIN}+cpu, {PIN}", on_cpu_index=f"{PIN}+cpu")
+    assert clone.install().returncode == 0
+    (command,) = clone.installs()
+    assert f" torch=={PIN}+cpu -e " in command and "index" not in command
+    assert "whl/cpu" not in clone.log.read_text()
+
+
+def test_pytorchs_cpu_index_comes_second(clone):
+    clone.answer(on_cpu_index=f"{PIN}+cpu")
+    assert clone.install().returncode == 0
+    assert f" torch=={PIN}+cpu --extra-index-url {CPU_INDEX} -e " in clone.installs()[0]
+
+
+@pytest.mark.parametrize("configured", ["", f"2.15.0, {PIN}", f"{PIN}+cpu.cxx11", "2.12.0+cpu"])
+def test_without_a_cpu_build_it_stops_with_the_command_to_type(clone, configured):
+    clone.answer(configured=configured)
+    stopped = clone.make("demo")
+    assert stopped.returncode == 2 and stopped.stderr.startswith("error: no GPU answers here")
+    assert f".venv/bin/python -m pip install torch=={PIN}\n" in stopped.stderr
+    assert clone.installs() == [] and not list((clone.root / ".venv").glob("installed-*"))
+
+
+def test_with_a_gpu_pip_decides(clone):
+    clone.gpu(present=True)
+    assert clone.install().returncode == 0
+    assert f"torch=={PIN}" not in clone.installs()[0]
+    assert "index versions" not in clone.log.read_text()
+
+
+@pytest.mark.parametrize("installed", [PIN, f"{PIN}+cpu"])
+def test_a_torch_that_someone_installed_by_hand_stays(clone, installed):
+    clone.answer(in_venv=installed)
+    assert clone.install().returncode == 0
+    assert f"torch=={PIN}" not in clone.installs()[0]
+
+
+def test_a_torch_of_another_version_does_not_count_as_installed(clone):
+    clone.answer(in_venv="2.12.0+cpu", configured=f"{PIN}+cpu")
+    assert clone.install().returncode == 0
+    assert f"torch=={PIN}+cpu" in clone.installs()[0]
+
+
+@pytest.mark.parametrize(("target", "extras"), [("demo", "app"), ("test", "app,eval,dev")])
+def test_a_second_make_installs_nothing_until_the_requirements_change(clone, target, extras):
+    clone.answer(configured=f"{PIN}+cpu")
+    for _ in range(2):
+        assert clone.make(target).returncode == 0
+    assert [line.endswith(f"clone[{extras}]") for line in clone.installs()] == [True]
+    stamp = (clone.root / ".venv" / f"installed-{target}").stat().st_mtime
+    os.utime(clone.root / "constraints.txt", (stamp + 5, stamp + 5))
+    clone.make(target)
+    assert len(clone.installs()) == 2
+
+
+def test_make_test_runs_the_linter_the_formatter_and_pytest(clone):
+    clone.answer(configured=f"{PIN}+cpu")
+    assert clone.make("test").returncode == 0
+    run = ["-m ruff check .", "-m ruff format --check .", "-m pytest"]
+    assert [line.strip() for line in clone.log.read_text().splitlines()[-3:]] == run
+
+
+def test_make_says_what_to_do_without_python(clone):
+    failed = clone.run("make", "demo", "PYTHON=")
+    assert failed.returncode == 2
+    assert "error: found no Python 3.11" in failed.stderr and "apt-get install python3" in failed.stderr
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["app", "dev"]])
+def test_install_explains_itself(clone, argv):
+    refused = clone.run(sys.executable, "install.py", *argv)
+    assert refused.returncode == 1 and refused.stderr.startswith("usage: ")
+
+
+def test_every_requirement_has_a_tested_version_that_satisfies_it():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = (line for lines in project["optional-dependencies"].values() for line in lines)
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
+    pins = {name.lower().replace("_", "-"): version for name, version in pins.items()}
+    for requirement in map(Requirement, [*project["dependencies"], *extras]):
+        if requirement.name != project["name"]:
+            version = pins.get(requirement.name.lower().replace("_", "-"))
+            assert version and requirement.specifier.contains(version), (
+                f"{requirement}: tested with {version}"
+            )

@@ -1,0 +1,196 @@
+"""The house stands: packages, import arrows, light imports, the wheel's contents."""
+
+import ast
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+FOLDERS = {name: ROOT / folder for name, folder in SETUPTOOLS["package-dir"].items()}
+SCRIPT_FOLDERS = [ROOT / "tests", ROOT / "benchmarks", ROOT / "recipes", ROOT / "docs"]
+
+# From the foundations to the roof: a part imports itself and parts of an earlier row.
+ROWS = (
+    {"arguments", "torchvision_ops"},
+    {"metrics"},
+    {"data"},
+    {"training"},
+    {"tokenizer", "generator", "captioner"},
+    {"pipeline"},
+    {"commands"},
+    {"eval"},
+    {"app"},
+    {"cli", "__init__", "__main__"},
+)
+ROW = {part: number for number, row in enumerate(ROWS) for part in row}
+PUBLIC_NAMES = {"TAVQTokenizer": "tokenizer", "Pipeline": "pipeline"}  # `from tavq import ...` leads there
+
+
+def module_files() -> dict[str, Path]:
+    """Return every module of the installed packages: 'tavq.data.units' -> its file."""
+    files = {}
+    for package, folder in FOLDERS.items():
+        for path in folder.glob("*.py"):
+            files[package if path.stem == "__init__" else f"{package}.{path.stem}"] = path
+    return files
+
+
+def python_files() -> list[Path]:
+    scripts = [path for folder in SCRIPT_FOLDERS for path in folder.rglob("*.py")]
+    return sorted([*module_files().values(), *ROOT.glob("*.py"), *scripts])
+
+
+def imported_modules(source: str, package: str) -> Iterator[tuple[int, str]]:
+    """Yield (line, absolute dotted name) of every import in `source`, those inside functions included."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+
+
+def part_of(module: str) -> str | None:
+    """Name the part that an imported dotted name belongs to; None for other people's modules."""
+    root, _, rest = module.partition(".")
+    if root != "tavq":
+        return None
+    part = rest.split(".")[0] or "__init__"
+    return PUBLIC_NAMES.get(part, part)
+
+
+def forbidden_arrows(source: str, module: str, package: str) -> list[str]:
+    """List the imports that do not point towards the foundations."""
+    own, found = part_of(module), []
+    for line, name in imported_modules(source, package):
+        target = part_of(name)
+        if target is None or target == own:
+            continue
+        for part in (own, target):
+            assert part in ROW, f"{module}:{line}: {part!r} has no place in ROWS; give it one"
+        if ROW[target] >= ROW[own]:
+            found.append(f"{module}:{line} imports {name}")
+    return found
+
+
+def test_every_package_folder_is_listed_and_every_listed_one_exists():
+    folders = {path.parent for path in ROOT.glob("*/__init__.py")}
+    assert folders == set(FOLDERS.values())
+    assert set(SETUPTOOLS["packages"]) == set(FOLDERS)
+    nested = [str(path) for folder in folders for path in folder.glob("*/**/*.py")]
+    assert not nested, "packages are flat: one folder, one package"
+
+
+@pytest.mark.parametrize("package", SETUPTOOLS["packages"])
+def test_every_package_imports_from_this_tree(package):
+    assert Path(importlib.import_module(package).__file__).parent == FOLDERS[package]
+
+
+def test_imports_point_towards_the_foundations():
+    found = []
+    for module, path in module_files().items():
+        package = module if path.stem == "__init__" else module.rpartition(".")[0]
+        found += forbidden_arrows(path.read_text(), module, package)
+    assert not found
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "allowed"),
+    [
+        ("tavq.generator.model", "from tavq.tokenizer.model import A", False),
+        ("tavq.generator.model", "def f():\n    import tavq.tokenizer.model", False),
+        ("tavq.generator.model", "from tavq import TAVQTokenizer", False),
+        ("tavq.generator.model", "from tavq import training, data", True),
+        ("tavq.generator.model", "from .sampling import A\nfrom tavq.training.loop import B", True),
+        ("tavq.metrics.image", "from tavq.data.images import A", False),
+        ("tavq.metrics.image", "from ..data.images import A", False),
+        ("tavq.metrics.image", "from tavq.torchvision_ops import A", True),
+        ("tavq.data.images", "import tavq.metrics.image", True),
+        ("tavq.pipeline", "from tavq.captioner.model import A", True),
+        ("tavq.pipeline", "from tavq.app.demo import A", False),
+        ("tavq.eval.results", "import tavq.cli", False),
+        ("tavq.cli", "from tavq.app.demo import main", True),
+        ("tavq.arguments", "from tavq.metrics import A", False),
+    ],
+)
+def test_the_arrow_check_itself(module, source, allowed):
+    assert (forbidden_arrows(source, module, module.rpartition(".")[0]) == []) is allowed
+
+
+def test_no_folder_of_ours_is_imported_by_its_bare_name():
+    bare = {folder.name for folder in FOLDERS.values()} - {"tavq"}
+    found = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in python_files()
+        for line, name in imported_modules(path.read_text(), "tavq.anywhere")
+        if name.split(".")[0] in bare
+    ]
+    assert not found
+
+
+def test_no_file_is_longer_than_400_lines():
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in python_files()}
+    assert {name: n for name, n in lengths.items() if n > 400} == {}
+
+
+def run_python(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"} | environment
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+
+
+def test_help_is_quick_and_does_not_load_torch(tmp_path):
+    code, seconds = "from tavq.cli import main; main(['--help'])", []
+    for _ in range(3):  # the best of three: a busy machine is not the command's fault
+        start = time.perf_counter()
+        shown = run_python("-X", "importtime", "-c", code, cwd=tmp_path)
+        seconds.append(time.perf_counter() - start)
+    assert shown.returncode == 0 and "usage" in shown.stdout.lower(), shown.stderr[-500:]
+    loaded = set(re.findall(r"\|\s+(\w+)$", shown.stderr, flags=re.MULTILINE))
+    assert loaded & {"argparse", "tavq"} and not loaded & {"torch", "transformers", "gradio", "matplotlib"}
+    assert min(seconds) < 1.0
+
+
+def test_importing_every_module_does_nothing_else(tmp_path):
+    home, cwd = tmp_path / "home", tmp_path / "cwd"
+    home.mkdir(), cwd.mkdir()
+    code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
+    places = {"HOME": str(home), "XDG_CACHE_HOME": str(home / "cache"), "TMPDIR": str(cwd)}
+    done = run_python("-c", code, *sorted(module_files()), cwd=cwd, **places)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert [str(path) for folder in (home, cwd) for path in folder.rglob("*")] == []
+
+
+def test_the_wheel_holds_every_file_of_the_packages_and_no_weights(tmp_path):
+    tree = tmp_path / "tree"
+    for folder in FOLDERS.values():
+        shutil.copytree(folder, tree / folder.name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree / name)
+    build = "from setuptools import build_meta; import sys; build_meta.build_wheel(sys.argv[1])"
+    built = run_python("-c", build, str(tmp_path), cwd=tree)
+    assert built.returncode == 0, built.stderr[-2000:]
+    names = set(zipfile.ZipFile(next(tmp_path.glob("ta_vq-*.whl"))).namelist())
+    packed = {name for name in names if ".dist-info/" not in name}
+    expected = {
+        f"{package.replace('.', '/')}/{path.relative_to(folder)}"
+        for package, folder in FOLDERS.items()
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert packed == expected
+    assert {name.split("/")[0] for name in packed} == {"tavq"}
+    assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -1,0 +1,259 @@
+"""Result files, their comparison, the commands that make and show them."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tavq.eval import report, results, score, table
+from tavq.eval.results import compare, make_protocol, measured, read_results, with_intervals, write_results
+
+FIXTURE = Path(__file__).parent / "fixtures/coco_captions.json"
+
+
+def make(path: Path, values: np.ndarray, task: str = "tokenizer", **fields) -> Path:
+    ids = [f"{i}.jpg" for i in range(len(values))]
+    protocol = {
+        "split": "test",
+        "resize": "none",
+        "feature_network": {"name": "net", "sha256": "ab" * 32},
+    } | fields
+    per_image = {"PSNR": values}
+    metrics = with_intervals(per_image) | {
+        "rFD-net": measured(100.0, len(values), low=99, high=101, over="3 seeds")
+    }
+    write_results(
+        path,
+        metrics,
+        make_protocol(task=task, ids=ids, started=time.monotonic(), **protocol),
+        per_image=per_image,
+        ids=ids,
+    )
+    return path
+
+
+@pytest.fixture
+def pair(tmp_path) -> tuple[Path, Path]:
+    values = np.random.default_rng(0).normal(20, 3, size=100)
+    better = values + np.random.default_rng(1).normal(0.5, 0.2, size=100)
+    return make(tmp_path / "a.json", values), make(tmp_path / "b.json", better, label="ours")
+
+
+@pytest.fixture
+def coco(tmp_path) -> tuple[Path, Path]:
+    content = json.loads(FIXTURE.read_text())
+    (tmp_path / "results.json").write_text(json.dumps(content["results"]))
+    (tmp_path / "references.json").write_text(json.dumps({"annotations": content["annotations"]}))
+    return tmp_path / "results.json", tmp_path / "references.json"
+
+
+def test_comparison_has_the_paired_interval(pair):
+    row = next(row for row in compare(*pair) if row.metric == "PSNR")
+    assert row.difference == pytest.approx(row.b - row.a)
+    assert 0.4 < row.interval.low < row.difference < row.interval.high < 0.6
+    fd = next(row for row in compare(*pair) if row.metric == "rFD-net")
+    assert fd.difference == 0 and fd.interval is None
+    text = results.format_comparison(*pair)
+    assert "PSNR" in text and "no per-image scores" in text
+
+
+@pytest.mark.parametrize(
+    ("field", "fields"),
+    [
+        ("split", {"split": "val"}),
+        ("resize", {"resize": "bicubic"}),
+        ("feature_network.sha256", {"feature_network": {"name": "net", "sha256": "cd" * 32}}),
+        ("feature_network.name", {"feature_network": {"name": "other", "sha256": "ab" * 32}}),
+        ("seeds", {"seeds": [1, 2]}),
+        ("task", {"task": "t2i"}),
+        ("kid.kid_subset_size", {"kid": {"kid_subset_size": 100}}),
+    ],
+)
+def test_each_mismatch_is_refused_by_name(tmp_path, pair, field, fields):
+    other = make(tmp_path / "other.json", np.ones(100), **fields)
+    with pytest.raises(ValueError, match=re.escape(f"unlike protocols, differing in {field} ")):
+        compare(pair[0], other)
+
+
+def test_other_images_or_libraries_are_refused(tmp_path, pair, monkeypatch):
+    with pytest.raises(ValueError, match="differing in n, ids_sha256"):
+        compare(pair[0], make(tmp_path / "few.json", np.ones(99)))
+    monkeypatch.setattr(results, "library_versions", lambda names: dict.fromkeys(names, "0"))
+    with pytest.raises(ValueError, match=r"libraries\.torch-fidelity"):
+        compare(pair[0], make(tmp_path / "old.json", np.ones(100)))
+
+
+def test_what_may_differ(tmp_path, pair):
+    free = {
+        "label": "x",
+        "checkpoints": {"tokenizer": "12"},
+        "backend": "python",
+        "generated_sha256": "1",
+        "skipped": {"a": "b"},
+    }
+    assert len(compare(pair[0], make(tmp_path / "free.json", np.ones(100), **free))) == 2
+
+
+def test_killed_while_writing_leaves_the_old_file(tmp_path, pair, monkeypatch):
+    before = pair[0].read_bytes()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(results.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_results(pair[0], {"PSNR": measured(1, 1)}, {})
+    with pytest.raises(KeyboardInterrupt):
+        write_results(tmp_path / "new.json", {"PSNR": measured(1, 1)}, {})
+    assert pair[0].read_bytes() == before
+    assert not (tmp_path / "new.json").exists()
+
+
+def test_refused_files(tmp_path):
+    with pytest.raises(ValueError, match="finite value and n"):
+        write_results(tmp_path / "x.json", {"PSNR": measured(float("nan"), 3)}, {})
+    with pytest.raises(FileNotFoundError, match="no result file"):
+        read_results(tmp_path / "x.json")
+    (tmp_path / "x.json").write_text("[]")
+    with pytest.raises(ValueError, match="is no result file"):
+        read_results(tmp_path / "x.json")
+
+
+def test_score_captions(tmp_path, coco):
+    arguments = ["captions", *map(str, coco), "--backend", "python", "--out"]
+    score.main([*arguments, str(tmp_path / "a.json")])
+    score.main([*arguments, str(tmp_path / "b.json"), "--compare", str(tmp_path / "a.json")])
+    first, second = read_results(tmp_path / "a.json"), read_results(tmp_path / "b.json")
+    assert first.metrics == second.metrics
+    expected = json.loads(FIXTURE.read_text())["pycocoevalcap"]
+    assert first.metrics["CIDEr"]["value"] == pytest.approx(expected["CIDEr"], abs=1e-9)
+    assert first.metrics["CIDEr"]["low"] < expected["CIDEr"] < first.metrics["CIDEr"]["high"]
+    assert first.protocol["skipped"].keys() == {"METEOR", "SPICE"}
+    assert set(first.per_image()) == {"ids", *first.metrics}
+
+
+def test_score_captions_karpathy(tmp_path, coco):
+    """The same references in the Karpathy layout, by coco id: the same scores and the same protocol."""
+    by_image: dict[int, list[str]] = {}
+    for item in json.loads(FIXTURE.read_text())["annotations"]:
+        by_image.setdefault(item["image_id"], []).append(item["caption"])
+    images = [
+        {
+            "cocoid": i,
+            "imgid": n,
+            "filename": f"{i}.jpg",
+            "split": "test",
+            "sentences": [{"raw": c} for c in captions],
+        }
+        for n, (i, captions) in enumerate(by_image.items())
+    ]
+    (tmp_path / "karpathy.json").write_text(json.dumps({"images": images}))
+    for name, references in (("a", coco[1]), ("b", tmp_path / "karpathy.json")):
+        out = str(tmp_path / f"{name}.json")
+        score.main(["captions", str(coco[0]), str(references), "--backend", "python", "--out", out])
+    assert all(row.difference == 0 for row in compare(tmp_path / "a.json", tmp_path / "b.json"))
+
+
+@pytest.mark.parametrize(
+    ("results_", "words"),
+    [
+        ([{"image_id": 1}], "is no caption file"),
+        ([], "holds no caption"),
+        ([{"image_id": 404464, "caption": "a"}] * 2, "several captions for image 404464"),
+        ([{"image_id": -1, "caption": "a"}], "no captions for 1 of 1 images"),
+    ],
+)
+def test_score_captions_refuses(tmp_path, coco, capsys, results_, words):
+    coco[0].write_text(json.dumps(results_))
+    with pytest.raises(SystemExit) as exit_:
+        score.main(["captions", *map(str, coco), "--out", str(tmp_path / "out.json")])
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and words in error
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_score_images(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    from PIL import Image
+
+    monkeypatch.setattr(score, "FEATURE_CACHE", tmp_path / "cache")
+    for n, folder in enumerate(("g", "r")):
+        (tmp_path / folder).mkdir()
+        for i in range(12):
+            pixels = np.random.default_rng(100 * n + i).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / folder / f"{i}.png")
+    network = torch.jit.trace(
+        lambda x: x.float().mean(dim=(2, 3)), torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    )
+    network.save(str(tmp_path / "mean_features.pt"))
+    options = [
+        "--features",
+        str(tmp_path / "mean_features.pt"),
+        "--kid-subset-size",
+        "6",
+        "--kid-subsets",
+        "3",
+    ]
+    for name in ("a", "b"):
+        folders = [str(tmp_path / "g"), str(tmp_path / "r")]
+        score.main(["images", *folders, *options, "--out", str(tmp_path / f"{name}.json")])
+    first, second = read_results(tmp_path / "a.json"), read_results(tmp_path / "b.json")
+    assert first.metrics == second.metrics
+    assert set(first.metrics) == {"FD-mean", "KID", "precision", "recall"}
+    assert first.metrics["FD-mean"]["n"] == 12
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_table(tmp_path, pair, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# Title\n{table.BEGIN}\nold\n{table.END}\nend\n")
+    arguments = [*map(str, pair), "--readme", str(readme)]
+    with pytest.raises(SystemExit) as exit_:
+        table.main([*arguments, "--check"])
+    assert exit_.value.code == 2 and "stale" in capsys.readouterr().err
+    table.main(arguments)
+    text = readme.read_text()
+    assert text.startswith("# Title\n") and text.endswith("end\n") and "old" not in text
+    assert "| ours |" in text and text.count("| a |") == 1
+    table.main([*arguments, "--check"])
+
+
+def test_unlike_protocols_never_share_a_table(tmp_path, pair):
+    other = make(tmp_path / "val.json", np.ones(100), split="val")
+    tables = table.make_tables([read_results(path) for path in (*pair, other)])
+    assert tables.count("| --- |") == 2
+
+
+def test_cells():
+    assert (
+        table.format_metric("CIDEr", {"value": 0.59979, "low": 0.564, "high": 0.637}) == "60.0 [56.4, 63.7]"
+    )
+    assert table.format_metric("KID", {"value": 0.00347, "deviation": 0.0006}) == "0.0035 ± 0.0006"
+    assert table.format_metric("t2i_R@10", {"value": 0.2041}) == "0.204"
+    assert table.format_metric("recall", {"value": 0.76}) == "0.760"
+    assert table.format_metric("METEOR", None) == "-"
+
+
+def test_report(tmp_path, pair):
+    from PIL import Image
+
+    Image.new("RGB", (4, 4)).save(tmp_path / "samples.png")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "log.jsonl").write_text('{"step": 1, "loss": 2.0, "usage": 0.1}\n{"step": 2, "loss": 1.5}\n{"st')
+    report.main([str(tmp_path), "--out", str(tmp_path / "page" / "report.html"), "--runs", str(run)])
+    page = (tmp_path / "page" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert "ours" in page and "ids_sha256" in page and "http://" not in page and 'src="data:' in page
+
+
+def test_report_without_results(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        report.main([str(tmp_path), "--out", str(tmp_path / "report.html")])
+    assert "holds no result file" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()

@@ -1,0 +1,176 @@
+"""The training loop: a killed run goes on bit for bit, and mistakes are named before time is lost."""
+
+import dataclasses
+import functools
+import json
+import operator
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from tavq.tokenizer import train as tokenizer_train
+from tavq.training.checkpoint import written_aside
+from tavq.training.loop import StepOutput, Task, TrainingConfig, train
+from tavq.training.run_folder import read_log
+from tavq.training.stream import ShuffledStream, mixed_seed
+
+STEPS = 12
+FLAGS = [
+    *("--preset", "tiny", "--align", "none", "--losses.adversarial-from", "0.3"),
+    *("--training.steps", str(STEPS), "--training.evaluate-every", "100", "--training.log-every", "1"),
+    *("--training.checkpoint-minutes", "0"),
+]
+
+
+def weights(folder) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def losses(folder) -> list[dict]:
+    lines = read_log(folder / "training" / "log.jsonl")
+    return [{k: v for k, v in line.items() if k != "examples_per_s"} for line in lines]
+
+
+def test_a_run_killed_with_sigkill_continues_as_if_nothing_had_happened(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    tokenizer_train.main([*FLAGS, "--out", str(whole)])
+    command = [sys.executable, "-m", "tavq.tokenizer.train", *FLAGS, "--out", str(killed)]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    state, deadline = killed / "training" / "log.jsonl", time.monotonic() + 120
+    while len(read_log(state)) < 5 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    tokenizer_train.main([*FLAGS, "--out", str(killed)])
+    assert weights(killed) == weights(whole)
+    assert losses(killed) == losses(whole)
+
+
+def test_a_finished_run_is_not_repeated_and_another_configuration_is_refused(tmp_path, capsys):
+    flags = [*FLAGS[:4], "--training.steps", "1", "--out", str(tmp_path / "run")]
+    tokenizer_train.main(flags)
+    capsys.readouterr()
+    tokenizer_train.main(flags)
+    assert "has all 1 steps already" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        tokenizer_train.main([*flags, "--training.learning-rate", "0.5"])
+    assert stopped.value.code == 2
+    assert "another training.learning_rate" in capsys.readouterr().err
+
+
+class Line(nn.Module):
+    """y = a x, learned from batches of x; the smallest thing the loop can train."""
+
+    def __init__(self, poison_at: int | None = None):
+        super().__init__()
+        self.slope, self.poison_at, self.seen = nn.Parameter(torch.zeros(1, 1)), poison_at, []
+
+    def forward(self, batch, step):
+        self.seen.append(batch.tolist())
+        loss = ((self.slope * batch - 3 * batch) ** 2).mean()
+        if step == self.poison_at:
+            loss = loss * float("nan")
+        return StepOutput(loss, {"loss": loss})
+
+
+class Points(torch.utils.data.Dataset):
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, item):
+        return torch.tensor([float(item[0] + 1)])
+
+
+class LineTask(Task):
+    def __init__(self, **options):
+        self.model, self.dataset, self.saved = Line(**options), Points(), []
+
+    def evaluate(self, model, step):
+        return {"loss": float((model.slope - 3).abs())}
+
+    def save(self, model, directory, log):
+        self.saved.append(float(model.slope))
+
+
+CONFIG = TrainingConfig(
+    steps=30,
+    batch_size=2,
+    learning_rate=0.1,
+    warmup_steps=1,
+    weight_decay=0.0,
+    ema_decay=0.5,
+    evaluate_every=10,
+)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
+    with pytest.raises(FloatingPointError, match="in step 4"):
+        train(LineTask(poison_at=4), CONFIG, tmp_path, CONFIG)
+
+
+def test_accumulation_takes_as_many_batches_a_step_and_gives_the_mean_gradient(tmp_path):
+    config = dataclasses.replace(CONFIG, steps=1, grad_clip_norm=1e9)
+    twice, once = LineTask(), LineTask()
+    accumulating = dataclasses.replace(config, accumulation_steps=2)
+    train(twice, accumulating, tmp_path / "a", accumulating)
+    large = dataclasses.replace(config, batch_size=4)
+    train(once, large, tmp_path / "b", large)
+    assert functools.reduce(operator.iadd, twice.model.seen, []) == functools.reduce(
+        operator.iadd, once.model.seen, []
+    )
+    assert float(twice.model.slope) == pytest.approx(float(once.model.slope))
+
+
+def test_early_stopping_keeps_the_best_weights(tmp_path):
+    class Worsening(LineTask):
+        def evaluate(self, model, step):
+            return {"loss": float(step)}
+
+    task = Worsening()
+    config = dataclasses.replace(CONFIG, patience=1)
+    train(task, config, tmp_path, config)
+    assert len(task.saved) == 1
+    assert [line["step"] for line in read_log(tmp_path / "training" / "log.jsonl") if "val/loss" in line] == [
+        10,
+        20,
+    ]
+
+
+def test_a_half_written_line_of_the_log_is_left_out(tmp_path):
+    (tmp_path / "log.jsonl").write_text(json.dumps({"step": 1}) + '\n{"step": 2, "lo')
+    assert read_log(tmp_path / "log.jsonl") == [{"step": 1}]
+
+
+def test_the_stream_visits_everything_once_a_pass_and_starts_anywhere():
+    def batches(count, **options):
+        stream = iter(ShuffledStream(10, 4, **{"start": 0, "seed": 3} | options))
+        return [next(stream) for _ in range(count)]
+
+    first = batches(5)
+    assert sorted(index for index, _ in functools.reduce(operator.iadd, first, [])[:10]) == list(range(10))
+    assert batches(3, start=2) == first[2:]
+    assert batches(5, seed=4) != first
+    by_two = [batches(2, rank=rank, world_size=2) for rank in (0, 1)]
+    assert [by_two[0][0], by_two[1][0], by_two[0][1], by_two[1][1]] == first[:4]
+    draws = [draw for _, draw in functools.reduce(operator.iadd, first, [])]
+    assert len(set(draws)) == len(draws)
+
+
+def test_mixed_seeds_differ_by_place_and_fit_a_generator():
+    seeds = {mixed_seed(a, b, c) for a in range(5) for b in range(20) for c in range(5)}
+    assert len(seeds) == 500 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), written_aside(path) as aside:
+        aside.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

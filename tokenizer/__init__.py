@@ -1,0 +1,1 @@
+"""Images to grids of ids and back, the codebook aligned with text."""

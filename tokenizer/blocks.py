@@ -1,0 +1,57 @@
+"""The layers that encoder, decoder and discriminator are built from."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORM_GROUP = 16  # channels a group of GroupNorm
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(max(1, channels // NORM_GROUP), channels)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions behind GroupNorm and SiLU, added to the input. (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm1, self.norm2 = group_norm(channels), group_norm(channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)  # the block starts as the identity
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        return x + self.conv2(F.silu(self.norm2(h)))
+
+
+class AttentionBlock(nn.Module):
+    """Pre-norm self-attention over all positions and an MLP. (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float = 4.0):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        hidden = int(width * mlp_ratio)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        for last in (self.out, self.mlp[2]):
+            nn.init.normal_(last.weight, std=0.02)
+            nn.init.zeros_(last.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+def to_sequence(maps_BCHW: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, h*w, C), rows first."""
+    return maps_BCHW.flatten(2).transpose(1, 2)
+
+
+def to_map(sequence_BNC: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, h*w, C) -> (B, C, h, w), the inverse of `to_sequence`."""
+    return sequence_BNC.transpose(1, 2).unflatten(2, grid)

@@ -1,0 +1,84 @@
+"""Semantic distillation: latents follow the feature maps of a frozen vision network.
+
+A small data set gives an encoder trained from scratch little meaning. The teacher sees the photos at full
+size once, before training; the student learns to predict its maps from the latents through a head that
+inference never uses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from tavq.data.embedding_cache import default_cache_directory
+from tavq.data.examples import ImageTextDataset
+from tavq.data.images import UnreadableImageError, to_tensor
+from tavq.training.checkpoint import written_aside
+
+from .losses import FrozenNetwork
+
+TEACHER_SIZE_PX = 224
+TEACHER_BATCH = 32
+
+
+def teacher_maps(teacher: FrozenNetwork, dataset: ImageTextDataset, grid: tuple[int, int]) -> Tensor:
+    """The teacher's last map of every image, averaged to the token grid and standardised a channel.
+
+    Kept in the cache directory under the hashes of network, ids and grid: a second run reads it back.
+
+    Args:
+        teacher: gives maps (B, C, h', w') or vectors (B, C), which are spread over the grid.
+        dataset: the training split.
+
+    Returns:
+        (n, C, h, w) float16, in the order of the data set; zero for an image that cannot be read.
+    """
+    key = hashlib.sha256(f"{teacher.hash} {grid} {dataset.name} {dataset.ids}".encode()).hexdigest()[:24]
+    path = default_cache_directory() / "teacher_maps" / f"{key}.safetensors"
+    if path.exists():
+        return load_file(path)["maps"]
+    maps = []
+    for start in tqdm(range(0, len(dataset), TEACHER_BATCH), desc="teacher's maps", disable=None):
+        indices = range(start, min(start + TEACHER_BATCH, len(dataset)))
+        maps.append(_maps(teacher, torch.stack([_image_or_grey(dataset, i) for i in indices]), grid))
+    stacked = torch.cat(maps).float()
+    mean, deviation = stacked.mean(dim=(0, 2, 3), keepdim=True), stacked.std(dim=(0, 2, 3), keepdim=True)
+    standardised = ((stacked - mean) / deviation.clamp_min(1e-6)).half()
+    with written_aside(path) as aside:
+        save_file({"maps": standardised}, aside)
+    return standardised
+
+
+@torch.inference_mode()
+def _maps(teacher: FrozenNetwork, images: Tensor, grid: tuple[int, int]) -> Tensor:
+    last = teacher(images)[-1]
+    if last.ndim == 2:
+        return last[:, :, None, None].expand(-1, -1, *grid).half()
+    return F.adaptive_avg_pool2d(last, grid).half()
+
+
+def _image_or_grey(dataset: ImageTextDataset, index: int) -> Tensor:
+    try:
+        return to_tensor(dataset.load_image(index), TEACHER_SIZE_PX)
+    except UnreadableImageError:  # training skips and names it
+        return torch.zeros(3, TEACHER_SIZE_PX, TEACHER_SIZE_PX)
+
+
+class DistillationHead(nn.Module):
+    """Predicts the teacher's maps from latents; used in training alone."""
+
+    def __init__(self, code_dim: int, teacher_dim: int, width: int = 256):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(code_dim, width, 1), nn.GELU(), nn.Conv2d(width, teacher_dim, 1)
+        )
+
+    def forward(self, latents: Tensor, maps: Tensor) -> Tensor:
+        """Mean of 1 - cosine between prediction and teacher: (B, E, h, w), (B, C, h, w) -> scalar in [0,
+        2]."""
+        return (1 - F.cosine_similarity(self.layers(latents), maps.float(), dim=1)).mean()

@@ -1,0 +1,154 @@
+"""Reconstruction losses: perceptual distance, patch discriminator, and the balance between losses by gradient
+norm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tavq.training.checkpoint import file_hash
+
+from .blocks import group_norm
+
+
+class FrozenNetwork:
+    """A TorchScript network that teaches and is not trained; no nn.Module, so it is neither saved nor
+    averaged.
+
+    Args:
+        path: a TorchScript file; float images (B, 3, H, W) in [-1, 1] -> a feature map, a vector, or a list
+            of maps.
+    """
+
+    def __init__(self, path: str | Path):
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no network {path}; give the path of a TorchScript file (.pt)")
+        self.hash = file_hash(path)
+        self.network = torch.jit.load(str(path), map_location="cpu").eval()
+        for parameter in self.network.parameters():
+            parameter.requires_grad = False
+        self.device = torch.device("cpu")
+
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        if images.device != self.device:
+            self.network, self.device = self.network.to(images.device), images.device
+        features = self.network(images)
+        return list(features) if isinstance(features, list | tuple) else [features]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenNetwork:
+        return self  # the averaged copy of a model shares its teachers
+
+
+class LearnedPerceptual:
+    """LPIPS of Zhang et al. 2018, arXiv:1801.03924, from the `lpips` package (VGG; downloads its
+    backbone)."""
+
+    hash = "lpips-vgg"
+
+    def __init__(self) -> None:
+        from tavq.torchvision_ops import ensure_torchvision
+
+        ensure_torchvision()
+        try:
+            import lpips
+        except ImportError as error:
+            raise ValueError(
+                "--perceptual lpips needs the package: pip install lpips; or give a .pt file"
+            ) from error
+        self.network = lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
+
+    def distance(self, images: Tensor, targets: Tensor) -> Tensor:
+        return self.network.to(images.device)(images, targets).mean()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LearnedPerceptual:
+        return self
+
+
+class FeaturePerceptual(FrozenNetwork):
+    """Squared distance between unit-normalised feature maps of a frozen network, averaged over its maps.
+
+    Johnson et al. 2016, arXiv:1603.08155, with the normalisation of LPIPS but no learned weights. Not LPIPS.
+    """
+
+    def distance(self, images: Tensor, targets: Tensor) -> Tensor:
+        """(B, 3, H, W) twice, in [-1, 1] -> scalar in [0, 4]."""
+        with torch.no_grad():
+            wanted = self(targets)
+        pairs = zip(self(images), wanted, strict=True)
+        return torch.stack([_normalised_distance(got, want) for got, want in pairs]).mean()
+
+
+def _normalised_distance(got: Tensor, want: Tensor) -> Tensor:
+    return (F.normalize(got, dim=1) - F.normalize(want, dim=1)).square().sum(dim=1).mean()
+
+
+def open_perceptual(name: str) -> FeaturePerceptual | LearnedPerceptual:
+    """`lpips`, or the path of a TorchScript network that gives feature maps."""
+    return LearnedPerceptual() if name == "lpips" else FeaturePerceptual(name)
+
+
+class PatchDiscriminator(nn.Module):
+    """Judges overlapping patches (Isola et al. 2016, arXiv:1611.07004). (B, 3, H, W) -> logits (B, 1, H/8,
+    W/8)."""
+
+    def __init__(self, width: int = 48):
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for step in (1, 2):
+            layers += [nn.Conv2d(width * step, width * step * 2, 4, stride=2, padding=1)]
+            layers += [group_norm(width * step * 2), nn.LeakyReLU(0.2)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(width * 4, 1, 3, padding=1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images)
+
+
+def hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Discriminator's hinge loss (Lim and Ye 2017, arXiv:1705.02894)."""
+    return (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()) / 2
+
+
+class GradientBalance(nn.Module):
+    """Weights that give each auxiliary loss a stated share of the reconstruction's gradient norm.
+
+    The adaptive weight of VQGAN (Esser et al. 2020, arXiv:2012.09841, eq. 7), for several losses, measured
+    every `every` steps instead of in each, and smoothed. The weights are buffers, hence part of a checkpoint.
+
+    Args:
+        shares: name of a loss -> its gradient norm relative to the reconstruction's.
+        every: steps between two measurements.
+    """
+
+    def __init__(self, shares: dict[str, float], every: int = 16):
+        super().__init__()
+        self.shares, self.every = shares, every
+        for name in shares:
+            self.register_buffer(f"weight_{name}", torch.tensor(float("nan")))
+
+    def weigh(self, name: str, loss: Tensor, reference: Tensor, on: tuple[Tensor, ...], step: int) -> Tensor:
+        """`loss` times its weight.
+
+        Args:
+            reference: the reconstruction loss.
+            on: the tensors at which the gradients are compared.
+            step: of the run; decides whether to measure.
+        """
+        weight = getattr(self, f"weight_{name}")
+        if torch.is_grad_enabled() and loss.requires_grad and (step % self.every == 0 or weight.isnan()):
+            ratio = self.shares[name] * _norm(reference, on) / _norm(loss, on).clamp_min(1e-8)
+            weight.copy_(torch.where(weight.isnan(), ratio, weight.lerp(ratio, 0.2)).clamp(1e-4, 1e4))
+        return weight.nan_to_num(1.0) * loss
+
+    def report(self) -> dict[str, Tensor]:
+        return {f"weight/{name}": getattr(self, f"weight_{name}") for name in self.shares}
+
+
+def _norm(loss: Tensor, on: tuple[Tensor, ...]) -> Tensor:
+    gradients = torch.autograd.grad(loss, on, retain_graph=True, allow_unused=True)
+    present = [g.detach().flatten() for g in gradients if g is not None]
+    return torch.cat(present).norm() if present else loss.new_zeros(())

@@ -1,0 +1,265 @@
+"""The TA-VQ tokenizer: image <-> grid of ids, from a hierarchical encoder whose last level alone is decoded.
+
+Legend: B batch, H W image size in px, h w token grid, N = h*w, C channels, D trunk width, E code width, K
+    codes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tavq.training.checkpoint import Checkpointed, tensor_hash
+
+from .blocks import AttentionBlock, ResidualBlock, group_norm, to_map, to_sequence
+from .quantizer import QUANTIZERS, QuantizerConfig
+
+NUM_LEVELS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """Shape of the tokenizer."""
+
+    image_size_px: int = 64
+    channels: tuple[int, ...] = (48, 96, 192)
+    """A stage each, halving the resolution; the image enters the first at half its size (space to depth)."""
+    blocks_per_stage: int = 1
+    """Residual blocks of a stage in the encoder; the decoder has one more."""
+    trunk_blocks: int = 4
+    """Attention blocks on the token grid in the encoder; the last three give the levels."""
+    num_heads: int = 6
+    text_dim: int = 384
+    """Width of the text encoder that the levels are projected to."""
+    projection_width: int = 256
+    transport_temperature: float = 0.55
+    """Of the softmin over positions that scores an image against a text; epsilon + relaxation of the
+    alignment."""
+    quantizer: QuantizerConfig = QuantizerConfig()
+    provenance: dict[str, str] = dataclasses.field(default_factory=dict)
+    """What shaped these weights: alignment, text encoder, and the hash of every network that taught them."""
+
+    def __post_init__(self) -> None:
+        if self.image_size_px % self.downsampling:
+            raise ValueError(
+                f"image_size_px is {self.image_size_px}, expected a multiple of the downsampling, "
+                f"{self.downsampling}; choose another size"
+            )
+        if self.trunk_blocks <= NUM_LEVELS:
+            raise ValueError(f"trunk_blocks is {self.trunk_blocks}, expected at least {NUM_LEVELS + 1}")
+        if self.channels[-1] % self.num_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} does not divide the trunk width {self.channels[-1]}"
+            )
+
+    @property
+    def code_dim(self) -> int:
+        """Width of a code (E)."""
+        quantizer = self.quantizer
+        return len(quantizer.fsq_levels) if quantizer.name == "fsq" else quantizer.code_dim
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels a token side."""
+        return 2 ** len(self.channels)
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """(h, w)."""
+        side = self.image_size_px // self.downsampling
+        return side, side
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """Everything training needs of one pass through encoder, quantiser and decoder."""
+
+    latents: tuple[Tensor, ...]
+    """Three (B, E, h, w), before quantisation, shallow first."""
+    ids: Tensor
+    """(B, h, w) int64, of the last level."""
+    images: Tensor
+    """(B, 3, H, W), decoded from the last level alone."""
+    quantizer_loss: Tensor
+
+
+class Encoder(nn.Module):
+    """Image -> three latent maps of the token grid. (B, 3, H, W) in [-1, 1] -> 3 x (B, E, h, w).
+
+    Convolutions reach the token grid; attention blocks follow, since a shallow map of a convolutional encoder
+    sees some ten pixels and cannot mean "dog". The levels are taken behind the last three attention blocks.
+    """
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        channels = config.channels
+        stages: list[nn.Module] = [nn.PixelUnshuffle(2), nn.Conv2d(12, channels[0], 3, padding=1)]
+        for previous, width in itertools.pairwise(channels):
+            stages += [ResidualBlock(previous) for _ in range(config.blocks_per_stage)]
+            stages += [nn.Conv2d(previous, width, 3, stride=2, padding=1)]
+        self.stages = nn.Sequential(*stages)
+        h, w = config.grid_size
+        self.positions = nn.Parameter(torch.randn(1, h * w, channels[-1]) * 0.02)
+        self.trunk = nn.ModuleList(
+            AttentionBlock(channels[-1], config.num_heads) for _ in range(config.trunk_blocks)
+        )
+        code_dim = config.code_dim
+        self.heads = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(channels[-1]), nn.Linear(channels[-1], code_dim))
+            for _ in range(NUM_LEVELS)
+        )
+        self.grid = config.grid_size
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        x = to_sequence(self.stages(images)) + self.positions
+        levels = []
+        for block in self.trunk:
+            x = block(x)
+            levels.append(x)
+        return tuple(
+            to_map(head(x), self.grid) for head, x in zip(self.heads, levels[-NUM_LEVELS:], strict=True)
+        )
+
+
+class Decoder(nn.Module):
+    """Codes of the last level -> image. (B, E, h, w) -> (B, 3, H, W); [-1, 1] but for over-shoot."""
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        channels = config.channels[::-1]
+        h, w = config.grid_size
+        code_dim = config.code_dim
+        self.enter = nn.Linear(code_dim, channels[0])
+        self.positions = nn.Parameter(torch.randn(1, h * w, channels[0]) * 0.02)
+        self.trunk = AttentionBlock(channels[0], config.num_heads)
+        stages: list[nn.Module] = [ResidualBlock(channels[0])]
+        for previous, width in itertools.pairwise(channels):
+            stages += [nn.Upsample(scale_factor=2), nn.Conv2d(previous, width, 3, padding=1)]
+            stages += [ResidualBlock(width) for _ in range(config.blocks_per_stage + 1)]
+        self.stages = nn.Sequential(*stages)
+        self.norm = group_norm(channels[-1])
+        self.last = nn.Conv2d(channels[-1], 12, 3, padding=1)
+        self.grid, self.scale = config.grid_size, code_dim**0.5
+
+    def forward(self, codes: Tensor) -> Tensor:
+        x = self.enter(to_sequence(codes) * self.scale) + self.positions
+        x = self.stages(to_map(self.trunk(x), self.grid))
+        return F.pixel_shuffle(self.last(F.silu(self.norm(x))), 2)
+
+
+class TAVQTokenizer(Checkpointed):
+    """Image <-> grid of ids, with a codebook that is aligned with text.
+
+    `encode`, `decode`, `num_codes`, `grid_size` and `codebook` are all that prior and captioner know of it.
+    `project` takes codes to the space of the text encoder (the g_l of docs/method.md).
+    """
+
+    config_class = TokenizerConfig
+    kind = "ta-vq-tokenizer"
+    float32_weights = ("quantizer.weight",)
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        self.config = config
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.quantizer = QUANTIZERS[config.quantizer.name](config.quantizer)
+        self.projections = nn.ModuleList(
+            text_projection(config.code_dim, config.projection_width, config.text_dim)
+            for _ in range(NUM_LEVELS)
+        )
+
+    @property
+    def num_codes(self) -> int:
+        return self.config.quantizer.num_codes
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        return self.config.grid_size
+
+    @property
+    def image_size_px(self) -> int:
+        return self.config.image_size_px
+
+    @property
+    def codebook(self) -> Tensor:
+        """(K, E)."""
+        return self.quantizer.codebook.detach()
+
+    @property
+    def codebook_hash(self) -> str:
+        """Names this codebook; prior and captioner record it and refuse another."""
+        return tensor_hash(self.codebook)
+
+    def forward(self, images: Tensor) -> Encoded:
+        """Encode, quantise the last level, decode: one training pass over images (B, 3, H, W) in [-1, 1]."""
+        latents = self.encoder(self._checked(images))
+        quantized = self.quantizer(to_sequence(latents[-1]).flatten(0, 1))
+        codes = to_map(quantized.codes.unflatten(0, (len(images), -1)), self.grid_size)
+        ids = quantized.ids.view(len(images), *self.grid_size)
+        return Encoded(latents, ids, self.decoder(codes), quantized.loss)
+
+    @torch.inference_mode()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> ids (B, h, w) int64 in [0, K)."""
+        return self._ids(self.encoder(self._checked(images))[-1])
+
+    @torch.inference_mode()
+    def encode_levels(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> ids of all three levels (B, 3, h, w); only the last is
+        decoded."""
+        return torch.stack([self._ids(latents) for latents in self.encoder(self._checked(images))], dim=1)
+
+    @torch.inference_mode()
+    def decode(self, ids: Tensor) -> Tensor:
+        """ids (B, h, w) or (B, N) int64 in [0, K) -> images (B, 3, H, W) in [-1, 1]."""
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_codes:
+            raise ValueError(f"ids lie in [{ids.min()}, {ids.max()}], expected [0, {self.num_codes})")
+        codes = self.quantizer.lookup(ids.reshape(len(ids), -1))
+        return self.decoder(to_map(codes, self.grid_size)).clamp(-1, 1)
+
+    def project(self, ids: Tensor, level: int = NUM_LEVELS) -> Tensor:
+        """ids (...) of `level` (1, 2 or 3) -> vectors (..., text_dim) of unit length in the text encoder's
+        space."""
+        return F.normalize(self.projections[level - 1](self.quantizer.lookup(ids)), dim=-1)
+
+    def _ids(self, latents: Tensor) -> Tensor:
+        ids = self.quantizer.nearest(to_sequence(latents).flatten(0, 1))
+        return ids.view(len(latents), *self.grid_size)
+
+    def _checked(self, images: Tensor) -> Tensor:
+        size = self.config.image_size_px
+        if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}, expected (B, 3, {size}, {size}); resize them first"
+            )
+        return images
+
+
+def text_projection(code_dim: int, hidden: int, text_dim: int) -> nn.Sequential:
+    """The g_l: a code (E) -> the text encoder's space (text_dim), by one hidden layer."""
+    return nn.Sequential(nn.Linear(code_dim, hidden), nn.GELU(), nn.Linear(hidden, text_dim))
+
+
+PRESETS: dict[str, TokenizerConfig] = {
+    "flickr8k": TokenizerConfig(),
+    "tiny": TokenizerConfig(
+        image_size_px=32,
+        channels=(16, 32, 48),
+        num_heads=3,
+        projection_width=64,
+        quantizer=QuantizerConfig(num_codes=64, code_dim=16),
+    ),
+    "vqgan256": TokenizerConfig(
+        image_size_px=256,
+        channels=(64, 128, 256, 512),
+        blocks_per_stage=2,
+        trunk_blocks=6,
+        num_heads=8,
+        projection_width=512,
+        quantizer=QuantizerConfig(num_codes=1024, code_dim=256),
+    ),
+}

@@ -1,0 +1,273 @@
+"""Quantisers: latent vectors -> ids of a codebook, behind one interface and chosen by name.
+
+`Quantizer` finds the nearest code; subclasses change how the codebook learns. Own code where
+`vector_quantize_pytorch` has the method too: alignment needs the effective codebook with its gradient and the
+look-up of arbitrary latents, which that library does not expose for SimVQ, and offers for no IBQ;
+`tests/test_tokenizer_quantizer.py` holds the shared ones against it.
+
+Shapes: M vectors, K codes, E code width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+RESTART_NOISE = 0.01  # a component, so that two codes drawn from one latent part
+ROWS_AT_ONCE = 65536  # bounds the (M, K) similarity matrix when many vectors are looked up
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizerConfig:
+    """How latents become ids."""
+
+    name: Literal["nearest", "cvq", "simvq", "ibq", "fsq"] = "nearest"
+    num_codes: int = 1024
+    code_dim: int = 16
+    gradient: Literal["straight-through", "rotation"] = "straight-through"
+    """How the reconstruction's gradient passes the quantiser (nearest, cvq, simvq)."""
+    commitment: float = 0.05
+    """Weight of the pull of latents to codes, beside 1 for that of codes to latents; too strong, both
+    collapse."""
+    usage_decay: float = 0.95
+    """Of the running usage of each code (nearest, cvq)."""
+    restart_below: float = 0.1
+    """A code used less often than this share of the mean use is re-drawn from the batch (nearest)."""
+    entropy_weight: float = 0.05
+    """Of the entropy penalty (ibq)."""
+    temperature: float = 0.1
+    """Of the softmax over codes wherever codes are mixed (ibq, and the alignment's look-up)."""
+    fsq_levels: tuple[int, ...] = (8, 5, 5, 5)
+
+    def __post_init__(self) -> None:
+        if self.name == "fsq" and self.num_codes != (product := int(torch.tensor(self.fsq_levels).prod())):
+            raise ValueError(
+                f"fsq_levels {self.fsq_levels} make {product} codes, num_codes is {self.num_codes}; "
+                f"set it to {product}"
+            )
+        if self.num_codes < 2 or self.code_dim < 1:
+            raise ValueError(
+                f"num_codes {self.num_codes} and code_dim {self.code_dim}: expected at least 2 and 1"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """Result of a quantiser."""
+
+    codes: Tensor
+    """(M, E); its gradient passes to the latents."""
+    ids: Tensor
+    """(M,) int64 in [0, K)."""
+    loss: Tensor
+    """Scalar: codebook and commitment terms."""
+
+
+class Quantizer(nn.Module):
+    """Nearest code on the unit sphere, straight-through gradient, unused codes re-drawn.
+
+    Latents and codes are scaled to unit length, so that the nearest code is the one of largest cosine (Yu et
+    al. 2021,
+    arXiv:2110.04627, sec. 3.2); the estimator is that of van den Oord et al. 2017, arXiv:1711.00937, sec.
+    3.2, or the rotation trick of Fifty et al. 2024, arXiv:2410.06424, sec. 4.
+    """
+
+    def __init__(self, config: QuantizerConfig):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(F.normalize(torch.randn(config.num_codes, config.code_dim), dim=1))
+        self.register_buffer("usage", torch.ones(config.num_codes))  # running mean, relative to even use
+        self.register_buffer("untouched", torch.tensor(True))  # until the codes are drawn from a first batch
+
+    @property
+    def codebook(self) -> Tensor:
+        """(K, E), unit rows, differentiable."""
+        return F.normalize(self.weight, dim=1)
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """(..., E) -> the same, as the look-up sees it."""
+        return F.normalize(latents.float(), dim=-1)
+
+    def nearest(self, latents: Tensor) -> Tensor:
+        """(M, E) -> ids (M,) of the codes with the largest cosine."""
+        codebook, latents = self.codebook.detach(), self.normalise(latents.detach())
+        return torch.cat([(rows @ codebook.T).argmax(dim=1) for rows in latents.split(ROWS_AT_ONCE)])
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """ids (...) int64 in [0, K) -> codes (..., E)."""
+        return F.embedding(ids, self.codebook)
+
+    def forward(self, latents: Tensor) -> Quantized:
+        """Quantise latents (M, E); in training the codebook also adapts to them."""
+        latents = self.normalise(latents)
+        if self.training:  # before the codes enter the graph, since it writes them in place
+            self.adapt(latents.detach(), self.nearest(latents))
+        ids = self.nearest(latents)
+        codes = self.lookup(ids)
+        loss = F.mse_loss(codes, latents.detach()) + self.config.commitment * F.mse_loss(
+            latents, codes.detach()
+        )
+        return Quantized(self.pass_gradient(latents, codes), ids, loss * latents.shape[1])
+
+    def pass_gradient(self, latents: Tensor, codes: Tensor) -> Tensor:
+        if self.config.gradient == "rotation":
+            return rotate_to(latents, codes.detach())
+        return latents + (codes - latents).detach()
+
+    @torch.no_grad()
+    def adapt(self, latents: Tensor, ids: Tensor) -> None:
+        """Track the use of each code and re-draw the unused ones from the latents of the batch.
+
+        The first batch gives all codes: latents start in a narrow cone, where few random codes would be
+        near any.
+        """
+        self._track_usage(ids)
+        dead = ((self.usage < self.config.restart_below) | self.untouched).nonzero().flatten()
+        self.untouched.fill_(False)
+        if len(dead):
+            drawn = torch.randint(len(latents), (len(dead),), device=latents.device)
+            noise = RESTART_NOISE * torch.randn_like(self.weight[dead])
+            self.weight[dead] = F.normalize(latents[drawn] + noise, dim=1).to(self.weight.dtype)
+            self.usage[dead] = 1.0
+
+    def _track_usage(self, ids: Tensor) -> None:
+        counts = torch.bincount(ids, minlength=self.config.num_codes).float()
+        self.usage.lerp_(counts * (self.config.num_codes / len(ids)), 1 - self.config.usage_decay)
+
+
+class AnchoredQuantizer(Quantizer):
+    """CVQ-VAE: every code moves to an anchor among the batch's latents, the less it is used the further.
+
+    Zheng and Vedaldi 2023, arXiv:2307.15139, eqs. 4-6: e_k <- (1 - a_k) e_k + a_k z_k, with
+    a_k = exp(-10 K p_k / (1 - decay) - 0.001), p_k the running share of code k and z_k drawn by nearness to
+    e_k.
+    """
+
+    @torch.no_grad()
+    def adapt(self, latents: Tensor, ids: Tensor) -> None:
+        self._track_usage(ids)
+        decay = self.config.usage_decay
+        pull = torch.exp(-self.usage * 10 / (1 - decay) - 1e-3).unsqueeze(1)
+        candidates = latents[torch.randint(len(latents), (min(len(latents), 4096),), device=latents.device)]
+        nearness = self.codebook @ candidates.T / self.config.temperature
+        anchors = candidates[torch.multinomial(nearness.softmax(dim=1), 1).flatten()]
+        self.weight.copy_((1 - pull) * self.codebook + pull * anchors)
+
+
+class ReparameterisedQuantizer(Quantizer):
+    """SimVQ: the codebook is a frozen Gaussian matrix times a learned linear map, so every step moves every
+    code.
+
+    Zhu et al. 2024, arXiv:2411.02038, sec. 4.
+    """
+
+    def __init__(self, config: QuantizerConfig):
+        super().__init__(config)
+        del self.weight
+        self.register_buffer("basis", torch.randn(config.num_codes, config.code_dim) * config.code_dim**-0.5)
+        self.transform = nn.Linear(config.code_dim, config.code_dim, bias=False)
+        nn.init.orthogonal_(self.transform.weight)
+
+    @property
+    def codebook(self) -> Tensor:
+        return F.normalize(self.transform(self.basis), dim=1)
+
+    def adapt(self, latents: Tensor, ids: Tensor) -> None:
+        self._track_usage(ids)
+
+
+class IndexQuantizer(Quantizer):
+    """IBQ: a straight-through one-hot over all codes, so that the gradient reaches every code.
+
+    Shi et al. 2024, arXiv:2412.02692, sec. 3.2: one_hot - sg(softmax) + softmax, times the codebook; double
+    quantisation loss, and an entropy term that makes single choices sharp and the mean choice even.
+    """
+
+    def forward(self, latents: Tensor) -> Quantized:
+        latents, codebook = self.normalise(latents), self.codebook
+        soft = (latents @ codebook.T / self.config.temperature).softmax(dim=1)
+        ids = soft.argmax(dim=1)
+        hard = F.one_hot(ids, self.config.num_codes).to(soft.dtype)
+        codes = (hard - soft.detach() + soft) @ codebook
+        chosen = hard @ codebook
+        loss = F.mse_loss(codes, latents) + F.mse_loss(chosen, latents.detach())
+        loss = loss + self.config.commitment * F.mse_loss(latents, chosen.detach())
+        mean = soft.mean(dim=0)
+        entropy = (
+            -(soft * soft.clamp_min(1e-9).log()).sum(dim=1).mean() + (mean * mean.clamp_min(1e-9).log()).sum()
+        )
+        if self.training:
+            with torch.no_grad():
+                self._track_usage(ids)
+        return Quantized(codes, ids, loss * latents.shape[1] + self.config.entropy_weight * entropy)
+
+
+class FiniteScalarQuantizer(Quantizer):
+    """FSQ: each of a few channels is bounded and rounded; there is no codebook to learn, hence none to align.
+
+    Mentzer et al. 2023, arXiv:2309.15505, sec. 3. `codebook` is the fixed grid of code vectors.
+    """
+
+    def __init__(self, config: QuantizerConfig):
+        super().__init__(dataclasses.replace(config, code_dim=len(config.fsq_levels)))
+        del self.weight
+        levels = torch.tensor(config.fsq_levels)
+        self.register_buffer("levels", levels, persistent=False)
+        self.register_buffer(
+            "strides", torch.cat([torch.ones(1, dtype=torch.long), levels.cumprod(0)[:-1]]), False
+        )
+
+    @property
+    def codebook(self) -> Tensor:
+        digits = (
+            torch.arange(self.config.num_codes, device=self.levels.device)[:, None] // self.strides
+        ) % self.levels
+        return digits / (self.levels - 1) * 2 - 1
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        return latents.float().tanh()
+
+    def nearest(self, latents: Tensor) -> Tensor:
+        return self._digits(self.normalise(latents.detach())).matmul(self.strides)
+
+    def _digits(self, bounded: Tensor) -> Tensor:
+        return ((bounded + 1) / 2 * (self.levels - 1)).round().long()
+
+    def forward(self, latents: Tensor) -> Quantized:
+        latents = self.normalise(latents)
+        ids = (self._digits(latents) * self.strides).sum(dim=1)
+        if self.training:
+            with torch.no_grad():
+                self._track_usage(ids)
+        return Quantized(latents + (self.lookup(ids) - latents).detach(), ids, latents.new_zeros(()))
+
+
+QUANTIZERS: dict[str, type[Quantizer]] = {
+    "nearest": Quantizer,
+    "cvq": AnchoredQuantizer,
+    "simvq": ReparameterisedQuantizer,
+    "ibq": IndexQuantizer,
+    "fsq": FiniteScalarQuantizer,
+}
+
+
+def rotate_to(latents: Tensor, codes: Tensor) -> Tensor:
+    """The value of `codes` with the gradient of the rotation and scaling that takes each latent to its code.
+
+    Fifty et al. 2024, arXiv:2410.06424, eq. 4: R e = e - 2 w (w.e) + 2 q (e.e_hat), w = (e_hat + q_hat) /
+    |e_hat + q_hat|, with rotation and scale held constant.
+
+    Args:
+        latents: (M, E), the e of the equation.
+        codes: (M, E), without gradient, the q.
+    """
+    e_hat, q_hat = F.normalize(latents.detach(), dim=1), F.normalize(codes, dim=1)
+    w = F.normalize(e_hat + q_hat, dim=1)
+    scale = codes.norm(dim=1, keepdim=True) / latents.detach().norm(dim=1, keepdim=True).clamp_min(1e-8)
+    along_w = (latents * w).sum(dim=1, keepdim=True)
+    along_e = (latents * e_hat).sum(dim=1, keepdim=True)
+    return scale * (latents - 2 * along_w * w + 2 * along_e * q_hat)

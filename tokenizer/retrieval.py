@@ -1,0 +1,62 @@
+"""Retrieval through the codes: how well the ids of an image find its text, and the reverse.
+
+Legend: n images, m texts, N tokens an image, D text width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .model import NUM_LEVELS, TAVQTokenizer
+from .transport import single_unit_cost
+
+IMAGES_AT_ONCE = 16
+
+
+@torch.inference_mode()
+def alignment_scores(
+    tokenizer: TAVQTokenizer, ids: Tensor, text_vectors: Tensor, level: int = NUM_LEVELS
+) -> Tensor:
+    """Score every image against every text: minus the transport cost of the text as one unit.
+
+    Args:
+        tokenizer: gives codebook and projection.
+        ids: (n, h, w) or (n, N) int64, of `level`.
+        text_vectors: (m, D), unit length.
+
+    Returns:
+        (n, m) float32 in [-2, 0]; larger fits better.
+    """
+    blocks = []
+    for part in ids.flatten(1).split(IMAGES_AT_ONCE):
+        cost = 1 - tokenizer.project(part, level) @ text_vectors.to(ids.device).T
+        temperature = tokenizer.config.transport_temperature
+        blocks.append(-single_unit_cost(cost, epsilon=temperature, relaxation=0.0))
+    return torch.cat(blocks)
+
+
+def recall_at(ranks: Tensor, k: int) -> float:
+    """Share of queries whose answer has a rank below k; ranks (m,) int64 from 0."""
+    return float((ranks < k).float().mean())
+
+
+def text_to_image_ranks(scores: Tensor, own_image: Tensor) -> Tensor:
+    """Rank of each text's own image among all images.
+
+    Args:
+        scores: (n, m).
+        own_image: (m,) int64, the image that text j belongs to.
+
+    Returns:
+        (m,) int64 from 0; ties count against the query.
+    """
+    own = scores.gather(0, own_image.unsqueeze(0))
+    return (scores >= own).sum(dim=0) - 1
+
+
+def image_to_text_ranks(scores: Tensor, own_image: Tensor) -> Tensor:
+    """Rank of the best of each image's own texts among all texts of other images: (n,) int64 from 0."""
+    belongs = own_image.unsqueeze(0) == torch.arange(len(scores), device=scores.device).unsqueeze(1)
+    best = scores.masked_fill(~belongs, -torch.inf).amax(dim=1, keepdim=True)
+    return ((scores >= best) & ~belongs).sum(dim=1)

@@ -1,0 +1,128 @@
+"""tavq tokenize --data DIR --out DIR [--checkpoint DIR]
+
+Turn a data set into shards of ids, with mirrored and cropped variants, for training prior and captioner.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tavq.arguments import parse, run_main
+from tavq.data.examples import ImageTextDataset, readable_images
+from tavq.data.images import to_tensor
+from tavq.data.layouts import open_dataset
+from tavq.data.tokens import TokenMeta, TokenRecord, write_tokens
+from tavq.training.checkpoint import WEIGHTS_FILE, file_hash, local_directory
+from tavq.training.stream import mixed_seed
+
+from .model import TAVQTokenizer
+
+SPLITS = ("train", "val", "test")
+IMAGES_AT_ONCE = 32
+SMALLEST_CROP = 0.8  # of a side
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizeRun:
+    """Turn images into ids, once, for training prior and captioner.
+
+    Example: tavq tokenize --data flickr8k/ --out runs/mine/tokens --checkpoint runs/mine/tokenizer
+    """
+
+    data: str
+    """Data set: a directory in any known layout, or `shapes`."""
+    out: Path
+    """Directory of the shards."""
+    checkpoint: str = "checkpoints/flickr8k/tokenizer"
+    """Tokenizer: a directory or hub id."""
+    crops: int = 2
+    """Random crops of each training image, every second one mirrored, beside the photo and its mirror
+    image."""
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.crops < 0:
+            raise ValueError(f"crops is {self.crops}, expected 0 or more")
+
+
+def variants(image: Image.Image, size_px: int, crops: int, seed: int) -> Tensor:
+    """The photo, its mirror image, and random crops: (2 + crops, 3, size_px, size_px) in [-1, 1]."""
+    whole = to_tensor(image, size_px)
+    views = [whole, whole.flip(-1)]
+    random = np.random.default_rng(seed)
+    for number in range(crops):
+        width, height = (round(side * random.uniform(SMALLEST_CROP, 1)) for side in image.size)
+        left, top = random.integers(image.width - width + 1), random.integers(image.height - height + 1)
+        view = to_tensor(image.crop((left, top, left + width, top + height)), size_px)
+        views.append(view.flip(-1) if number % 2 else view)
+    return torch.stack(views)
+
+
+def tokenized(
+    tokenizer: TAVQTokenizer, dataset: ImageTextDataset, split: str, crops: int, device: str
+) -> Iterator[TokenRecord]:
+    """Encode a split; only the training split has crops, the others repeat nothing but the mirror image."""
+    crops = crops if split == "train" else 0
+    waiting: list[tuple[int, Tensor]] = []
+    bar = tqdm(total=len(dataset), desc=f"tokenizing {split}", unit="image", disable=None)
+    for index, image in readable_images(dataset):
+        waiting.append((index, variants(image, tokenizer.image_size_px, crops, mixed_seed(index, crops))))
+        bar.update(1)
+        if len(waiting) == IMAGES_AT_ONCE:
+            yield from _encoded(tokenizer, dataset, split, waiting, device)
+            waiting = []
+    yield from _encoded(tokenizer, dataset, split, waiting, device)
+    bar.close()
+
+
+def _encoded(
+    tokenizer: TAVQTokenizer,
+    dataset: ImageTextDataset,
+    split: str,
+    waiting: list[tuple[int, Tensor]],
+    device: str,
+) -> Iterator[TokenRecord]:
+    if not waiting:
+        return
+    ids = tokenizer.encode(torch.cat([views for _, views in waiting]).to(device))
+    ids_NVhw = ids.unflatten(0, (len(waiting), -1)).cpu().numpy()
+    for (index, _), ids_Vhw in zip(waiting, ids_NVhw, strict=True):
+        example = dataset[index]
+        yield TokenRecord(example.id, split, ids_Vhw, example.captions, example.long_text)
+
+
+@run_main
+def main(argv: Sequence[str] | None = None) -> None:
+    run = parse(TokenizeRun, argv, prog="tavq tokenize")
+    directory = local_directory(run.checkpoint)
+    tokenizer = TAVQTokenizer.from_pretrained(directory).to(run.device)
+    sets = {split: open_dataset(run.data, split) for split in SPLITS}
+    meta = TokenMeta(
+        num_codes=tokenizer.num_codes,
+        grid_size=tokenizer.grid_size,
+        codebook_hash=tokenizer.codebook_hash,
+        tokenizer=file_hash(directory / WEIGHTS_FILE),
+        data=sets["train"].name,
+        variants=2,
+        image_size_px=tokenizer.image_size_px,
+    )
+    records = (
+        record
+        for split, dataset in sets.items()
+        if len(dataset)
+        for record in tokenized(tokenizer, dataset, split, run.crops, run.device)
+    )
+    write_tokens(run.out, records, meta)
+    print(run.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""The cost of carrying a text onto an image: entropic optimal transport, and its Gaussian stand-in.
+
+Legend: S codes of an image, U text units, leading dimensions `...` are independent problems. Float32
+    throughout.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sinkhorn_plan(
+    cost: Tensor, unit_mask: Tensor, *, epsilon: float, relaxation: float, iterations: int
+) -> Tensor:
+    """Semi-relaxed entropic transport plan: every text unit is placed, image positions may stay empty.
+
+    Minimises <P, C> + epsilon KL(P | a b') + relaxation KL(P 1 | a) over plans whose text marginal P' 1 is
+    exactly b, with a uniform over the S codes and b uniform over the valid units. Log-domain iterations after
+    Chizat et al. 2018,
+    arXiv:1607.05816, alg. 2; with `relaxation` infinite it is the balanced problem of Cuturi 2013,
+    arXiv:1306.0895.
+
+    Args:
+        cost: (..., S, U), any finite values.
+        unit_mask: (..., U) bool, broadcast against cost; True where a unit exists, at least one a problem.
+        epsilon: entropic regularisation, in units of the cost.
+        relaxation: weight of the image marginal's penalty, in units of the cost; `math.inf` makes it exact.
+        iterations: pairs of updates; the text marginal is exact after each.
+
+    Returns:
+        P (..., S, U), rows sum to about 1/S, columns to exactly 1/U; detached from the graph.
+    """
+    with torch.no_grad():
+        cost = cost.float()
+        log_a = -torch.log(torch.tensor(float(cost.shape[-2]), device=cost.device))
+        count = unit_mask.sum(dim=-1, keepdim=True).float()
+        log_b = torch.where(unit_mask, -count.log(), -torch.inf).unsqueeze(-2)
+        damping = 1.0 if relaxation == float("inf") else relaxation / (relaxation + epsilon)
+        kernel = -cost / epsilon
+        f = torch.zeros_like(cost[..., :1])
+        for _ in range(iterations):
+            g = -torch.logsumexp(kernel + f + log_a, dim=-2, keepdim=True)
+            f = -damping * torch.logsumexp(kernel + g + log_b, dim=-1, keepdim=True)
+        g = -torch.logsumexp(kernel + f + log_a, dim=-2, keepdim=True)
+        return torch.exp(kernel + f + g + log_a + log_b)
+
+
+def transport_cost(cost: Tensor, unit_mask: Tensor, **sinkhorn: float) -> Tensor:
+    """<P, C> with the plan of `sinkhorn_plan` held constant: (..., S, U) -> (...), the mean cost of a unit.
+
+    By the envelope theorem the detached plan gives the gradient of the regularised problem.
+    """
+    return (sinkhorn_plan(cost, unit_mask, **sinkhorn) * cost).sum(dim=(-2, -1))
+
+
+def single_unit_cost(cost: Tensor, *, epsilon: float, relaxation: float) -> Tensor:
+    """Transport cost of each text unit by itself, in closed form: (..., S, U) -> (..., U).
+
+    With one unit the problem of `sinkhorn_plan` has the plan a_i exp(-C_i / (epsilon + relaxation)),
+    normalised.
+    """
+    plan = torch.softmax(-cost.detach() / (epsilon + relaxation), dim=-2)
+    return (plan * cost).sum(dim=-2)
+
+
+def gaussian_cost(codes: Tensor, units: Tensor, unit_mask: Tensor) -> Tensor:
+    """Squared 2-Wasserstein distance between diagonal Gaussians fitted to each image's codes and each text's
+    units.
+
+    W2^2 = |mu_Z - mu_T|^2 + |sigma_Z - sigma_T|^2 (Dowson and Landau 1982), for all pairs: no plan, no
+    iteration.
+
+    Args:
+        codes: (B, S, D).
+        units: (B', U, D).
+        unit_mask: (B', U) bool, at least one True a row.
+
+    Returns:
+        (B, B'), at least 0.
+    """
+    weight = unit_mask.float().unsqueeze(-1)
+    count = weight.sum(dim=1)
+    mean_units = (units * weight).sum(dim=1) / count
+    variance_units = ((units - mean_units.unsqueeze(1)).square() * weight).sum(dim=1) / count
+    mean_codes, variance_codes = codes.mean(dim=1), codes.var(dim=1, correction=0)
+    # 1e-12 keeps the square root differentiable where all codes agree
+    moments_codes = torch.cat([mean_codes, (variance_codes + 1e-12).sqrt()], dim=-1)
+    moments_units = torch.cat([mean_units, (variance_units + 1e-12).sqrt()], dim=-1)
+    return torch.cdist(moments_codes, moments_units, compute_mode="donot_use_mm_for_euclid_dist").square()

@@ -1,0 +1,60 @@
+"""The order of a training set as a pure function of the seed, so that any place in it can be taken up
+again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+DRAW_STRIDE = 1_000_003  # a prime larger than any draw index in use keeps (seed, draw) pairs apart
+
+
+def mixed_seed(seed: int, *place: int) -> int:
+    """A 63-bit seed from a run's seed and a place in it; unlike places give unlike seeds (splitmix64
+    finaliser)."""
+    value = seed
+    for part in place:
+        value = (value * DRAW_STRIDE + part + 0x9E3779B97F4A7C15) % 2**64
+        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) % 2**64
+        value ^= value >> 31
+    return value % 2**63
+
+
+class ShuffledStream(Sampler[tuple[int, int]]):
+    """Endless shuffled passes over a data set, started at any batch.
+
+    Yields lists of `(index, draw_seed)`: which example, and the seed of its augmentation. Pass `p` is a
+    permutation seeded by (seed, p), so batch `b` is the same whether or not the run was interrupted before
+    it.
+
+    Args:
+        length: examples in the data set; at least 1.
+        batch_size: examples a batch and process.
+        start: the first batch to yield.
+        seed: of the run.
+        rank, world_size: the processes take batches in turn.
+    """
+
+    def __init__(
+        self, length: int, batch_size: int, *, start: int, seed: int, rank: int = 0, world_size: int = 1
+    ):
+        if length < 1:
+            raise ValueError("the data set is empty; nothing to train on")
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.first, self.stride = start * world_size + rank, world_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        batch, epoch, order = self.first, -1, []
+        while True:
+            items = []
+            for place in range(batch * self.batch_size, (batch + 1) * self.batch_size):
+                if place // self.length != epoch:
+                    epoch = place // self.length
+                    generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch))
+                    order = torch.randperm(self.length, generator=generator).tolist()
+                items.append((order[place % self.length], mixed_seed(self.seed, epoch, place)))
+            yield items
+            batch += self.stride
