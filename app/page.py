@@ -25,6 +25,7 @@ PROMPTS = (
 )
 MAX_PICTURES, MAX_CANDIDATES, MAX_BEAM = 16, 16, 10
 UNSURE_BELOW = 0.3
+GALLERY_PX = 650  # two rows of two
 CLEAN_EVERY_S, KEEP_FILES_S = 3600, 24 * 3600
 # One model, one job at a time: two would only slow each other down.
 QUEUED: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
@@ -83,7 +84,7 @@ def _text_to_image(actions: Actions) -> None:
                 autofocus=True,
             )
             with gr.Row():
-                count = gr.Slider(1, MAX_PICTURES, 4, step=1, label="Number of images")
+                count = gr.Slider(1, MAX_PICTURES, 4, step=1, label="Images")
                 seed = _seed()
             with gr.Row():
                 draw, stop = gr.Button("Draw", variant="primary"), gr.Button("Stop", variant="stop")
@@ -111,6 +112,7 @@ def _text_to_image(actions: Actions) -> None:
         [prompt, count, seed, *sampling, best_of, live],
         [gallery, files, used, recipe],
         api_name="generate",
+        show_progress_on=gallery,
         **QUEUED,
     )
     stop.click(None, cancels=drawing)
@@ -170,7 +172,7 @@ def _reconstruction(actions: Actions) -> None:
             with gr.Row():
                 seen = _picture(f"What the model sees: {size} x {size} px", "pixels")
                 rebuilt = _picture("Decoded from the tokens alone", "pixels")
-                tokens = _picture(f"The {h} x {w} tokens; equal ids have equal colours")
+                tokens = _picture(f"The {h} x {w} tokens, a colour each")
             with gr.Accordion("The ids as numbers", open=False):
                 ids = gr.JSON(show_label=False)
     run.click(actions.reconstruct, photo, [seen, rebuilt, tokens, ids], api_name="reconstruct", **QUEUED)
@@ -189,7 +191,7 @@ def _completion(actions: Actions, photo: gr.Image) -> None:
                     for side, share in (("left", 25), ("top", 25), ("width", 50), ("height", 50))
                 ]
             with gr.Row():
-                count, seed = gr.Slider(1, MAX_PICTURES, 4, step=1, label="Number of images"), _seed()
+                count, seed = gr.Slider(1, MAX_PICTURES, 4, step=1, label="Images"), _seed()
             with gr.Accordion("Settings", open=False):
                 sampling = _sampling(actions.pipeline)
             run = gr.Button("Complete", variant="primary")
@@ -202,6 +204,7 @@ def _completion(actions: Actions, photo: gr.Image) -> None:
         [photo, prompt, keep, *box, count, seed, *sampling],
         [gallery, files, used],
         api_name="complete",
+        show_progress_on=gallery,
         **QUEUED,
     )
 
@@ -224,8 +227,8 @@ def _sampling(pipeline: Pipeline) -> Sequence[Component]:
 def _gallery(label: str) -> gr.Gallery:
     """Small pictures, enlarged without smoothing; what is downloaded from it is the file itself."""
     return gr.Gallery(
-        label=label, columns=2, fit_columns=False, height="auto", object_fit="contain", format="png",
-        interactive=False, elem_classes="pixels", buttons=["download", "fullscreen"],
+        label=label, show_label=False, columns=2, fit_columns=False, height=GALLERY_PX, object_fit="contain",
+        format="png", interactive=False, elem_classes="pixels", buttons=["download", "fullscreen"],
     )  # fmt: skip
 
 

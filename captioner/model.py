@@ -137,6 +137,9 @@ class Captioner(Checkpointed):
         super().__init__()
         self.config = config
         self.language = _untrained_language(config) if language is None else language
+        self.language.config.pad_token_id = (
+            None  # else transformers warns of padding that its own search made
+        )
         self.text: Vocabulary | None = WordVocabulary(config.words) if config.words else None
         dim = self.language.get_input_embeddings().embedding_dim
         self.image = ImageReader(config, dim)
@@ -296,7 +299,6 @@ def _untrained_language(config: CaptionerConfig) -> nn.Module:
             attn_pdrop=0.0,
             bos_token_id=vocabulary.end_id,
             eos_token_id=vocabulary.end_id,
-            pad_token_id=vocabulary.pad_id,
         )
     )
 

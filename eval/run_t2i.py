@@ -29,6 +29,7 @@ from tavq.eval.evaluation import (
     REFERENCE_SIZE_PX,
     EvaluationRun,
     at_reference_size,
+    kid_options,
     network_fields,
     open_network,
     photos,
@@ -121,12 +122,11 @@ def worst_and_best(
         ).byte(),
         "noise": _noise(len(reference), size),
     }
+    options = {"cache_dir": FEATURE_CACHE, "device": run.device} | kid_options(len(reference))
     scores = {}
     for name, images in sets.items():
         if len(images) == len(reference):
-            found = image_metrics(
-                ImageSet(images), reference, network, cache_dir=FEATURE_CACHE, device=run.device
-            )
+            found = image_metrics(ImageSet(images), reference, network, **options)
             scores[name] = found.values[network.frechet_name]
     return scores
 
@@ -159,13 +159,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = run.result_path("t2i")
     prompts = [example.captions[0] for example in dataset.examples]
     reference, _ = reference_set(dataset)
+    options = {"cache_dir": FEATURE_CACHE, "device": run.device} | kid_options(len(reference))
     drawn, scores = [], []
     for seed in range(run.seeds):
         drawn.append(draw(pipeline, prompts, seed, path.with_suffix("") / f"seed{seed}", run.sampling))
         generated = ImageSet(at_reference_size(drawn[-1]))
-        scores.append(
-            image_metrics(generated, reference, network, cache_dir=FEATURE_CACHE, device=run.device)
-        )
+        scores.append(image_metrics(generated, reference, network, **options))
         print(f"seed {seed}: " + json.dumps(scores[-1].values), flush=True)
     metrics = {
         name: over_seeds([score.values[name] for score in scores], len(prompts)) for name in scores[0].values
@@ -186,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ids=dataset.ids,
         started=started,
         **run.protocol_fields(pipeline, dataset, "t2i"),
-        **network_fields(network),
+        **network_fields(network, len(reference)),
         sampling=dataclasses.asdict(run.sampling),
         seeds=list(range(run.seeds)),
         prompts="the first caption of each photo",

@@ -24,6 +24,7 @@ from tavq.eval.evaluation import (
     FEATURE_CACHE,
     EvaluationRun,
     at_reference_size,
+    kid_options,
     network_fields,
     open_network,
     photos,
@@ -111,12 +112,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     protocol = run.protocol_fields(pipeline, evaluated, "tokenizer") | {"image_size_px": size}
     if network is not None:
         reference, _ = reference_set(evaluated)
-        options = {"cache_dir": FEATURE_CACHE, "device": run.device}
+        options = {"cache_dir": FEATURE_CACHE, "device": run.device} | kid_options(len(reference))
         rebuilt_scores = image_metrics(ImageSet(at_reference_size(rebuilt)), reference, network, **options)
         shrunk_scores = image_metrics(ImageSet(at_reference_size(originals)), reference, network, **options)
         name = network.frechet_name
         metrics[f"r{name}"] = measured(rebuilt_scores.values[name], len(ids))
-        protocol |= network_fields(network) | {
+        protocol |= network_fields(network, len(reference)) | {
             "floors": {f"{name} of photos at {size} px": shrunk_scores.values[name]}
         }
     metrics |= with_intervals(per_image) | codebook_use(ids, pipeline.tokenizer.num_codes)

@@ -33,8 +33,15 @@ class Decoder:
         config, device = prior.config, prior.start.device
         self.prior, self.dtype = prior, torch.bfloat16 if precision == "bfloat16" else torch.float32
         head_width = config.width // config.num_heads
-        shape = (config.num_layers, rows, config.length, 2, config.num_heads, head_width)
-        self.cache = torch.zeros(shape, device=device, dtype=self.dtype)
+        shape = (
+            config.num_layers,
+            2,
+            rows,
+            config.num_heads,
+            config.length,
+            head_width,
+        )  # a head's keys in a row
+        self.cache = torch.zeros(shape, device=device, dtype=self.dtype).transpose(3, 4)
         self.bias = torch.zeros(rows, 1, config.length, device=device, dtype=self.dtype)
         self.start, self.tokens, self.places = (
             weights.detach().to(self.dtype) for weights in (prior.start, prior.tokens.weight, prior.places)
@@ -49,11 +56,12 @@ class Decoder:
         """Fill the cache with the texts of all R rows, each by itself, so that no other text matters."""
         prior, device = self.prior, self.prior.start.device
         embedded, seen = prior.prefix(texts.states.to(device), texts.mask.to(device))
-        self.bias.copy_(prior.key_bias(seen))
+        bias_R1S = prior.key_bias(seen)
+        self.bias.copy_(bias_R1S)
         lengths = (seen * torch.arange(1, seen.shape[1] + 1, device=device)).amax(1).tolist()
         for row, length in enumerate(lengths):
-            x, bias = embedded[row : row + 1, :length], prior.key_bias(seen)[row : row + 1, :, :length]
-            for block, cache in zip(prior.blocks, self.cache[:, row : row + 1], strict=True):
+            x, bias = embedded[row : row + 1, :length], bias_R1S[row : row + 1, :, :length]
+            for block, cache in zip(prior.blocks, self.cache[:, :, row : row + 1], strict=True):
                 x = block(x, prior.turns[:length], bias, cache)
 
     def step(self, ids_R: Tensor | None, position: int) -> Tensor:
@@ -69,17 +77,16 @@ class Decoder:
 class Layer:
     """A block of the prior, one position at a time."""
 
-    def __init__(self, block: Block, cache_RS2hd: Tensor, precision: Precision):
-        self.cache, self.attention = cache_RS2hd, block.attention
-        self.keys, self.values = cache_RS2hd.unbind(2)
-        rows, gain = len(cache_RS2hd), block.qkv.in_features**0.5
+    def __init__(self, block: Block, cache_2RShd: Tensor, precision: Precision):
+        self.keys, self.values = cache_2RShd
+        self.attention, rows, gain = block.attention, len(self.keys), block.qkv.in_features**0.5
         self.qkv = prepared_linear(block.qkv.weight.detach() * gain, rows, precision)
         self.out = prepared_linear(block.out.weight.detach(), rows, precision)
         self.gate_up = prepared_linear(block.gate_up.weight.detach() * gain, rows, precision)
         self.down = prepared_linear(block.down.weight.detach(), rows, precision)
 
     def __call__(self, x_RD: Tensor, turn_d: Tensor, bias_R1S: Tensor, at: int) -> Tensor:
-        rows, _, _, heads, width = self.cache.shape
+        rows, _, heads, width = self.keys.shape
         qkv = self.qkv(unit(x_RD)).view(rows, 3, heads, width)
         turned = torch.view_as_complex(unit(qkv[:, :2].float()).unflatten(-1, (-1, 2))) * turn_d
         q, k = torch.view_as_real(turned).view(rows, 2, heads, width).unbind(1)

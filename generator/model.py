@@ -94,7 +94,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x_BLD: Tensor, turns: Tensor, bias_BLS: Tensor, cache_BS2hd: Tensor | None = None
+        self, x_BLD: Tensor, turns: Tensor, bias_BLS: Tensor, cache_2BShd: Tensor | None = None
     ) -> Tensor:
         """Pass the residual stream of the first L positions through.
 
@@ -102,9 +102,9 @@ class Block(nn.Module):
             x_BLD: residual stream.
             turns: (L, d/2, 2) of these positions, as in `rotary_turns`.
             bias_BLS: additive attention bias; here S is L.
-            cache_BS2hd: where to put their keys and values, if anywhere.
+            cache_2BShd: where to put their keys and values, if anywhere.
         """
-        x_BLD = x_BLD + self.dropout(self._attention(rms_norm(x_BLD), turns, bias_BLS, cache_BS2hd))
+        x_BLD = x_BLD + self.dropout(self._attention(rms_norm(x_BLD), turns, bias_BLS, cache_2BShd))
         gate, up = self.gate_up(rms_norm(x_BLD)).chunk(2, dim=-1)
         return x_BLD + self.dropout(self.down(F.silu(gate) * up))
 
@@ -114,7 +114,7 @@ class Block(nn.Module):
         q, k = rotate(rms_norm(heads[:, :, :2]), turns).unbind(2)
         v = heads[:, :, 2]
         if cache is not None:
-            cache[:, :length, 0], cache[:, :length, 1] = k, v
+            cache[0, :, :length], cache[1, :, :length] = k, v
         return self.out(attend(q, k, v, bias_BLS, self.attention).reshape(rows, length, width))
 
 

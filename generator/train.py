@@ -23,7 +23,6 @@ from tavq.data.text_encoder import TextEncoder
 from tavq.data.tokens import TokenMeta, TokenSet, open_tokens
 from tavq.training.checkpoint import tensor_hash
 from tavq.training.loop import StepOutput, Task, TrainingConfig, train
-from tavq.training.run_folder import RunLog
 from tavq.training.stream import mixed_seed
 
 from .model import PRESETS, Prior, PriorConfig
@@ -142,6 +141,7 @@ class PriorTrainee(nn.Module):
 class PriorTask(Task):
     """The prior as the training loop sees it; the validation loss decides which weights are kept."""
 
+    name = "prior"
     watch = ("loss", "min")
 
     def __init__(self, run: PriorRun, decode: Decode | None = None, codebook: Tensor | None = None):
@@ -187,7 +187,8 @@ class PriorTask(Task):
         images = self.decode(ids.unflatten(1, model.prior.config.grid_size))
         return {"samples": np.asarray(grid(to_pil(images), columns=8))}
 
-    def save(self, model: PriorTrainee, directory: Path, log: RunLog) -> None:
+    def save(self, model: PriorTrainee, directory: Path, card: str) -> None:
+        model.prior.card = card
         model.prior.save_pretrained(directory)
 
 

@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train tokenizer": ("tavq.tokenizer.train:main", "train the tokenizer, aligned with text or plain"),
     "train generator": ("tavq.commands:train_generator", "train the prior (text to ids)"),
     "train captioner": ("tavq.commands:train_captioner", "train the captioner (ids to text)"),
+    "export": ("tavq.commands:export", "copy a checkpoint for sharing, in half precision"),
     "score": ("tavq.eval.score:main", "score anybody's captions or pictures"),
     "table": ("tavq.eval.table:main", "make the README's tables from result files"),
     "report": ("tavq.eval.report:main", "one page of results, curves and pictures"),

@@ -21,16 +21,18 @@ from tyro.conf import OmitArgPrefixes, Positional
 from tavq.arguments import from_dict, parse, run_main
 from tavq.captioner.decoding import DecodingConfig
 from tavq.captioner.folder import caption_folder
+from tavq.captioner.model import Captioner
 from tavq.captioner.train import RUN_PRESETS as CAPTIONER_PRESETS
 from tavq.captioner.train import CaptionerRun
 from tavq.captioner.train import train_captioner as run_captioner_training
 from tavq.data.images import grid, load_image
+from tavq.generator.model import Prior
 from tavq.generator.sampling import SamplingConfig
 from tavq.generator.train import RUN_PRESETS as PRIOR_PRESETS
 from tavq.generator.train import PriorRun, train_prior
 from tavq.pipeline import Pipeline, read_recipe
 from tavq.tokenizer.model import TAVQTokenizer
-from tavq.training.checkpoint import written_aside
+from tavq.training.checkpoint import CONFIG_FILE, local_directory, written_aside
 
 CHECKPOINT = "checkpoints/flickr8k"
 PROMPTS_AT_ONCE = 16
@@ -300,6 +302,40 @@ def kept_part(keep: str, width: int, height: int) -> torch.Tensor:
 
 def _mask_of(path: Path) -> torch.Tensor:
     return torch.from_numpy(np.array(load_image(path).convert("L"))) >= MIN_MASK_GREY
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportRun:
+    """Copy a trained checkpoint for sharing, in half precision (the codebook stays in full).
+
+    Rounded weights change a few ids: tokenize with the exported tokenizer. Example: tavq export
+    runs/mine/tokenizer --out checkpoints/mine/tokenizer
+    """
+
+    source: Positional[str]
+    """Directory or hub id of a tokenizer, prior or captioner."""
+    out: Path
+    """Directory of the copy."""
+    half: bool = True
+    """Store float16; loading gives float32 again."""
+
+
+@run_main
+def export(argv: Sequence[str] | None = None) -> None:
+    run = parse(ExportRun, argv, prog="tavq export")
+    directory = local_directory(run.source)
+    kind = (
+        json.loads((directory / CONFIG_FILE).read_text()).get("kind")
+        if (directory / CONFIG_FILE).is_file()
+        else None
+    )
+    model_class = {c.kind: c for c in (TAVQTokenizer, Prior, Captioner)}.get(kind)
+    if model_class is None:
+        raise ValueError(
+            f"{directory} holds no tokenizer, prior or captioner; name the directory of one of them"
+        )
+    model_class.from_pretrained(directory).save_pretrained(run.out, half=run.half)
+    print(run.out)
 
 
 @run_main

@@ -149,9 +149,7 @@ class Pipeline:
         texts = self.text_states(prompts)
         rows = [index for index in range(len(prompts)) for _ in range(best_of)]
         own = TokenStates(texts.states[rows], texts.mask[rows])
-        drawn_seeds = [
-            mixed_seed(seed, number) if number else seed for seed in seeds for number in range(best_of)
-        ]
+        drawn_seeds = [mixed_seed(seed, n) if n else seed for seed in seeds for n in range(best_of)]
         candidates = sample(self.prior, own, drawn_seeds, settings).unflatten(0, (-1, best_of))
         results = []
         for prompt, seed, ids in zip(prompts, seeds, candidates, strict=True):

@@ -88,14 +88,22 @@ class Points(torch.utils.data.Dataset):
 
 
 class LineTask(Task):
+    name = "prior"
+
     def __init__(self, **options):
         self.model, self.dataset, self.saved = Line(**options), Points(), []
 
     def evaluate(self, model, step):
         return {"loss": float((model.slope - 3).abs())}
 
-    def save(self, model, directory, log):
+    def save(self, model, directory, card):
         self.saved.append(float(model.slope))
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    training: TrainingConfig
+    data: str = "points"
 
 
 CONFIG = TrainingConfig(
@@ -111,16 +119,16 @@ CONFIG = TrainingConfig(
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
     with pytest.raises(FloatingPointError, match="in step 4"):
-        train(LineTask(poison_at=4), CONFIG, tmp_path, CONFIG)
+        train(LineTask(poison_at=4), CONFIG, tmp_path, Run(CONFIG))
 
 
 def test_accumulation_takes_as_many_batches_a_step_and_gives_the_mean_gradient(tmp_path):
     config = dataclasses.replace(CONFIG, steps=1, grad_clip_norm=1e9)
     twice, once = LineTask(), LineTask()
     accumulating = dataclasses.replace(config, accumulation_steps=2)
-    train(twice, accumulating, tmp_path / "a", accumulating)
+    train(twice, accumulating, tmp_path / "a", Run(accumulating))
     large = dataclasses.replace(config, batch_size=4)
-    train(once, large, tmp_path / "b", large)
+    train(once, large, tmp_path / "b", Run(large))
     assert functools.reduce(operator.iadd, twice.model.seen, []) == functools.reduce(
         operator.iadd, once.model.seen, []
     )
@@ -134,7 +142,7 @@ def test_early_stopping_keeps_the_best_weights(tmp_path):
 
     task = Worsening()
     config = dataclasses.replace(CONFIG, patience=1)
-    train(task, config, tmp_path, config)
+    train(task, config, tmp_path, Run(config))
     assert len(task.saved) == 1
     assert [line["step"] for line in read_log(tmp_path / "training" / "log.jsonl") if "val/loss" in line] == [
         10,

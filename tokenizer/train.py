@@ -25,7 +25,6 @@ from tavq.data.layouts import open_dataset
 from tavq.data.text_encoder import TextEncoder
 from tavq.data.text_index import UnitIndex
 from tavq.training.loop import StepOutput, Task, TrainingConfig, train
-from tavq.training.run_folder import RunLog
 from tavq.training.stream import mixed_seed
 
 from .alignment import LEVEL_NAMES, AlignmentConfig, TextAligner, TextBank, TextUnits
@@ -254,6 +253,7 @@ class Critic(nn.Module):
 class TokenizerTask(Task):
     """The tokenizer as the training loop sees it."""
 
+    name = "tokenizer"
     watch = None  # with a discriminator that joins late, the last weights are the best ones
 
     def __init__(self, run: TokenizerRun):
@@ -340,7 +340,8 @@ class TokenizerTask(Task):
         both = to_pil(images) + to_pil(tokenizer.decode(tokenizer.encode(images)))
         return {"reconstructions": np.asarray(grid(both, columns=PICTURES))}
 
-    def save(self, model: TokenizerTrainee, directory: Path, log: RunLog) -> None:
+    def save(self, model: TokenizerTrainee, directory: Path, card: str) -> None:
+        model.tokenizer.card = card
         model.tokenizer.save_pretrained(directory)
 
 

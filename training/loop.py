@@ -23,6 +23,9 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from tavq.arguments import to_plain
+
+from .card import model_card
 from .run_folder import RunLog, StopRequest, claim_folder
 from .stream import ShuffledStream, mixed_seed
 
@@ -88,6 +91,7 @@ class Task:
     """One of the three models as the loop sees it; subclasses live beside their models.
 
     Attributes:
+        name: what is trained, as the model card calls it: "tokenizer", "prior" or "captioner".
         model: called as `model(batch, step)`, returns StepOutput.
         critic: optional second player, called as `critic(output.for_critic, step)`, returns StepOutput.
         dataset: `dataset[(index, draw_seed)]` gives an example, `len(dataset)` their number.
@@ -95,6 +99,7 @@ class Task:
             last.
     """
 
+    name: str
     model: nn.Module
     critic: nn.Module | None = None
     dataset: Dataset
@@ -119,8 +124,8 @@ class Task:
         """Named uint8 arrays (H, W, 3) to look at in TensorBoard; drawn after each evaluation."""
         return {}
 
-    def save(self, model: nn.Module, directory: Path, log: RunLog) -> None:
-        """Write the checkpoint that people load from the averaged weights `model`."""
+    def save(self, model: nn.Module, directory: Path, card: str) -> None:
+        """Write the checkpoint that people load from the averaged weights `model`, with its model card."""
         raise NotImplementedError
 
 
@@ -165,7 +170,7 @@ class Trainer:
     """State of one run of `train`."""
 
     def __init__(self, task: Task, config: TrainingConfig, out: Path, resolved: Any):
-        self.task, self.config, self.out = task, config, out
+        self.task, self.config, self.out, self.resolved = task, config, out, resolved
         self.folder = out / "training"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.accelerator = Accelerator(
@@ -322,7 +327,8 @@ class Trainer:
         for title, picture in self.task.pictures(model).items():
             self.log.board.add_image(title, picture, state.step, dataformats="HWC")
         if self._is_best(metrics):
-            self.task.save(model, self.out, self.log)
+            card = model_card(self.task.name, to_plain(self.resolved), self.log.lines)
+            self.task.save(model, self.out, card)
 
     def _is_best(self, metrics: dict[str, float]) -> bool:
         if self.task.watch is None:

@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# Train tokenizer, prior and captioner, measure them, and write the README's table:
+#
+#   DATA=../shared/data/flickr8k TEACHER=squeezenet_layers.pt FEATURES=mobilenet_v2_features.pt bash recipes/flickr8k.sh
+#   PRESET=tiny bash recipes/flickr8k.sh        # the same chain on generated shapes, in minutes
+#
+# Every step is skipped when it is done and goes on where it was stopped. ALIGN=none trains the plain baseline.
+# TEACHER shapes the tokenizer (perceptual loss and distillation), FEATURES only measures.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+PRESET=${PRESET:-flickr8k}
+ALIGN=${ALIGN:-ot}
+RUN=${RUN:-runs/$PRESET-$ALIGN}
+DATA=${DATA:-$([ "$PRESET" = tiny ] && echo shapes || echo ../shared/data/flickr8k)}
+SPLIT=${SPLIT:-test}
+DEVICE=${DEVICE:-cpu}
+TEACHER=${TEACHER:-}
+FEATURES=${FEATURES:-}
+PYTHON=${PYTHON:-.venv/bin/python}
+SELF_CRITICAL=$([ "$PRESET" = tiny ] && echo tiny-self-critical || echo flickr8k-self-critical)
+EVAL_FLAGS=$([ "$PRESET" = tiny ] && echo "--limit 60" || true)
+READY=$RUN/ready # what is shipped: rounded weights, and what was measured with them
+
+tavq() { "$PYTHON" -m tavq.cli "$@"; }
+
+step() { # NAME COMMAND...: run once; a mark is left behind when it ends well
+    local mark=$RUN/done/$1
+    if [ -e "$mark" ]; then echo "== $1: done before"; return; fi
+    echo "== $1"
+    "${@:2}"
+    mkdir -p "$RUN/done" && touch "$mark"
+}
+
+train() { # NAME FLAGS...
+    local precision=no
+    [ "$DEVICE" = cuda ] && precision=bf16
+    tavq train "$1" --training.precision "$precision" "${@:2}"
+}
+
+teacher=()
+[ -n "$TEACHER" ] && teacher=(--perceptual "$TEACHER" --distill "$TEACHER")
+features=()
+[ -n "$FEATURES" ] && features=(--features "$FEATURES")
+evaluate() { # NAME FLAGS...
+    "$PYTHON" "eval/run_$1.py" --checkpoint "$READY" --data "$DATA" --split "$SPLIT" --device "$DEVICE" \
+        --label "$PRESET-$ALIGN" $EVAL_FLAGS "${@:2}"
+}
+
+step tokenizer train tokenizer --preset "$PRESET" --align "$ALIGN" --data "$DATA" --out "$RUN/tokenizer" "${teacher[@]}"
+step tokenizer-export tavq export "$RUN/tokenizer" --out "$READY/tokenizer"
+step tokens tavq tokenize --data "$DATA" --checkpoint "$READY/tokenizer" --out "$RUN/tokens" --device "$DEVICE"
+step generator train generator --preset "$PRESET" --tokens "$RUN/tokens" --tokenizer "$READY/tokenizer" --out "$RUN/generator"
+step generator-export tavq export "$RUN/generator" --out "$READY/generator"
+step captioner train captioner --preset "$PRESET" --tokens "$RUN/tokens" --tokenizer "$READY/tokenizer" --out "$RUN/captioner"
+step self-critical train captioner --preset "$SELF_CRITICAL" --tokens "$RUN/tokens" --start "$RUN/captioner" --out "$RUN/self-critical"
+step captioner-export tavq export "$RUN/self-critical" --out "$READY/captioner"
+if [ -n "$FEATURES" ]; then
+    step measure-tokenizer evaluate tokenizer "${features[@]}"
+    step measure-t2i evaluate t2i "${features[@]}"
+else
+    echo "== no FEATURES network: rFD and FD are left out"
+    step measure-tokenizer evaluate tokenizer --no-frechet
+fi
+step measure-captions evaluate caption
+echo "weights and results: $READY"

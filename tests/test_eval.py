@@ -1,0 +1,119 @@
+"""The three evaluations on tiny weights: protocol recorded, training networks refused, killed runs resumed."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from tavq.eval import run_caption, run_t2i, run_tokenizer
+from tavq.eval.results import read_results
+
+LIMIT = ("--data", "shapes", "--limit", "12")
+
+
+class Moments(torch.nn.Module):
+    """The smallest feature network: mean and deviation of each colour."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        pixels = images.float().flatten(2) / 255
+        return torch.cat([pixels.mean(2), pixels.std(2)], dim=1)
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    path = tmp_path_factory.mktemp("network") / "moments_features.pt"
+    torch.jit.script(Moments()).save(str(path))
+    return path
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint, tmp_path):
+    return shutil.copytree(tiny_checkpoint, tmp_path / "tiny")
+
+
+def test_tokenizer_evaluation_measures_reconstruction_and_codebook(checkpoint, network, tmp_path, capsys):
+    out = tmp_path / "tokenizer.json"
+    flags = ["--checkpoint", str(checkpoint), *LIMIT, "--features", str(network), "--out", str(out)]
+    run_tokenizer.main(flags)
+    results = read_results(out)
+    assert {"rFD-moments", "PSNR", "SSIM", "usage", "perplexity"} <= set(results.metrics)
+    assert (
+        results.metrics["PSNR"]["low"] <= results.metrics["PSNR"]["value"] <= results.metrics["PSNR"]["high"]
+    )
+    assert all(entry["n"] == 12 for entry in results.metrics.values())
+    assert (
+        results.protocol["split"] == "test" and "FD-moments of photos at 32 px" in results.protocol["floors"]
+    )
+    run_tokenizer.main([*flags, "--compare", str(out)])
+    assert "PSNR" in capsys.readouterr().out
+    assert read_results(out).metrics == results.metrics
+
+
+def test_a_network_that_shaped_training_never_measures(checkpoint, network, tmp_path, capsys):
+    from tavq.training.checkpoint import file_hash
+
+    path = checkpoint / "tokenizer" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"provenance": {"distilled_from": file_hash(network)}}))
+    for script in (run_tokenizer, run_t2i):
+        with pytest.raises(SystemExit) as stopped:
+            script.main(
+                [
+                    *("--checkpoint", str(checkpoint), *LIMIT),
+                    *("--features", str(network), "--out", str(tmp_path / "x.json")),
+                ]
+            )
+        assert stopped.value.code == 2 and "shaped training" in capsys.readouterr().err
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_a_killed_t2i_evaluation_goes_on_where_it_stopped(checkpoint, network, tmp_path, monkeypatch):
+    out = tmp_path / "t2i.json"
+    flags = ["--checkpoint", str(checkpoint), *LIMIT, "--features", str(network), "--out", str(out)]
+    flags += ["--seeds", "2", "--judge", str(checkpoint)]
+    monkeypatch.setattr(run_t2i, "PROMPTS_AT_ONCE", 4)
+    drawn = run_t2i.Pipeline.generate
+    prompts_drawn = []
+
+    def killed(self, prompts, *rest):
+        if len(prompts_drawn) == 8:
+            raise KeyboardInterrupt
+        prompts_drawn.extend(prompts)
+        return drawn(self, prompts, *rest)
+
+    monkeypatch.setattr(run_t2i.Pipeline, "generate", killed)
+    with pytest.raises(SystemExit):
+        run_t2i.main(flags)
+    assert not out.exists()
+
+    def counted(self, prompts, *rest):
+        prompts_drawn.extend(prompts)
+        return drawn(self, prompts, *rest)
+
+    monkeypatch.setattr(run_t2i.Pipeline, "generate", counted)
+    run_t2i.main(flags)
+    assert len(prompts_drawn) == 24, "two seeds of 12 pictures, none drawn twice"
+    results = read_results(out)
+    assert {"FD-moments", "KID", "precision", "recall", "cycle_CIDEr"} <= set(results.metrics)
+    assert {"FD-moments of noise", "FD-moments of a constant grey image"} <= set(results.protocol["floors"])
+    assert results.metrics["FD-moments"]["over"] == "generation seeds"
+
+
+def test_caption_evaluation_writes_coco_results_and_metrics(checkpoint, tmp_path):
+    out = tmp_path / "caption.json"
+    run_caption.main(
+        ["--checkpoint", str(checkpoint), *LIMIT, "--backend", "python", "--out", str(out), "--beam", "2"]
+    )
+    results = read_results(out)
+    assert {"CIDEr", "BLEU-4", "ROUGE-L", "ends in a function word"} <= set(results.metrics)
+    rows = json.loads((tmp_path / "caption.captions.json").read_text())
+    assert len(rows) == 12 and set(rows[0]) == {"image_id", "caption"}
+    assert results.protocol["decoding"]["beam"] == 2
+
+
+def test_a_part_that_is_missing_is_named(checkpoint, capsys):
+    shutil.rmtree(checkpoint / "captioner")
+    with pytest.raises(SystemExit) as stopped:
+        run_caption.main(["--checkpoint", str(checkpoint), *LIMIT])
+    assert stopped.value.code == 2 and "captioner/config.json" in capsys.readouterr().err

@@ -1,0 +1,76 @@
+"""The model card that every training run writes beside its weights."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+PHOTO_NOTICE = """\
+For weights trained on Flickr8k (Hodosh, Young and Hockenmaier 2013): the photos belong to their Flickr
+authors and are for research use. No photo is part of these files; weights trained on them, and the pictures
+that they draw, may resemble them."""
+TEXT_NOTICE = """\
+Text vectors come from all-MiniLM-L6-v2 (Apache-2.0), whose own training read Flickr30k captions, which
+probably include those of Flickr8k."""
+PURPOSES = {
+    "tokenizer": "Turns a square picture into a grid of ids of one codebook, and back.",
+    "prior": "Draws the ids of a picture from a text. Needs the tokenizer whose codebook its config names.",
+    "captioner": "Writes an English sentence from the ids of a picture. Needs its tokenizer likewise.",
+}
+
+
+def model_card(name: str, resolved: dict[str, Any], lines: list[dict[str, float]]) -> str:
+    """Markdown with front matter: what the weights are, what they were made from, how, and how well they do.
+
+    Args:
+        name: "tokenizer", "prior" or "captioner".
+        resolved: configuration of the run, as `config.yaml` holds it.
+        lines: of the run's log, for steps, speed and validation metrics.
+    """
+    steps = int(lines[-1]["step"]) if lines else 0
+    scores = next((line for line in reversed(lines) if any(name.startswith("val/") for name in line)), {})
+    table = "\n".join(f"| {name[4:]} | {value:.4f} |" for name, value in scores.items() if name != "step")
+    source = Path(str(resolved.get("data") or resolved["tokens"])).name
+    processor = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    training = resolved["training"]
+    examples = steps * training["batch_size"] * training["accumulation_steps"]
+    rates = [line["examples_per_s"] for line in lines if "examples_per_s" in line]
+    hours = examples / (sum(rates) / len(rates)) / 3600 if rates else 0.0
+    return f"""---
+license: apache-2.0
+library_name: ta-vq
+---
+# TA-VQ {name}
+
+{PURPOSES[name]}
+
+Our own formulation of what the abstract of TA-VQ (Liang et al., CVPR 2025, arXiv:2503.01261) states; not the
+authors' weights. Not for judging, identifying or depicting real people.
+
+## Data
+
+Trained on the training split of `{source}`.
+
+{PHOTO_NOTICE}
+
+{TEXT_NOTICE}
+
+## Training
+
+{steps:,} steps, {examples:,} examples, about {hours:.1f} hours on {processor} with {torch.get_num_threads()}
+thread(s), torch {torch.__version__}. The configuration, as `--config` reads it:
+
+```yaml
+{yaml.safe_dump(resolved, sort_keys=False).strip()}
+```
+
+## Validation split
+
+| metric | value |
+| --- | --- |
+{table}
+"""
