@@ -56,6 +56,7 @@ class Actions:
 
     def __init__(self, pipeline: Pipeline, folder: Path):
         self.pipeline, self.folder = pipeline, folder
+        self.stopped: set[str] = set()  # sessions whose drawing shall end
 
     def generate(
         self,
@@ -68,11 +69,13 @@ class Actions:
         top_p: float,
         best_of: int,
         live: bool,
+        request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008  gradio finds it by this default
     ) -> Iterator[tuple[list[Any], list[str], int, str]]:
         """Yield (pictures, files, seed, recipe) again and again, until every picture is drawn.
 
-        Stopped half-way, the pictures so far stay on the page; a file is written when a picture is whole.
+        A file is written when a picture is whole. After `stop`, the pictures so far stay on the page
+        (Gradio's own cancelling would clear them).
         """
         with readable_errors():
             settings = SamplingConfig(
@@ -90,6 +93,16 @@ class Actions:
                     yield shown, files, seed, recipe
                 else:
                     yield [*shown, (picture.image, "drawing ...")], files, seed, recipe
+                if request.session_hash in self.stopped:
+                    return
+
+    def start(self, request: gr.Request) -> None:
+        """Forget an earlier `stop` of this browser tab; called before the drawing waits for its turn."""
+        self.stopped.discard(request.session_hash)
+
+    def stop(self, request: gr.Request) -> None:
+        """End the drawing of this browser tab after the row, or the picture, in hand."""
+        self.stopped.add(request.session_hash)
 
     def _drawn(
         self, prompt: str, seed: int, count: int, settings: SamplingConfig, best_of: int, live: bool

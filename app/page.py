@@ -106,8 +106,7 @@ def _text_to_image(actions: Actions) -> None:
                 used = gr.Number(label="Seed used", precision=0, interactive=False)
                 recipe = gr.Textbox(label="Recipe", lines=2, interactive=False, scale=3, buttons=["copy"])
             files = _files()
-    drawing = gr.on(
-        [draw.click, prompt.submit],
+    gr.on([draw.click, prompt.submit], actions.start, queue=False, **HIDDEN).then(
         actions.generate,
         [prompt, count, seed, *sampling, best_of, live],
         [gallery, files, used, recipe],
@@ -115,7 +114,7 @@ def _text_to_image(actions: Actions) -> None:
         show_progress_on=gallery,
         **QUEUED,
     )
-    stop.click(None, cancels=drawing)
+    stop.click(actions.stop, queue=False, **HIDDEN)
 
 
 def _image_to_text(actions: Actions) -> None:
@@ -140,9 +139,10 @@ def _image_to_text(actions: Actions) -> None:
                 label="Words with their probability: click one to see where the model looked",
                 color_map={SURE: "#99f6e4", UNSURE: "#fdba74"}, show_legend=True, show_inline_category=False,
             )  # fmt: skip
+            gr.Markdown("The patches behind each word: red is much, yellow is little")
             patches = gr.Gallery(
-                label="The patches behind each word: red is much, yellow is little",
-                columns=4, height=420, object_fit="contain", format="png", interactive=False,
+                label="Patches", show_label=False, columns=4, height=420, object_fit="contain",
+                format="png", interactive=False, buttons=["download", "fullscreen"],
             )  # fmt: skip
     outputs = [best, ranking, words, patches, described, chosen]
     run.click(actions.caption, [photo, beam, n_best, unsure], outputs, api_name="caption", **QUEUED)

@@ -32,6 +32,19 @@ class TokenStates:
     mask: Tensor
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What the encoder makes of token ids.
+
+    Attributes:
+        states: (n, T, D) float32, zero where nothing was read.
+        pooled: (n, D) float32, unit length.
+    """
+
+    states: Tensor
+    pooled: Tensor
+
+
 class TextEncoder:
     """A frozen text encoder in float32: one vector a text, or one state a token.
 
@@ -61,6 +74,16 @@ class TextEncoder:
     def token_dim(self) -> int:
         """Width of `token_states`; differs from `dim` where pooling projects, as in CLIP."""
         return self._model.config.hidden_size
+
+    @property
+    def token_embeddings(self) -> Tensor:
+        """(V, D) of the model's vocabulary."""
+        return self._model.get_input_embeddings().weight.detach()
+
+    @property
+    def special_ids(self) -> tuple[int, ...]:
+        """Ids that stand for no part of a text: start, end, padding, mask."""
+        return tuple(self._tokenizer.all_special_ids)
 
     @cached_property
     def hash(self) -> str:
@@ -115,6 +138,19 @@ class TextEncoder:
             states[places, : kept.shape[1]] = hidden * kept[..., None]
         return TokenStates(states, mask)
 
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Give the ids of each text, start and end tokens included, however long."""
+        return self._tokenizer(list(texts), add_special_tokens=True, verbose=False)["input_ids"]
+
+    @torch.no_grad()
+    def read(self, ids: Tensor, mask: Tensor) -> Reading:
+        """Encode token ids (n, T) int64; where `mask` (n, T) is False nothing is read, neither by a
+        neighbour."""
+        mask = mask.to(self.device)
+        output = self._model(input_ids=ids.to(self.device), attention_mask=mask.long())
+        pooled = normalize(self._pool(output, mask).float(), dim=-1)
+        return Reading((output.last_hidden_state.float() * mask[..., None]).cpu(), pooled.cpu())
+
     def _batches(
         self, texts: Sequence[str], max_tokens: int, batch_size: int
     ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
@@ -126,7 +162,7 @@ class TextEncoder:
             raise ValueError(
                 f"{len(empty)} of {len(texts)} texts are empty (first: number {empty[0]}); write something"
             )
-        ids = self._tokenizer(list(texts), add_special_tokens=True, verbose=False)["input_ids"]
+        ids = self.token_ids(texts)
         self._warn_of_cuts(texts, ids, max_tokens)
         order = sorted(range(len(texts)), key=lambda place: len(ids[place]))
         for start in range(0, len(order), batch_size):

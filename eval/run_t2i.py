@@ -36,9 +36,9 @@ from tavq.eval.evaluation import (
     print_metrics,
     reference_set,
 )
+from tavq.eval.faithfulness import judged, nearest_training_images, open_judge, pictures_of
 from tavq.eval.results import format_comparison, make_protocol, measured, with_intervals, write_results
 from tavq.generator.sampling import SamplingConfig
-from tavq.metrics.captions import caption_metrics
 from tavq.metrics.features import FeatureNetwork, ImageSet
 from tavq.metrics.frechet import image_metrics
 from tavq.pipeline import Pipeline, read_recipe
@@ -62,8 +62,10 @@ class T2IEvaluation(EvaluationRun):
     """Also measure what a good and a bad set would get: real photos, shrunk photos, noise, a constant
     image."""
     judge: str | None = None
-    """Checkpoint whose tokenizer and captioner judge the pictures (cycle CIDEr); never the one that drew
-    them."""
+    """Checkpoint that judges the pictures (cycle CIDEr, rank of the prompt); never the one that drew them."""
+    neighbours: int = 0
+    """Show the nearest training photo in token space of so many pictures, in NAME.neighbours.png (not to be
+    published: it shows photos of the data set)."""
     sampling: OmitArgPrefixes[SamplingConfig] = SamplingConfig()
 
     def __post_init__(self) -> None:
@@ -110,13 +112,20 @@ def _read(path: Path) -> Tensor:
 
 
 def worst_and_best(
-    run: T2IEvaluation, dataset: ImageTextDataset, network: FeatureNetwork, size: int, reference: ImageSet
+    run: T2IEvaluation,
+    pipeline: Pipeline,
+    dataset: ImageTextDataset,
+    network: FeatureNetwork,
+    reference: ImageSet,
 ) -> dict[str, float]:
-    """Frechet distances that frame the result, at equal n: real, shrunk, constant, noise."""
+    """Frechet distances that frame the result, at equal n: real, shrunk, reconstructed, grey, noise."""
+    size = pipeline.tokenizer.image_size_px
+    shrunk, _ = photos(dataset, size)
     real = open_dataset(run.data, "train" if run.split != "train" else "val").head(len(reference))
     sets = {
         "photos of another split": photos(real, REFERENCE_SIZE_PX)[0],
-        f"the photos at {size} px": at_reference_size(photos(dataset, size)[0]),
+        f"the photos at {size} px": at_reference_size(shrunk),
+        "the tokenizer's reconstructions": at_reference_size(_reconstructed(pipeline, shrunk)),
         "a constant grey image": torch.full(
             (len(reference), 3, REFERENCE_SIZE_PX, REFERENCE_SIZE_PX), 127
         ).byte(),
@@ -127,8 +136,13 @@ def worst_and_best(
     for name, images in sets.items():
         if len(images) == len(reference):
             found = image_metrics(ImageSet(images), reference, network, **options)
-            scores[name] = found.values[network.frechet_name]
+            scores[f"{network.frechet_name} of {name}"] = found.values[network.frechet_name]
     return scores
+
+
+def _reconstructed(pipeline: Pipeline, images: Tensor) -> Tensor:
+    rebuilt = pipeline.reconstruct(pictures_of(images))
+    return to_uint8(torch.stack([to_tensor(result.image, images.shape[-1]) for result in rebuilt]))
 
 
 def _noise(count: int, size: int) -> Tensor:
@@ -137,24 +151,12 @@ def _noise(count: int, size: int) -> Tensor:
     return at_reference_size(noise)
 
 
-def cycle_scores(judge: Pipeline, images: Tensor, dataset: ImageTextDataset) -> np.ndarray:
-    """CIDEr of the judge's captions of generated pictures against the prompts' references: (n, 1)."""
-    from tavq.captioner.decoding import DecodingConfig
-    from tavq.data.images import to_pil
-
-    hypotheses, references = {}, {}
-    for image, example in zip(tqdm(images, desc="judging", disable=None), dataset.examples, strict=True):
-        picture = to_pil(image[None].float() / 127.5 - 1)
-        hypotheses[example.id] = judge.caption(picture, DecodingConfig(beam=1))[0][0].text
-        references[example.id] = list(example.captions)
-    return caption_metrics(hypotheses, references, backend="python", metrics=("CIDEr",)).statistics["CIDEr"]
-
-
 @run_main
 def main(argv: Sequence[str] | None = None) -> None:
     run = parse(T2IEvaluation, argv, prog="python eval/run_t2i.py")
     started = time.monotonic()
     pipeline, dataset = run.open(("tokenizer", "generator"))
+    judge = open_judge(run.judge, pipeline) if run.judge else None
     network = open_network(run.features, pipeline.directory)
     path = run.result_path("t2i")
     prompts = [example.captions[0] for example in dataset.examples]
@@ -169,17 +171,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     metrics = {
         name: over_seeds([score.values[name] for score in scores], len(prompts)) for name in scores[0].values
     }
-    per_image = {}
-    if run.judge is not None:
-        per_image["cycle_CIDEr"] = cycle_scores(
-            Pipeline.from_pretrained(run.judge, run.device), drawn[0], dataset
-        )
+    per_image, frames = {}, worst_and_best(run, pipeline, dataset, network, reference) if run.floors else {}
+    if judge is not None:
+        per_image, shuffled = judged(judge, drawn[0], dataset)
         metrics |= with_intervals(per_image)
-    floors = (
-        worst_and_best(run, dataset, network, pipeline.tokenizer.image_size_px, reference)
-        if run.floors
-        else {}
-    )
+        frames |= {f"{name}, prompts shuffled": value for name, value in shuffled.items()}
+    if run.neighbours:
+        training = open_dataset(run.data, "train")
+        sheet = nearest_training_images(pipeline, drawn[0][: run.neighbours], training)
+        sheet.save(path.with_suffix(".neighbours.png"))
     protocol = make_protocol(
         task="t2i",
         ids=dataset.ids,
@@ -189,12 +189,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         sampling=dataclasses.asdict(run.sampling),
         seeds=list(range(run.seeds)),
         prompts="the first caption of each photo",
-        floors={f"{network.frechet_name} of {name}": value for name, value in floors.items()},
+        judge=judge and judge.hashes,
+        floors=frames,
     )
     write_results(path, metrics, protocol, per_image=per_image, ids=dataset.ids)
     print_metrics(metrics, path)
-    for name, value in floors.items():
-        print(f"{network.frechet_name} of {name}: {value:.1f}")
+    for name, value in frames.items():
+        print(f"{name}: {value:.4g}")
     if run.compare is not None:
         print(format_comparison(run.compare, path))
 

@@ -36,6 +36,9 @@ from tavq.metrics.features import ImageSet
 from tavq.metrics.frechet import image_metrics
 from tavq.metrics.image import psnr, ssim
 from tavq.pipeline import Pipeline
+from tavq.tokenizer.health import code_use
+from tavq.tokenizer.heatmaps import aligned_levels
+from tavq.tokenizer.model import NUM_LEVELS
 from tavq.tokenizer.retrieval import alignment_scores, image_to_text_ranks, text_to_image_ranks
 
 RECALLS = (1, 5, 10)
@@ -67,13 +70,10 @@ def reconstruct(pipeline: Pipeline, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def codebook_use(ids: Tensor, num_codes: int) -> dict[str, dict[str, Any]]:
-    """Usage and perplexity over all evaluated tokens."""
-    counts = torch.bincount(ids.flatten(), minlength=num_codes).double()
-    shares = counts / counts.sum()
-    perplexity = torch.exp(-torch.special.xlogy(shares, shares).sum())
+    """Usage and perplexity, with the number of tokens counted (see `code_use`)."""
+    use = code_use(ids, num_codes)
     return {
-        "usage": measured(float((counts > 0).double().mean()), len(ids)),
-        "perplexity": measured(float(perplexity), len(ids)),
+        name: measured(getattr(use, name), len(ids), tokens=use.tokens) for name in ("usage", "perplexity")
     }
 
 
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     evaluated = readable_part(dataset, indices)
     ids, rebuilt = reconstruct(pipeline, originals)
     per_image = {"PSNR": psnr(rebuilt, originals)[:, None], "SSIM": ssim(rebuilt, originals)[:, None]}
-    aligned = pipeline.tokenizer.config.provenance.get("align", "none") != "none"
+    aligned = NUM_LEVELS in aligned_levels(pipeline.tokenizer)
     if run.retrieval and aligned:
         per_image |= retrieval(pipeline, evaluated, ids)
     metrics: dict[str, Any] = {}

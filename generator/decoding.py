@@ -4,10 +4,13 @@ A step computes what `Block` computes in fewer operations, which at this size co
 norms have no weights, so their constant factors go into the matrices behind them; one complex product turns
 queries and keys.
 
-Legend: R rows, T text slots, S positions in all, D model width, K codes, h heads, d head width.
+Legend: R rows, W positions of a window, T text slots, S positions in all, D model width, K codes, h heads,
+d head width.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -26,38 +29,34 @@ class Decoder:
     Args:
         prior: in float32; later changes of its weights are not seen.
         rows: R.
-        precision: of the weights in `step`; texts are read in float32.
+        precision: of the weights in `step` and `window`; texts are read in float32.
+        width: W of `window`.
     """
 
-    def __init__(self, prior: Prior, rows: int, precision: Precision = "float32"):
+    def __init__(self, prior: Prior, rows: int, precision: Precision = "float32", width: int = 1):
         config, device = prior.config, prior.start.device
         self.prior, self.dtype = prior, torch.bfloat16 if precision == "bfloat16" else torch.float32
-        head_width = config.width // config.num_heads
-        shape = (
-            config.num_layers,
-            2,
-            rows,
-            config.num_heads,
-            config.length,
-            head_width,
-        )  # a head's keys in a row
+        head_width, slots = config.width // config.num_heads, config.length + width
+        shape = (config.num_layers, 2, rows, config.num_heads, slots, head_width)  # a head's keys in a row
         self.cache = torch.zeros(shape, device=device, dtype=self.dtype).transpose(3, 4)
-        self.bias = torch.zeros(rows, 1, config.length, device=device, dtype=self.dtype)
+        self.bias = torch.zeros(rows, 1, slots, device=device, dtype=self.dtype)
+        self.rows, self.columns, self.slots = (torch.arange(n, device=device) for n in (rows, width, slots))
         self.start, self.tokens, self.places = (
             weights.detach().to(self.dtype) for weights in (prior.start, prior.tokens.weight, prior.places)
         )
         self.turns = torch.view_as_complex(prior.turns) * head_width**0.5
         self.layers = [
-            Layer(block, cache, precision) for block, cache in zip(prior.blocks, self.cache, strict=True)
+            Layer(block, cache, precision, width)
+            for block, cache in zip(prior.blocks, self.cache, strict=True)
         ]
-        self.head = prepared_linear(prior.head.weight.detach() * config.width**0.5, rows, precision)
+        self.head = prepared_linear(prior.head.weight.detach() * config.width**0.5, rows * width, precision)
 
     def read(self, texts: TokenStates) -> None:
         """Fill the cache with the texts of all R rows, each by itself, so that no other text matters."""
         prior, device = self.prior, self.prior.start.device
         embedded, seen = prior.prefix(texts.states.to(device), texts.mask.to(device))
         bias_R1S = prior.key_bias(seen)
-        self.bias.copy_(bias_R1S)
+        self.bias[..., : bias_R1S.shape[-1]] = bias_R1S
         lengths = (seen * torch.arange(1, seen.shape[1] + 1, device=device)).amax(1).tolist()
         for row, length in enumerate(lengths):
             x, bias = embedded[row : row + 1, :length], bias_R1S[row : row + 1, :, :length]
@@ -70,32 +69,51 @@ class Decoder:
         x, at = before + self.places[position], self.prior.config.max_text_tokens + position
         turn, bias = self.turns[at], self.bias[..., : at + 1]
         for layer in self.layers:
-            x = layer(x, turn, bias, at)
+            x = layer(x, turn, bias, (slice(None), slice(at, at + 1)), slice(at + 1))
         return self.head(unit(x)).float()
+
+    def window(self, ids_RW: Tensor, first_R: Tensor) -> Tensor:
+        """Logits (R, W, K) of the tokens at `first_R` and the W - 1 after it, given the ones before each.
+
+        Args:
+            ids_RW: the ids at the positions from `first_R - 1` on.
+            first_R: positions, of each row its own; those past the last one compute nothing of use.
+        """
+        position_RW = first_R[:, None] + self.columns
+        at_RW = self.prior.config.max_text_tokens + position_RW
+        place_RW = position_RW.clamp_max(len(self.places) - 1)
+        before = torch.where(position_RW[..., None] == 0, self.start, F.embedding(ids_RW, self.tokens))
+        x = (before + self.places[place_RW]).flatten(0, 1)
+        turn = self.turns[self.prior.config.max_text_tokens + place_RW][:, :, None, None]
+        bias = self.bias.masked_fill(self.slots > at_RW[..., None], -math.inf)
+        for layer in self.layers:
+            x = layer(x, turn, bias, (self.rows[:, None], at_RW), slice(None))
+        return self.head(unit(x)).float().view(*ids_RW.shape, -1)
 
 
 class Layer:
-    """A block of the prior, one position at a time."""
+    """A block of the prior, one window of positions at a time."""
 
-    def __init__(self, block: Block, cache_2RShd: Tensor, precision: Precision):
+    def __init__(self, block: Block, cache_2RShd: Tensor, precision: Precision, width: int):
         self.keys, self.values = cache_2RShd
-        self.attention, rows, gain = block.attention, len(self.keys), block.qkv.in_features**0.5
+        self.attention, gain = block.attention, block.qkv.in_features**0.5
+        rows = len(self.keys) * width
         self.qkv = prepared_linear(block.qkv.weight.detach() * gain, rows, precision)
         self.out = prepared_linear(block.out.weight.detach(), rows, precision)
         self.gate_up = prepared_linear(block.gate_up.weight.detach() * gain, rows, precision)
         self.down = prepared_linear(block.down.weight.detach(), rows, precision)
 
-    def __call__(self, x_RD: Tensor, turn_d: Tensor, bias_R1S: Tensor, at: int) -> Tensor:
+    def __call__(self, x: Tensor, turn: Tensor, bias_RWS: Tensor, write: tuple, seen: slice) -> Tensor:
+        """Pass (R * W, D) through; keys and values go to the slots `write`, queries see the slots `seen`."""
         rows, _, heads, width = self.keys.shape
-        qkv = self.qkv(unit(x_RD)).view(rows, 3, heads, width)
-        turned = torch.view_as_complex(unit(qkv[:, :2].float()).unflatten(-1, (-1, 2))) * turn_d
-        q, k = torch.view_as_real(turned).view(rows, 2, heads, width).unbind(1)
-        self.keys[:, at], self.values[:, at] = k, qkv[:, 2]
-        seen = self.keys[:, : at + 1], self.values[:, : at + 1]
-        attended = attend(q[:, None].to(x_RD.dtype), *seen, bias_R1S, self.attention)
-        x_RD = self.out(attended.reshape(rows, -1)).add_(x_RD)
-        gate, up = self.gate_up(unit(x_RD)).chunk(2, dim=-1)
-        return self.down(F.silu(gate).mul_(up)).add_(x_RD)
+        qkv = self.qkv(unit(x)).view(rows, -1, 3, heads, width)
+        turned = torch.view_as_complex(unit(qkv[:, :, :2].float()).unflatten(-1, (-1, 2))) * turn
+        q, k = torch.view_as_real(turned).flatten(-2).unbind(2)
+        self.keys[write], self.values[write] = k.to(x.dtype), qkv[:, :, 2]
+        attended = attend(q.to(x.dtype), self.keys[:, seen], self.values[:, seen], bias_RWS, self.attention)
+        x = self.out(attended.reshape(x.shape)).add_(x)
+        gate, up = self.gate_up(unit(x)).chunk(2, dim=-1)
+        return self.down(F.silu(gate).mul_(up)).add_(x)
 
 
 def unit(x: Tensor) -> Tensor:

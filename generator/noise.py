@@ -24,5 +24,5 @@ def gumbel_noise(seed: int, position: int, num_codes: int) -> Tensor:
 
 
 def gumbel_rows(seeds: Sequence[int], positions: Sequence[int], num_codes: int) -> Tensor:
-    """(len(positions), len(seeds), num_codes) noise of some positions of some images."""
-    return torch.stack([torch.stack([gumbel_noise(s, p, num_codes) for s in seeds]) for p in positions])
+    """(len(seeds), len(positions), num_codes) noise of some positions of some images."""
+    return torch.stack([torch.stack([gumbel_noise(s, p, num_codes) for p in positions]) for s in seeds])

@@ -26,7 +26,8 @@ from tavq.training.loop import StepOutput, Task, TrainingConfig, train
 from tavq.training.stream import mixed_seed
 
 from .model import PRESETS, Prior, PriorConfig
-from .sampling import SamplingConfig, sample
+from .sampling import sample
+from .settings import SamplingConfig
 from .text_states import pack_states
 
 EVALUATION_BATCH = 100
@@ -62,14 +63,14 @@ class PriorRun:
     model: PriorConfig = PRESETS["flickr8k"]
     """Codes, grid and hashes are taken from the token set."""
     training: TrainingConfig = TrainingConfig(
-        steps=6000,
+        steps=2000,
         batch_size=64,
         learning_rate=1e-3,
-        warmup_steps=200,
+        warmup_steps=100,
         weight_decay=0.1,
         betas=(0.9, 0.95),
-        ema_decay=0.998,
-        evaluate_every=250,
+        ema_decay=0.995,
+        evaluate_every=200,
         patience=6,
     )
 

@@ -93,8 +93,13 @@ def _tyro(config_class: type, argv: list[str], prog: str, **options: Any) -> Any
 
 
 def _first_section(box: str) -> str:
-    lines = [line.strip(" │") for line in box.splitlines() if line.strip() and line.strip()[0] not in "╭╰"]
-    end = next((i for i, line in enumerate(lines) if line.startswith("───")), len(lines))
+    """The text from the title of tyro's box to the next rule; the box is drawn in ASCII where stdout is."""
+    lines = [line.strip(" │") for line in box.splitlines()]
+    lines = [line for line in lines if line and line[0] not in "╭╰"]
+    rules = [number for number, line in enumerate(lines) if set(line) in ({"─"}, {"-"})]
+    if rules[:1] == [1] and set(lines[1]) == {"-"}:  # ASCII: title and rule are lines of their own
+        lines, rules = lines[2:], [number - 2 for number in rules[1:]]
+    end = rules[0] if rules else len(lines)
     return " ".join(lines[:end]) or "the arguments could not be read"
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import json
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +16,7 @@ from typing import Annotated
 import numpy as np
 import torch
 import tyro
+from PIL import Image
 from tqdm.auto import tqdm
 from tyro.conf import OmitArgPrefixes, Positional
 
@@ -26,11 +28,12 @@ from tavq.captioner.train import RUN_PRESETS as CAPTIONER_PRESETS
 from tavq.captioner.train import CaptionerRun
 from tavq.captioner.train import train_captioner as run_captioner_training
 from tavq.data.images import grid, load_image
+from tavq.data.units import split_units
 from tavq.generator.model import Prior
 from tavq.generator.sampling import SamplingConfig
 from tavq.generator.train import RUN_PRESETS as PRIOR_PRESETS
 from tavq.generator.train import PriorRun, train_prior
-from tavq.pipeline import Pipeline, read_recipe
+from tavq.pipeline import Pipeline, check_prompts, read_recipe
 from tavq.tokenizer.model import TAVQTokenizer
 from tavq.training.checkpoint import CONFIG_FILE, local_directory, written_aside
 
@@ -98,8 +101,6 @@ def generate(argv: Sequence[str] | None = None) -> None:
                 f"{run.from_png} was drawn with {part} {found}, {run.checkpoint} holds "
                 f"{pipeline.hashes[part]}; name the --checkpoint that drew it"
             )
-    pipeline.text_states([prompt for prompt, _ in jobs[:1]])  # a bad prompt fails before anything is written
-    run.out.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=len(jobs), unit="picture", disable=None)
     for start in range(0, len(jobs), PROMPTS_AT_ONCE):
         prompts, seeds = zip(*jobs[start : start + PROMPTS_AT_ONCE], strict=True)
@@ -115,6 +116,7 @@ def generate(argv: Sequence[str] | None = None) -> None:
 
 def _asked_for(run: GenerateRun) -> tuple[list[tuple[str, int]], SamplingConfig, int, dict[str, str]]:
     prompts = [*run.prompts, *(read_prompts(run.prompts_file) if run.prompts_file else [])]
+    check_prompts(prompts)  # all of them before the first picture
     seed = random.SystemRandom().randrange(2**31) if run.seed < 0 else run.seed
     if run.seed < 0:
         print(f"seed {seed}")
@@ -137,18 +139,19 @@ def read_prompts(path: Path) -> list[str]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no prompts file {path}; expected .txt, .csv or .jsonl")
-    lines = path.read_text().splitlines()
+    if path.suffix not in (".txt", ".csv", ".jsonl"):
+        raise ValueError(f"{path} ends in {path.suffix or 'nothing'}, expected .txt, .csv or .jsonl")
     try:
+        lines = path.read_text(encoding="utf-8").splitlines()
         if path.suffix == ".csv":
-            prompts = [row["prompt"] for row in csv.DictReader(lines)]
+            lines = [row["prompt"] or "" for row in csv.DictReader(lines)]
         elif path.suffix == ".jsonl":
-            prompts = [json.loads(line)["prompt"] for line in lines if line.strip()]
-        elif path.suffix == ".txt":
-            prompts = [line.strip() for line in lines if line.strip()]
-        else:
-            raise ValueError(f"{path} ends in {path.suffix or 'nothing'}, expected .txt, .csv or .jsonl")
+            lines = [str(json.loads(line)["prompt"]) for line in lines if line.strip()]
     except KeyError as error:
         raise ValueError(f"{path} has no column or key `prompt`; add it") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise ValueError(f"{path} is no {path.suffix} file in UTF-8 ({error}); mend it") from error
+    prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"{path} holds no prompt; write one a line")
     return prompts
@@ -208,7 +211,7 @@ def caption(argv: Sequence[str] | None = None) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class ReconstructRun:
-    """Encode and decode photos; writes each beside its reconstruction.
+    """Encode and decode photos.
 
     Example: tavq reconstruct photo.jpg --out out/
     """
@@ -216,7 +219,7 @@ class ReconstructRun:
     images: Positional[tuple[Path, ...]]
     """Photos."""
     out: Path = Path("out")
-    """Directory of NAME.reconstruction.png and NAME.side-by-side.png."""
+    """Directory of NAME.reconstruction.png and sheet.png: the photos above what became of them."""
     checkpoint: str = CHECKPOINT
     """Directory or hub id that holds tokenizer/."""
     device: Device = "auto"
@@ -229,13 +232,20 @@ def reconstruct(argv: Sequence[str] | None = None) -> None:
     if not pictures:
         raise ValueError("no photo; name one, as in: tavq reconstruct photo.jpg")
     pipeline = Pipeline.from_pretrained(run.checkpoint, choose_device(run.device))
-    for path, picture, rebuilt in zip(run.images, pictures, pipeline.reconstruct(pictures), strict=True):
-        pair = grid([picture.resize(rebuilt.image.size), rebuilt.image], columns=2)
-        for kind, image in (("reconstruction", rebuilt.image), ("side-by-side", pair)):
-            target = run.out / f"{path.stem}.{kind}.png"
-            with written_aside(target) as aside:
-                image.save(aside, format="PNG")
-            print(target)
+    rebuilt = [result.image for result in pipeline.reconstruct(pictures)]
+    for path, image in zip(run.images, rebuilt, strict=True):
+        _write_png(image, run.out / f"{path.stem}.reconstruction.png")
+    squashed = [picture.resize(image.size) for picture, image in zip(pictures, rebuilt, strict=True)]
+    sheet = grid(squashed + rebuilt, columns=len(rebuilt))
+    _write_png(
+        sheet.resize((3 * sheet.width, 3 * sheet.height), Image.Resampling.NEAREST), run.out / "sheet.png"
+    )
+
+
+def _write_png(image: Image.Image, path: Path) -> None:
+    with written_aside(path) as aside:
+        image.save(aside, format="PNG")
+    print(path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,6 +272,8 @@ class CompleteRun:
     sampling: OmitArgPrefixes[SamplingConfig] = SamplingConfig()
 
     def __post_init__(self) -> None:
+        if self.num_images < 1:
+            raise ValueError(f"num_images is {self.num_images}, expected 1 or more")
         if (self.keep is None) == (self.mask is None):
             raise ValueError("name the part that stays by --keep top|left|box=x,y,w,h, or by --mask PICTURE")
 
@@ -273,7 +285,6 @@ def complete(argv: Sequence[str] | None = None) -> None:
     mask = kept_part(run.keep, *photo.size) if run.keep else _mask_of(run.mask)
     pipeline = Pipeline.from_pretrained(run.checkpoint, choose_device(run.device))
     seeds = [run.seed + i for i in range(run.num_images)]
-    run.out.mkdir(parents=True, exist_ok=True)
     for picture in pipeline.complete(photo, mask, run.prompt, seeds, run.sampling):
         path = next(free_names(run.out))
         picture.save(path)
@@ -336,6 +347,27 @@ def export(argv: Sequence[str] | None = None) -> None:
         )
     model_class.from_pretrained(directory).save_pretrained(run.out, half=run.half)
     print(run.out)
+
+
+@dataclasses.dataclass(frozen=True)
+class UnitsRun:
+    """Show the words, phrases and sentences that alignment draws from a text.
+
+    Example: tavq units "Two black dogs jump over a fallen log."
+    """
+
+    text: Positional[str]
+    """The text, or - for standard input."""
+
+
+@run_main
+def units(argv: Sequence[str] | None = None) -> None:
+    run = parse(UnitsRun, argv, prog="tavq units")
+    text = sys.stdin.read() if run.text == "-" else run.text
+    if not text.strip():
+        raise ValueError('the text is empty; write one, as in: tavq units "a dog jumps over a log"')
+    for kind, found in dataclasses.asdict(split_units(text)).items():
+        print(f"{kind}: " + "; ".join(found))
 
 
 @run_main

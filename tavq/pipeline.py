@@ -28,6 +28,7 @@ from tavq.data.images import to_pil, to_tensor
 from tavq.data.text_encoder import TextEncoder, TokenStates
 from tavq.generator.model import Prior
 from tavq.generator.sampling import SamplingConfig, sample, stream
+from tavq.tokenizer.heatmaps import UnitMap, check_aligned, unit_maps
 from tavq.tokenizer.model import TAVQTokenizer
 from tavq.tokenizer.retrieval import alignment_scores
 from tavq.training.checkpoint import WEIGHTS_FILE, file_hash, local_directory, written_aside
@@ -99,11 +100,22 @@ class Pipeline:
 
     @functools.cached_property
     def text_encoder(self) -> TextEncoder:
-        encoder = TextEncoder(self.prior.config.text_encoder, device=self.device)
-        if encoder.hash != self.prior.config.text_encoder_hash:
+        """The text encoder that the prior reads."""
+        return self._encoder(self.prior.config.text_encoder, self.prior.config.text_encoder_hash, "prior")
+
+    @functools.cached_property
+    def alignment_encoder(self) -> TextEncoder:
+        """The text encoder that the codes are aligned with. Raises ValueError where they are not."""
+        check_aligned(self.tokenizer)
+        provenance = self.tokenizer.config.provenance
+        return self._encoder(provenance["text_encoder"], provenance["text_encoder_hash"], "tokenizer")
+
+    def _encoder(self, name: str, expected_hash: str, part: str) -> TextEncoder:
+        encoder = TextEncoder(name, device=self.device)
+        if encoder.hash != expected_hash:
             raise ValueError(
-                f"text encoder {encoder.name} has hash {encoder.hash[:16]}, the prior was trained "
-                f"with {self.prior.config.text_encoder_hash[:16]}; install the one named in the model card"
+                f"text encoder {encoder.name} has hash {encoder.hash[:16]}, the {part} was trained "
+                f"with {expected_hash[:16]}; install the one named in the model card"
             )
         return encoder
 
@@ -120,9 +132,7 @@ class Pipeline:
         Raises ValueError for an empty prompt; warns, naming the words, when one is longer than the prior
         reads.
         """
-        for prompt in prompts:
-            if not prompt.strip():
-                raise ValueError("the prompt is empty; describe the picture in a few words")
+        check_prompts(prompts)
         return self.text_encoder.token_states(prompts, self.prior.config.max_text_tokens, batch_size=1)
 
     def generate(
@@ -210,6 +220,14 @@ class Pipeline:
         ids = self.encode(images)
         return [Reconstruction(*pair) for pair in zip(self.decode(ids), ids.cpu(), strict=True)]
 
+    def heatmaps(self, image: Image.Image, text: str) -> list[UnitMap]:
+        """Where each word, phrase and sentence of `text` lies on a picture, words first.
+
+        A generated picture goes in as pixels, like any other. Raises ValueError for a plain tokenizer or an
+        empty text.
+        """
+        return unit_maps(self.tokenizer, image, text, self.alignment_encoder.encode)
+
     def complete(
         self,
         image: Image.Image,
@@ -253,6 +271,12 @@ class Pipeline:
     def decode(self, ids: Tensor) -> list[Image.Image]:
         """ids (B, N) or (B, h, w) -> pictures; one at a time, for the same reason."""
         return [to_pil(self.tokenizer.decode(row.unsqueeze(0)))[0] for row in ids]
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Raise ValueError where a prompt is empty."""
+    if not all(prompt.strip() for prompt in prompts):
+        raise ValueError("the prompt is empty; describe the picture in a few words")
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The three evaluations on tiny weights: protocol recorded, training networks refused, killed runs resumed."""
+"""The three evaluations on tiny weights: protocol recorded, training networks refused, runs resumed."""
 
 import json
 import shutil
@@ -8,6 +8,7 @@ import torch
 
 from tavq.eval import run_caption, run_t2i, run_tokenizer
 from tavq.eval.results import read_results
+from tavq.tokenizer.model import TAVQTokenizer
 
 LIMIT = ("--data", "shapes", "--limit", "12")
 
@@ -68,10 +69,27 @@ def test_a_network_that_shaped_training_never_measures(checkpoint, network, tmp_
     assert not (tmp_path / "x.json").exists()
 
 
-def test_a_killed_t2i_evaluation_goes_on_where_it_stopped(checkpoint, network, tmp_path, monkeypatch):
+@pytest.fixture
+def judge(tiny_checkpoint, tmp_path):
+    """A checkpoint with another decoder, hence another tokenizer, of the same codebook."""
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "judge")
+    tokenizer = TAVQTokenizer.from_pretrained(folder / "tokenizer")
+    torch.nn.init.zeros_(tokenizer.decoder.last.bias)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return folder
+
+
+def test_what_drew_the_pictures_never_judges_them(checkpoint, network, tmp_path, capsys):
+    flags = ["--checkpoint", str(checkpoint), *LIMIT, "--features", str(network), "--judge", str(checkpoint)]
+    with pytest.raises(SystemExit) as stopped:
+        run_t2i.main([*flags, "--out", str(tmp_path / "x.json")])
+    assert stopped.value.code == 2 and "shares its tokenizer" in capsys.readouterr().err
+
+
+def test_a_killed_t2i_evaluation_goes_on_where_it_stopped(checkpoint, judge, network, tmp_path, monkeypatch):
     out = tmp_path / "t2i.json"
     flags = ["--checkpoint", str(checkpoint), *LIMIT, "--features", str(network), "--out", str(out)]
-    flags += ["--seeds", "2", "--judge", str(checkpoint)]
+    flags += ["--seeds", "2", "--judge", str(judge), "--neighbours", "2"]
     monkeypatch.setattr(run_t2i, "PROMPTS_AT_ONCE", 4)
     drawn = run_t2i.Pipeline.generate
     prompts_drawn = []
@@ -97,7 +115,11 @@ def test_a_killed_t2i_evaluation_goes_on_where_it_stopped(checkpoint, network, t
     results = read_results(out)
     assert {"FD-moments", "KID", "precision", "recall", "cycle_CIDEr"} <= set(results.metrics)
     assert {"FD-moments of noise", "FD-moments of a constant grey image"} <= set(results.protocol["floors"])
+    assert {"cycle_CIDEr, prompts shuffled", "FD-moments of the tokenizer's reconstructions"} <= set(
+        results.protocol["floors"]
+    )
     assert results.metrics["FD-moments"]["over"] == "generation seeds"
+    assert (tmp_path / "t2i.neighbours.png").exists()
 
 
 def test_caption_evaluation_writes_coco_results_and_metrics(checkpoint, tmp_path):

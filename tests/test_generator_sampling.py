@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from tavq.data.text_encoder import TokenStates
+from tavq.generator.decoding import Decoder
+from tavq.generator.drawing import choose, cut
 from tavq.generator.model import PRESETS, Prior
 from tavq.generator.noise import gumbel_noise
-from tavq.generator.sampling import SamplingConfig, choose, cut, sample, stream
+from tavq.generator.sampling import sample, stream
+from tavq.generator.settings import SamplingConfig
 
 TINY = PRESETS["tiny"]
-SETTINGS = SamplingConfig(guidance=2.0)
+SETTINGS = SamplingConfig(guidance=2.0, micro_batch=4, draft_tokens=1)
 PINNED_TOKENS = [21, 47, 27, 42, 51, 13, 61, 57, 43, 4, 3, 20, 48, 28, 54, 46]
 
 
@@ -40,7 +43,10 @@ def part(texts: TokenStates, rows: slice | list[int]) -> TokenStates:
     return TokenStates(texts.states[rows], texts.mask[rows])
 
 
-@pytest.mark.parametrize("settings", [SETTINGS, SamplingConfig(guidance=1.0, top_k=20, top_p=0.9)])
+@pytest.mark.parametrize(
+    "settings",
+    [SETTINGS, SamplingConfig(), SamplingConfig(guidance=1.0, micro_batch=4, top_k=20, top_p=0.9)],
+)
 def test_64_prompts_draw_the_same_at_batch_1_3_and_16(prior, texts, settings):
     seeds = [7 * i for i in range(64)]
     drawn = {}
@@ -108,6 +114,38 @@ def test_scale_1_is_no_guidance(prior, texts):
         logits = prior(ids, texts.states[6:7], texts.mask[6:7])[0]
     noise = torch.stack([gumbel_noise(5, position, TINY.num_codes) for position in range(TINY.num_tokens)])
     assert torch.equal((logits + noise).argmax(-1), ids[0])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0, 1.7])
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_drafts_give_the_tokens_of_plain_decoding(prior, texts, temperature, guidance):
+    some, seeds = part(texts, slice(8)), list(range(8))
+    plain = SamplingConfig(guidance, "cosine", temperature, top_k=50, draft_tokens=1)
+    expected = sample(prior, some, seeds, plain)
+    for count in (2, 5, 30):
+        drafted = dataclasses.replace(plain, draft_tokens=count, micro_batch=3)
+        assert torch.equal(sample(prior, some, seeds, drafted), expected)
+
+
+def test_drafts_take_fewer_passes_and_keep_what_is_given(prior, texts, monkeypatch):
+    passes, window = [], Decoder.window
+    monkeypatch.setattr(Decoder, "window", lambda *args: passes.append(1) or window(*args))
+    settings = dataclasses.replace(SETTINGS, draft_tokens=8, micro_batch=1)
+    whole = sample(prior, part(texts, [0]), [4], settings)
+    assert 2 <= len(passes) < TINY.num_tokens
+    passes.clear()
+    kept = torch.ones(1, 16, dtype=torch.bool).index_fill(1, torch.tensor([15]), False)
+    assert torch.equal(
+        sample(prior, part(texts, [0]), [4], settings, given_ids=whole, given_mask=kept), whole
+    )
+    assert len(passes) == 2
+
+
+def test_seeds_survive_the_batch_with_drafts(prior, texts):
+    settings = dataclasses.replace(SETTINGS, draft_tokens=4, micro_batch=2)
+    together = sample(prior, part(texts, slice(16)), range(16), settings)
+    alone = [sample(prior, part(texts, [i]), [i], settings) for i in range(16)]
+    assert torch.equal(torch.cat(alone), together)
 
 
 def test_guidance_schedules_rise_from_none_to_all():
@@ -182,6 +220,13 @@ def test_stream_grows_row_by_row_to_the_sampled_image(prior, texts):
 def test_impossible_settings_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         SamplingConfig(**change)
+
+
+def test_a_prior_in_training_mode_is_refused(prior, texts):
+    with pytest.raises(ValueError, match=r"training mode.*call prior.eval\(\)"):
+        sample(Prior(TINY).train(), part(texts, [0]), [0], SETTINGS)
+    with pytest.raises(ValueError, match="every_rows is 0"):
+        next(stream(prior, part(texts, [0]), [0], SETTINGS, every_rows=0))
 
 
 def test_wrong_counts_and_shapes_are_refused(prior, texts):

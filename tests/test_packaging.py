@@ -29,6 +29,7 @@ ROWS = (
     {"tokenizer", "generator", "captioner"},
     {"pipeline"},
     {"commands"},
+    {"heatmap"},
     {"eval"},
     {"app"},
     {"cli", "__init__", "__main__"},

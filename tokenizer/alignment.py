@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tavq.data.text_index import UnitIndex
+
 from .model import text_projection
 from .transport import gaussian_cost, single_unit_cost, transport_cost
 
@@ -78,6 +80,17 @@ class Alignment:
 
     loss: Tensor
     report: dict[str, Tensor]
+
+
+def draw_texts(
+    index: UnitIndex, images: Sequence[int], generator: torch.Generator, config: AlignmentConfig
+) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """Units and negatives for a batch: a pair a level, to make `TextUnits` and `TextBank` of."""
+    levels = range(1, len(LEVEL_NAMES) + 1)
+    return {
+        "texts": [index.batch(images, level, generator, config.max_units) for level in levels],
+        "banks": [index.bank(images, level, generator, config.bank_size) for level in levels],
+    }
 
 
 class TextAligner(nn.Module):

@@ -133,6 +133,7 @@ class Quantizer(nn.Module):
             noise = RESTART_NOISE * torch.randn_like(self.weight[dead])
             self.weight[dead] = F.normalize(latents[drawn] + noise, dim=1).to(self.weight.dtype)
             self.usage[dead] = 1.0
+        agree_with_first_process(self.weight)
 
     def _track_usage(self, ids: Tensor) -> None:
         counts = torch.bincount(ids, minlength=self.config.num_codes).float()
@@ -156,6 +157,7 @@ class AnchoredQuantizer(Quantizer):
         nearness = self.codebook @ candidates.T / self.config.temperature
         anchors = candidates[torch.multinomial(nearness.softmax(dim=1), 1).flatten()]
         self.weight.copy_((1 - pull) * self.codebook + pull * anchors)
+        agree_with_first_process(self.weight)
 
 
 class ReparameterisedQuantizer(Quantizer):
@@ -253,6 +255,14 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "ibq": IndexQuantizer,
     "fsq": FiniteScalarQuantizer,
 }
+
+
+@torch.no_grad()
+def agree_with_first_process(weight: Tensor) -> None:
+    """Copy process 0's codes to the others: each re-draws codes from its own batch, and gradients alone would
+    never bring them together again."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.broadcast(weight.detach(), src=0)
 
 
 def rotate_to(latents: Tensor, codes: Tensor) -> Tensor:

@@ -28,10 +28,22 @@ def alignment_scores(
     Returns:
         (n, m) float32 in [-2, 0]; larger fits better.
     """
-    blocks = []
+    projected = tokenizer.project(torch.arange(tokenizer.num_codes, device=ids.device), level)
+    return scores_of_codes(projected, ids, text_vectors, tokenizer.config.transport_temperature)
+
+
+def scores_of_codes(projected: Tensor, ids: Tensor, text_vectors: Tensor, temperature: float) -> Tensor:
+    """`alignment_scores` for any codebook.
+
+    Args:
+        projected: (K, D), every code in text space, unit length.
+        ids: (n, ...) int64 in [0, K).
+        text_vectors: (m, D), unit length.
+        temperature: epsilon + relaxation of the alignment.
+    """
+    blocks, text_vectors = [], text_vectors.to(ids.device)
     for part in ids.flatten(1).split(IMAGES_AT_ONCE):
-        cost = 1 - tokenizer.project(part, level) @ text_vectors.to(ids.device).T
-        temperature = tokenizer.config.transport_temperature
+        cost = 1 - projected[part] @ text_vectors.T
         blocks.append(-single_unit_cost(cost, epsilon=temperature, relaxation=0.0))
     return torch.cat(blocks)
 

@@ -1,4 +1,4 @@
-"""tavq train tokenizer --data DIR --out DIR [--preset tiny|flickr8k|vqgan256] [--align ot|gaussian|none]
+"""tavq train tokenizer --data DIR --out DIR [--preset tiny|flickr8k|vqgan256] [--align ot|gaussian|lgvq|none]
 
 Train the TA-VQ tokenizer: reconstruction, perceptual and adversarial losses, alignment with text at three
 levels, and, with --distill, the maps of a frozen vision network. The same command resumes a stopped run.
@@ -15,25 +15,26 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from tavq.arguments import parse, run_main
 from tavq.data.embedding_cache import EmbeddingCache
-from tavq.data.examples import ImageTextDataset, readable_images
-from tavq.data.images import UnreadableImageError, grid, to_pil, to_tensor
+from tavq.data.images import grid, to_pil
 from tavq.data.layouts import open_dataset
 from tavq.data.text_encoder import TextEncoder
 from tavq.data.text_index import UnitIndex
 from tavq.training.loop import StepOutput, Task, TrainingConfig, train
 from tavq.training.stream import mixed_seed
 
-from .alignment import LEVEL_NAMES, AlignmentConfig, TextAligner, TextBank, TextUnits
+from .alignment import AlignmentConfig, TextAligner, TextBank, TextUnits, draw_texts
 from .distillation import DistillationHead, teacher_maps
+from .health import CodebookWatch, level_costs, level_ids, perplexity, use_chart
+from .heatmaps import LEVELS_FIELD, aligned_levels_field
+from .lgvq import CaptionReader, Captions, LanguageGuidance, LGVQConfig
 from .losses import FrozenNetwork, GradientBalance, PatchDiscriminator, hinge_loss, open_perceptual
-from .model import PRESETS, TAVQTokenizer, TokenizerConfig
+from .model import PRESETS, Encoded, TAVQTokenizer, TokenizerConfig
+from .photos import TrainingImages, photo_batches
 from .retrieval import alignment_scores, recall_at, text_to_image_ranks
 
-EVALUATION_BATCH = 50
 PICTURES = 16
 
 
@@ -68,16 +69,20 @@ class TokenizerRun:
     """flickr8k, tiny (seconds on a CPU) or vqgan256 (256 px, f16, the setting of LG-VQ)."""
     config: Path | None = None
     """YAML file of these fields, instead of a preset."""
-    align: Literal["ot", "gaussian", "none"] = "ot"
-    """How codes are aligned with text; `none` is the plain VQ baseline."""
+    align: Literal["ot", "gaussian", "lgvq", "none"] = "ot"
+    """How codes are aligned with text; `lgvq` and `none` (plain VQ) are the baselines."""
     perceptual: str | None = None
     """`lpips`, or the path of a TorchScript network that gives feature maps; without it L1 alone."""
     distill: Path | None = None
     """TorchScript vision network whose last map the latents learn to predict."""
     text_encoder: str = "minilm"
     """minilm, or a directory or hub id of a transformers text model."""
+    min_usage: float = 0.0
+    """Share of codes in use on the validation split below which training ends with an error; 0 only warns."""
     model: TokenizerConfig = PRESETS["flickr8k"]
     alignment: AlignmentConfig = AlignmentConfig()
+    """Of ot and gaussian."""
+    lgvq: LGVQConfig = LGVQConfig()
     losses: LossConfig = LossConfig()
     training: TrainingConfig = TrainingConfig(
         steps=6000, batch_size=32, learning_rate=4e-4, warmup_steps=200, betas=(0.9, 0.95), ema_decay=0.998
@@ -110,71 +115,30 @@ RUN_PRESETS: dict[str, TokenizerRun] = {
 }
 
 
-def perplexity(use: Tensor) -> Tensor:
-    """How many codes would be in use if all were used alike: use (K,), counts or a running mean -> scalar in
-    [1, K]."""
-    shares = use / use.sum()
-    return torch.exp(-torch.special.xlogy(shares, shares).sum())
-
-
-class TrainingImages(Dataset):
-    """Photos as the tokenizer trains on them: squashed to the square, flipped half of the time.
-
-    `self[(index, draw_seed)]` gives a dict with `image` (3, H, W), `index`, `flipped` and `draw`. An image
-    that cannot be read is named once, and the next one takes its place.
-    """
-
-    def __init__(self, dataset: ImageTextDataset, size_px: int):
-        self.dataset, self.size_px = dataset, size_px
-        self.unreadable: set[int] = set()
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
-        index, draw = item
-        image = self._read(index)
-        while image is None:
-            index = (index + 1) % len(self.dataset)
-            image = self._read(index)
-        flipped = draw % 2 == 1
-        return {
-            "image": image.flip(-1) if flipped else image,
-            "index": index,
-            "flipped": flipped,
-            "draw": draw,
-        }
-
-    def _read(self, index: int) -> Tensor | None:
-        if index in self.unreadable:
-            return None
-        try:
-            return to_tensor(self.dataset.load_image(index), self.size_px)
-        except UnreadableImageError as error:
-            self.unreadable.add(index)
-            print(f"warning: skipped {self.dataset[index].id}: {error}", flush=True)
-            if len(self.unreadable) > max(1, len(self.dataset) // 100):
-                raise ValueError(
-                    f"{len(self.unreadable)} images cannot be read; repair {self.dataset.name}"
-                ) from error
-            return None
-
-
 class TokenizerTrainee(nn.Module):
     """Tokenizer, aligner and distillation head with the losses that train them."""
 
-    def __init__(self, run: TokenizerRun, tokenizer: TAVQTokenizer, teacher_dim: int | None):
+    def __init__(
+        self,
+        run: TokenizerRun,
+        tokenizer: TAVQTokenizer,
+        teacher_dim: int | None = None,
+        vocabulary: Tensor | None = None,
+    ):
         super().__init__()
         self.run, self.tokenizer = run, tokenizer
         code_dim = run.model.code_dim
-        self.aligner = None
-        if run.align != "none":
+        self.aligner = self.guidance = None
+        if run.align in ("ot", "gaussian"):
             config = dataclasses.replace(run.alignment, method=run.align)
             self.aligner = TextAligner(
                 config, code_dim, run.model.text_dim, projections=tokenizer.projections
             )
         else:
             tokenizer.projections.requires_grad_(False)
+        if run.align == "lgvq":
+            h, w = tokenizer.grid_size
+            self.guidance = LanguageGuidance(run.lgvq, code_dim, h * w, vocabulary)
         self.head = DistillationHead(code_dim, teacher_dim) if teacher_dim else None
         self.perceptual = open_perceptual(run.perceptual) if run.perceptual else None
         shares = {
@@ -198,6 +162,9 @@ class TokenizerTrainee(nn.Module):
         loss = reconstruction + losses.quantizer * encoded.quantizer_loss
         if self.aligner is not None:
             loss = loss + self._alignment(batch, encoded.latents, reconstruction, report, step)
+        if self.guidance is not None:
+            guidance, values = self.guidance(self._straight_through(encoded), Captions(**batch["captions"]))
+            loss, report = loss + guidance, report | values
         if self.head is not None:
             report["distill"] = self.head(encoded.latents[-1], batch["teacher"])
             on = (encoded.latents[-1],)
@@ -226,6 +193,14 @@ class TokenizerTrainee(nn.Module):
         report |= alignment.report
         return self.balance.weigh("align", alignment.loss, reconstruction, latents, step)
 
+    def _straight_through(self, encoded: Encoded) -> Tensor:
+        """The quantised map (B, E, h, w) of the last level with the gradient that LG-VQ sends: to the encoder
+        alone, whatever the quantiser's own estimator is."""
+        quantizer = self.tokenizer.quantizer
+        latents = quantizer.normalise(encoded.latents[-1].movedim(1, -1))
+        codes = latents + (quantizer.lookup(encoded.ids) - latents).detach()
+        return codes.movedim(-1, 1)
+
     def _adversarial(self, images: Tensor) -> Tensor:
         """Hinge loss of the decoder; the critic's own parameters take no gradient from it."""
         critic = self.critic[0].requires_grad_(False)
@@ -244,7 +219,7 @@ class Critic(nn.Module):
     def forward(self, images: tuple[Tensor, Tensor], step: int) -> StepOutput:
         real, fake = images
         if step < self.first_step:
-            return StepOutput(self.discriminator.layers[0].bias.sum() * 0.0, {})
+            return StepOutput(sum(p.sum() for p in self.parameters()) * 0.0, {})
         real_logits, fake_logits = self.discriminator(torch.cat([real, fake])).chunk(2)
         loss = hinge_loss(real_logits, fake_logits)
         return StepOutput(loss, {"critic/loss": loss, "critic/real": real_logits.mean()})
@@ -261,13 +236,22 @@ class TokenizerTask(Task):
         self.train_set = open_dataset(run.data, "train")
         self.val_set = open_dataset(run.data, "val")
         self.dataset = TrainingImages(self.train_set, run.model.image_size_px)
-        self.texts = self.maps = None
+        self.texts = self.captions = self.maps = vocabulary = None
+        self.watch_codes = CodebookWatch(run.min_usage)
         provenance = {"align": run.align, "data": self.train_set.name}
         if run.align != "none":
-            cache = EmbeddingCache(TextEncoder(run.text_encoder))
-            self.texts = UnitIndex.build(self.train_set, cache)
+            encoder = TextEncoder(run.text_encoder)
+            cache = EmbeddingCache(encoder)
             self.val_captions = cache.encode([example.captions[0] for example in self.val_set.examples])
             provenance |= {"text_encoder": run.text_encoder, "text_encoder_hash": cache.hash}
+        if run.align == "lgvq":
+            captions = [example.captions for example in self.train_set.examples]
+            self.captions = CaptionReader(encoder, captions, run.lgvq)
+            vocabulary = encoder.token_embeddings
+        elif run.align != "none":
+            self.texts = UnitIndex.build(self.train_set, cache)
+            self.val_texts = UnitIndex.build(self.val_set, cache)
+            provenance[LEVELS_FIELD] = aligned_levels_field(run.alignment.level_weights)
         if run.distill is not None:
             teacher = FrozenNetwork(run.distill)
             self.maps = teacher_maps(teacher, self.train_set, run.model.grid_size)
@@ -276,7 +260,8 @@ class TokenizerTask(Task):
         temperature = run.alignment.epsilon + run.alignment.relaxation
         config = dataclasses.replace(run.model, provenance=provenance, transport_temperature=temperature)
         tokenizer = TAVQTokenizer(config)
-        self.model = TokenizerTrainee(run, tokenizer, None if self.maps is None else self.maps.shape[1])
+        teacher_dim = None if self.maps is None else self.maps.shape[1]
+        self.model = TokenizerTrainee(run, tokenizer, teacher_dim, vocabulary)
         if self.model.perceptual is not None:
             provenance["perceptual"] = self.model.perceptual.hash
         self.critic = Critic(self.model.adversarial_from) if run.losses.adversarial else None
@@ -285,9 +270,11 @@ class TokenizerTask(Task):
     def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         indices = [example["index"] for example in examples]
         batch: dict[str, Any] = {"image": torch.stack([example["image"] for example in examples])}
+        generator = torch.Generator().manual_seed(mixed_seed(examples[0]["draw"], len(examples)))
         if self.texts is not None:
-            generator = torch.Generator().manual_seed(mixed_seed(examples[0]["draw"], len(examples)))
-            batch |= self._text_batch(indices, generator)
+            batch |= draw_texts(self.texts, indices, generator, self.run.alignment)
+        if self.captions is not None:
+            batch["captions"] = vars(self.captions.read(indices, generator))
         if self.maps is not None:
             maps = [
                 self.maps[e["index"]].flip(-1) if e["flipped"] else self.maps[e["index"]] for e in examples
@@ -295,67 +282,52 @@ class TokenizerTask(Task):
             batch["teacher"] = torch.stack(maps)
         return batch
 
-    def _text_batch(self, indices: list[int], generator: torch.Generator) -> dict[str, Any]:
-        config, levels = self.run.alignment, range(1, len(LEVEL_NAMES) + 1)
-        return {
-            "texts": [self.texts.batch(indices, level, generator, config.max_units) for level in levels],
-            "banks": [self.texts.bank(indices, level, generator, config.bank_size) for level in levels],
-        }
-
     @torch.inference_mode()
     def evaluate(self, model: TokenizerTrainee, step: int) -> dict[str, float]:
-        """Reconstruction, codebook usage and text-to-image recall at 10 on the validation split."""
+        """Reconstruction, health of the codebook, cost of the text by level, and text-to-image recall at 10,
+        on the validation split."""
         device = next(model.parameters()).device
         tokenizer, size = model.tokenizer, self.run.model.image_size_px
         ids, rows, l1, perceptual = [], [], [], []
-        for images, indices in _batches(self.val_set, size):
+        for images, indices in photo_batches(self.val_set, size):
             images = images.to(device)
             encoded = tokenizer(images)
-            ids.append(encoded.ids)
+            ids.append(level_ids(tokenizer, encoded.latents))
             rows += indices
             l1.append(F.l1_loss(encoded.images, images) * len(images))
             if model.perceptual is not None:
                 perceptual.append(model.perceptual.distance(encoded.images, images) * len(images))
         all_ids = torch.cat(ids)
-        counts = torch.bincount(all_ids.flatten(), minlength=tokenizer.num_codes)
-        metrics = {
-            "l1": float(sum(l1)) / len(all_ids),
-            "usage": float((counts > 0).float().mean()),
-            "perplexity": float(perplexity(counts)),
-        }
+        metrics = {"l1": float(sum(l1)) / len(all_ids)}
+        metrics |= self.watch_codes.look(all_ids[:, -1], tokenizer.codebook, step)
         if perceptual:
             metrics["perceptual"] = float(sum(perceptual)) / len(all_ids)
-        if self.texts is not None:
+        if self.run.align != "none":
             captions = self.val_captions[rows].to(device)
-            scores = alignment_scores(tokenizer, all_ids, captions)
+            if model.guidance is not None:  # LG-VQ has its own reading of the codes
+                scores = model.guidance.scores(
+                    tokenizer.quantizer.lookup(all_ids[:, -1]).movedim(-1, 1), captions
+                )
+            else:
+                scores = alignment_scores(tokenizer, all_ids[:, -1], captions)
             ranks = text_to_image_ranks(scores, torch.arange(len(scores), device=device))
             metrics["t2i_R@10"] = recall_at(ranks, 10)
+        if self.texts is not None:
+            metrics |= level_costs(tokenizer, all_ids, self.val_texts, rows)
         return metrics
 
     @torch.inference_mode()
     def pictures(self, model: TokenizerTrainee) -> dict[str, Any]:
-        images, _ = next(_batches(self.val_set, self.run.model.image_size_px))
+        images, _ = next(photo_batches(self.val_set, self.run.model.image_size_px))
         images = images[:PICTURES].to(next(model.parameters()).device)
         tokenizer = model.tokenizer
         both = to_pil(images) + to_pil(tokenizer.decode(tokenizer.encode(images)))
-        return {"reconstructions": np.asarray(grid(both, columns=PICTURES))}
+        sheet = np.asarray(grid(both, columns=PICTURES))
+        return {"reconstructions": sheet, "code_use": use_chart(self.watch_codes.use)}
 
     def save(self, model: TokenizerTrainee, directory: Path, card: str) -> None:
         model.tokenizer.card = card
         model.tokenizer.save_pretrained(directory)
-
-
-def _batches(dataset: ImageTextDataset, size_px: int) -> Any:
-    """Batches of (images (B, 3, H, W), their indices) over a split, unreadable images left out."""
-    images, indices = [], []
-    for index, image in readable_images(dataset):
-        images.append(to_tensor(image, size_px))
-        indices.append(index)
-        if len(images) == EVALUATION_BATCH:
-            yield torch.stack(images), indices
-            images, indices = [], []
-    if images:
-        yield torch.stack(images), indices
 
 
 @run_main

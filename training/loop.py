@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
@@ -246,7 +247,7 @@ class Trainer:
         modules = [self.model] + ([self.critic] if self.critic else [])
         for micro in range(config.accumulation_steps):
             torch.manual_seed(mixed_seed(config.seed, step, micro, self.accelerator.process_index))
-            batch = _to_device(next(batches), self.accelerator.device)
+            batch = send_to_device(next(batches), self.accelerator.device, non_blocking=True)
             with self.accelerator.accumulate(*modules):
                 output = self._update(self.model, self.optimizer, batch)
                 report = dict(output.report)
@@ -387,16 +388,6 @@ def _moving_average(decay: float) -> Callable[..., None]:
         torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + int(updates)) / (10 + int(updates))))
 
     return update
-
-
-def _to_device(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return {key: _to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, list | tuple):
-        return type(batch)(_to_device(item, device) for item in batch)
-    return batch
 
 
 def _minutes(seconds: float) -> str:

@@ -10,11 +10,11 @@ from typing import Any
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
-from tavq.arguments import to_plain
+from tavq.arguments import load_yaml, to_plain
 
 from .checkpoint import written_aside
 
-MAY_CHANGE = {"steps", "checkpoint_minutes", "log_every", "num_workers", "patience"}
+MAY_CHANGE = {"steps", "checkpoint_minutes", "log_every", "num_workers", "patience", "min_usage"}
 
 
 class RunLog:
@@ -54,7 +54,8 @@ def claim_folder(folder: Path, resolved: Any, is_main: bool) -> None:
     path, values = folder / "config.yaml", to_plain(resolved)
     text = yaml.safe_dump(values, sort_keys=False)
     if path.exists():
-        changed = _differences(yaml.safe_load(path.read_text()), values)
+        before = load_yaml(type(resolved), path)  # a field that is newer than the run has its default
+        changed = _differences(to_plain(before), values)
         if changed:
             raise ValueError(
                 f"{folder.parent} holds a run with another {', '.join(changed)}; "

@@ -1,0 +1,105 @@
+"""Do generated pictures show what was asked for, and are they new? Without any foreign model.
+
+A judge, a checkpoint that drew none of the pictures, captions them and ranks the prompts; both scores must
+fall when the prompts are shuffled. The nearest training image in token space shows whether the prior recites.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tavq.captioner.decoding import GREEDY
+from tavq.data.examples import ImageTextDataset
+from tavq.data.images import grid, to_pil, to_tensor, to_uint8
+from tavq.metrics.captions import caption_metrics
+from tavq.pipeline import Pipeline
+from tavq.tokenizer.heatmaps import aligned_levels
+from tavq.tokenizer.model import NUM_LEVELS
+from tavq.tokenizer.retrieval import alignment_scores, image_to_text_ranks
+
+PHOTOS_AT_ONCE = 20
+RANK = 10
+
+
+def open_judge(source: str, pipeline: Pipeline) -> Pipeline:
+    """Load the judge. Raises ValueError when it shares its tokenizer with the `pipeline` that it judges."""
+    judge = Pipeline.from_pretrained(source, str(pipeline.device))
+    if judge.hashes["tokenizer"] == pipeline.hashes["tokenizer"]:
+        raise ValueError(
+            f"{source} shares its tokenizer with what it judges; name a checkpoint trained by itself"
+        )
+    return judge
+
+
+def pictures_of(images: Tensor) -> list[Image.Image]:
+    """(n, 3, S, S) uint8 -> n pictures."""
+    return to_pil(images.float() / 127.5 - 1)
+
+
+def cycle_captions(judge: Pipeline, images: Tensor) -> list[str]:
+    """The judge's greedy caption of each picture; images (n, 3, S, S) uint8."""
+    pictures, captions = pictures_of(images), []
+    for start in tqdm(range(0, len(pictures), PHOTOS_AT_ONCE), desc="judging", disable=None):
+        part = judge.caption(pictures[start : start + PHOTOS_AT_ONCE], GREEDY)
+        captions += [found[0].text for found in part]
+    return captions
+
+
+def cycle_cider(captions: list[str], dataset: ImageTextDataset) -> np.ndarray:
+    """CIDEr of each caption against the human captions of its prompt's photo: (n, 1)."""
+    hypotheses = dict(zip(dataset.ids, captions, strict=True))
+    references = {example.id: list(example.captions) for example in dataset.examples}
+    return caption_metrics(hypotheses, references, backend="python", metrics=("CIDEr",)).statistics["CIDEr"]
+
+
+def prompt_hits(judge: Pipeline, images: Tensor, prompts: list[str]) -> np.ndarray | None:
+    """Whether each picture's own prompt is among the ten that the judge's codes are nearest to: (n, 1).
+
+    None where the judge's codes are not aligned with text.
+    """
+    if NUM_LEVELS not in aligned_levels(judge.tokenizer):
+        return None
+    ids = judge.encode(pictures_of(images))
+    scores = alignment_scores(judge.tokenizer, ids, judge.alignment_encoder.encode(prompts))
+    ranks = image_to_text_ranks(scores, torch.arange(len(prompts)))
+    return (ranks < RANK).double().cpu().numpy()[:, None]
+
+
+def judged(
+    judge: Pipeline, images: Tensor, dataset: ImageTextDataset
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """Scores a picture by metric, (n, 1) each, and the same with every picture given the next one's
+    prompt."""
+    captions = cycle_captions(judge, images)
+    prompts = [example.captions[0] for example in dataset.examples]
+    scores = {"cycle_CIDEr": cycle_cider(captions, dataset)}
+    shuffled = {"cycle_CIDEr": float(cycle_cider([*captions[1:], captions[0]], dataset).mean())}
+    hits = prompt_hits(judge, images, prompts)
+    if hits is not None:
+        scores[f"prompt_R@{RANK}"] = hits
+        shuffled[f"prompt_R@{RANK}"] = float(prompt_hits(judge, images.roll(1, dims=0), prompts).mean())
+    return scores, shuffled
+
+
+def nearest_training_images(pipeline: Pipeline, images: Tensor, training: ImageTextDataset) -> Image.Image:
+    """Generated pictures above the training photos whose codes are nearest, position by position.
+
+    Shows photos of the data set: not for publication.
+
+    Args:
+        images: (n, 3, S, S) uint8.
+        training: the split that the prior learned from.
+    """
+    tokenizer, size = pipeline.tokenizer, pipeline.tokenizer.image_size_px
+    wanted = tokenizer.quantizer.lookup(pipeline.encode(pictures_of(images)).flatten(1)).flatten(1)
+    best = [(-np.inf, 0)] * len(images)
+    for index in tqdm(range(len(training)), desc="nearest training images", disable=None):
+        ids = pipeline.encode([training.load_image(index)]).flatten(1)
+        nearness = (wanted @ tokenizer.quantizer.lookup(ids).flatten(1).T)[:, 0].tolist()
+        best = [max(old, (new, index)) for old, new in zip(best, nearness, strict=True)]
+    photos = torch.stack([to_tensor(training.load_image(index), size) for _, index in best])
+    return grid(pictures_of(images) + pictures_of(to_uint8(photos)), columns=len(images))

@@ -1,0 +1,365 @@
+"""Adapters: what they hear is what the base does, and the base stays as its own library knows it.
+
+taming-transformers and LlamaGen cannot be installed beside this project, so models with their structure and
+key names stand in for them; diffusers and vector_quantize_pytorch are the real ones.
+"""
+
+import copy
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from vector_quantize_pytorch import VectorQuantize
+
+from tavq.data.images import to_tensor
+from tavq.data.layouts import open_dataset
+from tavq.data.text_encoder import TextEncoder
+from tavq.data.text_index import UnitIndex
+from tavq.tokenizer import align
+from tavq.tokenizer.adapters import adapt
+from tavq.tokenizer.alignment import AlignmentConfig, TextAligner, TextBank, TextUnits, draw_texts
+from tavq.tokenizer.model import PRESETS, TAVQTokenizer
+from tavq.torchvision_ops import ensure_torchvision
+from tavq.training.run_folder import read_log
+
+SIZE = 32
+
+
+class Block(nn.Module):
+    """A residual block or an attention block, as far as an adapter can tell."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.conv(F.silu(x))
+
+
+class NearestCode(nn.Module):
+    """The quantiser of taming-transformers and, with `l2_norm` set, of LlamaGen."""
+
+    def __init__(self, n_e: int = 32, e_dim: int = 4, l2_norm: bool | None = None):
+        super().__init__()
+        self.n_e, self.e_dim, self.beta = n_e, e_dim, 0.25
+        self.embedding = nn.Embedding(n_e, e_dim)
+        if l2_norm is not None:
+            self.l2_norm = l2_norm
+
+    def forward(self, z):
+        rows, codes = z.movedim(1, -1), self.embedding.weight
+        if getattr(self, "l2_norm", False):
+            rows, codes = F.normalize(rows, dim=-1), F.normalize(codes, dim=-1)
+        ids = torch.cdist(rows.flatten(0, 2), codes).argmin(dim=1)
+        found = codes[ids].view(rows.shape)
+        losses = (found - rows.detach()).square().mean(), self.beta * (rows - found.detach()).square().mean()
+        if hasattr(self, "l2_norm"):
+            loss = (*losses, torch.zeros(()), 0.5) if self.training else (None, None, None, None)
+        else:
+            loss = sum(losses)
+        return (rows + (found - rows).detach()).movedim(-1, 1), loss, (None, None, ids)
+
+
+class Encoder(nn.Module):
+    def __init__(self, mid_as_list: bool):
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, 8, 4, stride=4)
+        if mid_as_list:
+            self.mid = nn.ModuleList([Block(8), Block(8), Block(8)])
+        else:
+            self.mid = nn.Module()
+            self.mid.block_1, self.mid.attn_1, self.mid.block_2 = Block(8), Block(8), Block(8)
+        self.conv_out = nn.Conv2d(8, 6, 1)
+
+    def forward(self, x):
+        h = self.conv_in(x)
+        for block in self.mid.children():
+            h = block(h)
+        return self.conv_out(h)
+
+
+class ForeignVQModel(nn.Module):
+    """VQModel of taming-transformers (`l2_norm` None) or of LlamaGen."""
+
+    def __init__(self, l2_norm: bool | None = None):
+        super().__init__()
+        self.encoder = Encoder(mid_as_list=l2_norm is not None)
+        self.quant_conv, self.post_quant_conv = nn.Conv2d(6, 4, 1), nn.Conv2d(4, 6, 1)
+        self.quantize = NearestCode(l2_norm=l2_norm)
+        self.decoder = nn.ConvTranspose2d(6, 3, 4, stride=4)
+
+    def encode(self, x):
+        return self.quantize(self.quant_conv(self.encoder(x)))
+
+    def decode(self, quant):
+        return self.decoder(self.post_quant_conv(quant))
+
+    def forward(self, x):
+        quant, diff, _ = self.encode(x)
+        return self.decode(quant), diff
+
+
+class Around(nn.Module):
+    """A user's own model around VectorQuantize, on maps or on sequences."""
+
+    def __init__(self, image_fmap: bool = True, **settings):
+        super().__init__()
+        self.enter, self.leave = nn.Conv2d(3, 8, 4, stride=4), nn.ConvTranspose2d(8, 3, 4, stride=4)
+        self.vq = VectorQuantize(8, 32, codebook_dim=4, accept_image_fmap=image_fmap, **settings)
+        self.image_fmap = image_fmap
+
+    def forward(self, x):
+        z = self.enter(x)
+        if not self.image_fmap:
+            q, ids, loss = self.vq(z.flatten(2).transpose(1, 2))
+            return self.leave(q.transpose(1, 2).view_as(z)), ids, loss
+        q, ids, loss = self.vq(z)
+        return self.leave(q), ids, loss
+
+
+def vq_model_class() -> type[nn.Module]:
+    ensure_torchvision()
+    from diffusers import VQModel
+
+    return VQModel
+
+
+def diffusers_model(**settings) -> nn.Module:
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "block_out_channels": (16, 16),
+    }
+    return vq_model_class()(
+        **blocks, latent_channels=4, num_vq_embeddings=32, norm_num_groups=4, vq_embed_dim=6, **settings
+    )
+
+
+LEARNED = {"learnable_codebook": True, "ema_update": False}
+BASES = {
+    "diffusers": diffusers_model,
+    "diffusers without attention": lambda: diffusers_model(mid_block_add_attention=False),
+    "taming": ForeignVQModel,
+    "llamagen": lambda: ForeignVQModel(l2_norm=True),
+    "llamagen without l2_norm": lambda: ForeignVQModel(l2_norm=False),
+    "vector_quantize_pytorch": lambda: Around(**LEARNED),
+    "vector_quantize_pytorch on sequences": lambda: Around(False, **LEARNED, rotation_trick=False),
+    "tavq": lambda: TAVQTokenizer(PRESETS["tiny"]),
+}
+
+
+@pytest.fixture(params=BASES)
+def base(request) -> nn.Module:
+    torch.manual_seed(0)
+    return BASES[request.param]()
+
+
+def codebook_of(base: nn.Module) -> nn.Parameter:
+    """The parameter that holds the codes, by its key in the base's own state dict."""
+    keys = ("quantize.embedding.weight", "vq._codebook.embed", "quantizer.weight")
+    return next(p for name, p in base.named_parameters() if name in keys)
+
+
+@pytest.fixture(scope="module")
+def few_shapes(tmp_path_factory):
+    """A folder of 60 pictures with their captions; some 48 of them are for training."""
+    folder = tmp_path_factory.mktemp("few_shapes")
+    dataset = open_dataset("shapes", "train").head(60)
+    for index, example in enumerate(dataset.examples):
+        dataset.load_image(index).save(folder / f"{example.id}.png")
+        (folder / f"{example.id}.txt").write_text("\n".join(example.captions[:2]))
+    return folder
+
+
+def images(count: int = 4) -> torch.Tensor:
+    return torch.rand(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def made_up_texts(batch: int = 4):
+    mask = torch.ones(batch, 3, dtype=torch.bool)
+    return [TextUnits(F.normalize(torch.randn(batch, 3, 12), dim=-1), mask) for _ in range(3)]
+
+
+def test_what_is_heard_is_what_the_look_up_sees_and_the_base_stays_as_it_was(base):
+    base.eval()
+    keys = list(base.state_dict())
+    adapter = adapt(base, SIZE)
+    rebuilt, heard = adapter.reconstruct(images())
+    assert torch.equal(rebuilt, adapter.images_of(base(images())))
+    latents = heard.features[-1]
+    assert {level.shape for level in heard.features} == {latents.shape}
+    rows, codebook = latents.movedim(1, -1).flatten(0, 2), adapter.codebook
+    assert torch.equal(torch.cdist(rows, codebook).argmin(dim=1), heard.ids.flatten())
+    assert heard.ids.shape == (4, *latents.shape[-2:])
+    assert list(base.state_dict()) == keys
+    assert not any(module._forward_hooks for module in base.modules())
+
+
+def test_the_alignment_moves_codebook_and_encoder_and_the_loss_is_the_bases_own(base):
+    torch.manual_seed(0)
+    adapter = adapt(base.train(), SIZE)
+    codebook = adapter.codebook
+    rebuilt, heard = adapter.reconstruct(images())
+    aligner = TextAligner(AlignmentConfig(samples=8, bank_size=0), codebook.shape[1], 12)
+    on = torch.autograd.grad(rebuilt.sum(), heard.shared, retain_graph=True, allow_unused=True)
+    assert on[-1].norm() > 0, "the reconstruction's gradient passes where the two are balanced"
+    aligner(heard.features, adapter.codebook, made_up_texts()).loss.backward()
+    first = next(p for p in base.parameters() if p.ndim == 4)
+    assert first.grad.norm() > 0
+    assert codebook_of(base).grad.norm() > 0
+    assert rebuilt.shape == (4, 3, SIZE, SIZE) and heard.loss > 0
+
+
+@pytest.mark.parametrize("l2_norm", [True, False])
+def test_where_llamagen_compares_unit_vectors_the_aligner_is_given_unit_vectors(l2_norm):
+    adapter = adapt(ForeignVQModel(l2_norm=l2_norm).eval(), SIZE)
+    _, heard = adapter.reconstruct(images())
+    for vectors in (adapter.codebook, *heard.features):
+        norms = vectors.norm(dim=1)
+        assert torch.allclose(norms, torch.ones_like(norms), atol=1e-5) == l2_norm
+
+
+def test_a_copy_for_averaging_hears_its_own_base():
+    adapter = adapt(ForeignVQModel().eval(), SIZE)
+    twin = copy.deepcopy(adapter)
+    nn.init.zeros_(twin.base.quant_conv.weight)
+    nn.init.zeros_(twin.base.quant_conv.bias)
+    assert not twin.reconstruct(images())[1].features[-1].any()
+    assert adapter.reconstruct(images())[1].features[-1].any()
+
+
+def test_named_stages_are_averaged_to_the_grid_and_a_wrong_name_is_refused():
+    adapter = adapt(diffusers_model(), SIZE, ("encoder.down_blocks.0", "encoder.mid_block"))
+    _, heard = adapter.reconstruct(images())
+    assert {level.shape for level in heard.features} == {(4, 6, 16, 16)}
+    with pytest.raises(ValueError, match=r"encoder\.middle.*named_modules"):
+        adapt(diffusers_model(), SIZE, ("encoder.middle", "encoder.mid_block"))
+    with pytest.raises(ValueError, match=r"did not call decoder\.unused"):
+        unused = ForeignVQModel()
+        unused.decoder.unused = Block(3)
+        adapt(unused, SIZE, ("encoder.mid.attn_1", "decoder.unused"))
+
+
+def test_a_codebook_that_no_gradient_reaches_is_refused_with_the_setting_to_change():
+    with pytest.raises(ValueError, match="learnable_codebook=True, ema_update=False"):
+        adapt(Around(), SIZE)
+    moved_by_averages = ForeignVQModel()
+    moved_by_averages.quantize.embedding.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="takes no gradient"):
+        adapt(moved_by_averages, SIZE)
+    with pytest.raises(TypeError, match="subclass of"):
+        adapt(nn.Conv2d(3, 3, 1), SIZE)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "key"),
+    [
+        ("taming", "model.ckpt", "state_dict"),
+        ("llamagen", "model.pt", "model"),
+        ("vector_quantize_pytorch", "model.pt", None),
+    ],
+)
+def test_the_saved_file_is_the_one_that_the_base_library_reads(name, file, key, tmp_path):
+    base, fresh = BASES[name]().eval(), BASES[name]().eval()
+    adapt(base, SIZE).save(tmp_path)
+    found = torch.load(tmp_path / file, weights_only=True)
+    fresh.load_state_dict(found[key] if key else found)
+    assert torch.equal(fresh(images())[0], base(images())[0])
+
+
+def test_fifteen_lines_add_the_aligner_to_a_foreign_training_loop():
+    torch.manual_seed(0)
+    dataset = open_dataset("shapes", "train").head(16)
+    photos = torch.stack([to_tensor(dataset.load_image(i), SIZE) for i in range(16)])
+    model, generator = ForeignVQModel(), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    keys, costs = list(model.state_dict()), []
+
+    config = AlignmentConfig(samples=16, bank_size=32)
+    texts = UnitIndex.build(dataset, TextEncoder())
+    adapter = adapt(model, image_size_px=SIZE)
+    aligner = TextAligner(config, code_dim=adapter.codebook.shape[1], text_dim=texts.vectors.shape[1])
+    optimizer.add_param_group({"params": [*adapter.heads.parameters(), *aligner.parameters()]})
+    for _ in range(40):
+        indices = torch.randperm(16, generator=generator)[:8].tolist()
+        with adapter.listening() as heard:
+            reconstruction, quantizer_loss = model(photos[indices])  # the loop's own step, as it was
+        loss = F.l1_loss(reconstruction, photos[indices]) + quantizer_loss
+        drawn = draw_texts(texts, indices, generator, config)
+        units, banks = [TextUnits(*p) for p in drawn["texts"]], [TextBank(*p) for p in drawn["banks"]]
+        alignment = aligner(heard.features, adapter.codebook, units, banks)
+        (loss + 0.1 * alignment.loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        costs.append(float(alignment.report["align/sentences_cost"]))
+    assert sum(costs[-5:]) < 0.9 * sum(costs[:5])
+    assert list(model.state_dict()) == keys
+
+
+SHORT = ["--image-size-px", str(SIZE), "--probe-steps", "8", "--alignment.samples", "16"]
+SHORT += ["--training.batch-size", "8", "--training.log-every", "1", "--training.ema-decay", "0.5"]
+
+
+def test_an_aligned_diffusers_model_loads_again_in_diffusers_and_its_codes_fit_their_texts(
+    tmp_path, few_shapes, capsys
+):
+    torch.manual_seed(0)
+    diffusers_model().save_pretrained(tmp_path / "base")
+    flags = ["--base", f"diffusers:{tmp_path / 'base'}", "--out", str(tmp_path / "out")]
+    fast = ["--training.steps", "25", "--training.warmup-steps", "1", "--training.learning-rate", "2e-3"]
+    align.main([*flags, "--data", str(few_shapes), *SHORT, *fast])
+    VQModel = vq_model_class()
+    before = VQModel.from_pretrained(tmp_path / "base")
+    after, info = VQModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert list(after.state_dict()) == list(before.state_dict())
+    assert dict(after.config) | {"_name_or_path": ""} == dict(before.config) | {"_name_or_path": ""}
+    assert not torch.equal(after.quantize.embedding.weight, before.quantize.embedding.weight)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert set(report["before"]) == set(report["after"]) >= {"l1", "PSNR", "usage", "t2i_R@10", "i2t_R@1"}
+    assert report["after"]["l1"] < report["before"]["l1"]
+    lines = [line for line in read_log(tmp_path / "out" / "training" / "log.jsonl") if "l1" in line]
+    assert lines[-1]["align/sentences_cost"] < lines[0]["align/sentences_cost"]
+    assert "before     after" in capsys.readouterr().out
+
+
+def test_a_probe_learns_to_read_a_tokenizer_of_ours_and_changes_no_code(
+    tmp_path, few_shapes, tiny_checkpoint
+):
+    source, out = tiny_checkpoint / "tokenizer", tmp_path / "out"
+    align.main(
+        ["--base", f"tavq:{source}", "--data", str(few_shapes), "--out", str(out), "--probe-only", *SHORT]
+    )
+    before, after = TAVQTokenizer.from_pretrained(source), TAVQTokenizer.from_pretrained(out)
+    changed = {
+        name.split(".")[0]
+        for name, weights in after.state_dict().items()
+        if not torch.equal(weights, before.state_dict()[name])
+    }
+    assert changed == {"projections"}
+    assert after.config.provenance["probe"] == "ot" and "align" not in after.config.provenance
+    assert "after" not in json.loads((out / "report.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("elsewhere", "expected diffusers:PATH"),
+        ("diffusers:/no/such/place", "no VQModel at /no/such/place"),
+        ("call:no_such_module:build", "check that the module lies on PYTHONPATH"),
+        ("call:builtins:dict", "returned a dict"),
+    ],
+)
+def test_a_wrong_base_is_one_line_and_exit_code_2(source, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        align.main(["--base", source, "--data", "shapes", "--out", str(tmp_path)])
+    assert exit_.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_tokenizer_of_ours_is_only_probed(tiny_checkpoint, tmp_path, capsys):
+    flags = ["--base", f"tavq:{tiny_checkpoint / 'tokenizer'}", "--data", "shapes", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        align.main([*flags, "--image-size-px", str(SIZE)])
+    assert "--probe-only" in capsys.readouterr().err

@@ -1,0 +1,333 @@
+"""Other people's VQ models as the alignment sees them: three feature maps, a codebook, a reconstruction.
+
+The base model's code, its keys and its file format stay untouched: an adapter listens to the model's own
+forward pass with hooks. A new one is a subclass of `Adapter` that names the modules to listen to.
+
+Legend: B batch, E code width, K codes, h w token grid, C channels of a stage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tavq.training.checkpoint import written_aside
+
+from .model import NUM_LEVELS, TAVQTokenizer
+
+
+class Heard:
+    """What an adapter heard of one forward pass of its base; filled when the `listening` block ends."""
+
+    features: list[Tensor]
+    """Three maps (B, E, h, w) before quantisation, as the look-up sees them, shallow first."""
+    ids: Tensor
+    """(B, h, w) int64 of the last level."""
+    loss: Tensor
+    """Scalar: the base's own quantiser loss; 0 where it reports none."""
+    shared: tuple[Tensor, ...]
+    """Activations of the base through which both reconstruction and alignment send their gradient."""
+
+
+class Adapter(nn.Module):
+    """Listens to a base that calls `quant_conv` and then `quantize`, as taming-transformers' models do.
+
+    Levels 1 and 2 are read from two stages of the base's encoder (by default in its last block, behind global
+    attention), averaged to the token grid and brought to width E by 1x1 convolutions of the adapter. Level 3
+    is the latent that the base quantises.
+
+    Args:
+        base: the model; it is trained in place, and its class and keys stay as they are.
+        image_size_px: side of the images it will see.
+        stages: names of two submodules of the base, shallow first, each called once a forward pass.
+    """
+
+    latent_module, quantizer_module = "quant_conv", "quantize"
+
+    def __init__(self, base: nn.Module, image_size_px: int, stages: tuple[str, ...] | None = None):
+        super().__init__()
+        self.base, self.image_size_px = base, image_size_px
+        self.check()
+        self.stages = self.default_stages() if stages is None else stages
+        absent = sorted(set(self.stages) - set(dict(base.named_modules())))
+        if absent or len(self.stages) != NUM_LEVELS - 1:
+            raise ValueError(
+                f"stages are {', '.join(self.stages)}, expected {NUM_LEVELS - 1} submodules of "
+                f"{type(base).__name__}; see its named_modules()"
+            )
+        width = self.codebook.shape[1]
+        self.heads = nn.ModuleList(nn.Conv2d(channels, width, 1) for channels in self._stage_channels())
+
+    @property
+    def codebook(self) -> Tensor:
+        """(K, E) as the look-up sees it, differentiable."""
+        return self.base.quantize.embedding.weight
+
+    @property
+    def projections(self) -> nn.ModuleList | None:
+        """The base's own way from codes to text; None where it has none."""
+        return None
+
+    def check(self) -> None:
+        """Refuse a base whose codebook no gradient reaches."""
+        if not self.codebook.requires_grad:
+            raise ValueError(
+                f"the codebook of {type(self.base).__name__} takes no gradient (moved by averages, or "
+                "frozen), so text cannot reach it; make it a parameter that the quantiser loss trains"
+            )
+
+    def default_stages(self) -> tuple[str, ...]:
+        raise NotImplementedError
+
+    def save(self, directory: Path) -> None:
+        """Write the base as its own library does."""
+        raise NotImplementedError
+
+    def images_of(self, output: Any) -> Tensor:
+        """The reconstructions in what the base's forward returns."""
+        return output[0] if isinstance(output, tuple) else output
+
+    def read_quantizer(self, output: Any) -> tuple[Tensor, Tensor | None]:
+        """The ids, in any shape, and the loss in what the base's quantiser returns."""
+        _, loss, (*_, ids) = output
+        return ids, loss
+
+    def as_looked_up(self, latents: Tensor) -> Tensor:
+        """Maps (B, E, h, w) as the look-up compares them with `codebook`."""
+        return latents
+
+    def reconstruct(self, images: Tensor) -> tuple[Tensor, Heard]:
+        """The base's forward pass: images (B, 3, H, W) in [-1, 1] -> reconstructions, and what was heard."""
+        with self.listening() as heard:
+            output = self.base(images)
+        return self.images_of(output), heard
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[Heard]:
+        """Hear the one forward pass of the base that the block makes, wherever the call stands."""
+        heard = Heard()
+        with self._outputs(*self.stages, self.latent_module, self.quantizer_module) as outputs:
+            yield heard
+        ids, loss = self.read_quantizer(outputs[self.quantizer_module])
+        latents = self.to_map(outputs[self.latent_module], ids)
+        maps = [self.to_map(outputs[name], ids) for name in self.stages]
+        levels = [
+            head(F.adaptive_avg_pool2d(stage, latents.shape[-2:]))
+            for head, stage in zip(self.heads, maps, strict=True)
+        ]
+        heard.features = [self.as_looked_up(level) for level in (*levels, latents)]
+        heard.ids = ids.reshape(len(latents), *latents.shape[-2:])
+        heard.loss = latents.new_zeros(()) if loss is None else loss
+        heard.shared = (outputs[self.stages[0]],)  # as it came: a reshaped copy lies beside the base's path
+
+    def to_map(self, output: Tensor, ids: Tensor) -> Tensor:
+        """What a listened-to module returns -> (B, C, h, w); `ids` as the quantiser returned them."""
+        return output
+
+    @contextlib.contextmanager
+    def _outputs(self, *names: str) -> Iterator[dict[str, Any]]:
+        """Collect by name what submodules return; the hooks go when the block ends."""
+        outputs: dict[str, Any] = {}
+        with contextlib.ExitStack() as hooks:
+            for name in dict.fromkeys(names):
+                module = self.base.get_submodule(name)
+                handle = module.register_forward_hook(
+                    lambda _, __, out, name=name: outputs.update({name: out})
+                )
+                hooks.callback(handle.remove)
+            yield outputs
+        silent = [name for name in names if name not in outputs]
+        if silent:
+            raise ValueError(
+                f"{type(self.base).__name__} did not call {', '.join(silent)} in its forward pass; "
+                "name other stages"
+            )
+
+    @torch.no_grad()
+    def _stage_channels(self) -> list[int]:
+        size, device, was_training = self.image_size_px, self.codebook.device, self.base.training
+        self.base.eval()
+        with self._outputs(*self.stages, self.quantizer_module) as outputs:
+            self.base(torch.zeros(1, 3, size, size, device=device))
+        self.base.train(was_training)
+        ids, _ = self.read_quantizer(outputs[self.quantizer_module])
+        return [self.to_map(outputs[name], ids).shape[1] for name in self.stages]
+
+
+class DiffusersAdapter(Adapter):
+    """`diffusers.VQModel`."""
+
+    def default_stages(self) -> tuple[str, ...]:
+        """The middle block's attention (its first residual block where it has none) and its end."""
+        attention = self.base.encoder.mid_block.attentions[0] is not None
+        first = "attentions.0" if attention else "resnets.0"
+        return f"encoder.mid_block.{first}", "encoder.mid_block.resnets.1"
+
+    def images_of(self, output: Any) -> Tensor:
+        return output.sample
+
+    def save(self, directory: Path) -> None:
+        self.base.save_pretrained(directory)
+
+
+class TamingAdapter(Adapter):
+    """VQModel of CompVis/taming-transformers; saved as `model.ckpt`, which its `init_from_ckpt` reads."""
+
+    def default_stages(self) -> tuple[str, ...]:
+        return "encoder.mid.attn_1", "encoder.mid.block_2"
+
+    def save(self, directory: Path) -> None:
+        with written_aside(directory / "model.ckpt") as path:
+            torch.save({"state_dict": self.base.state_dict()}, path)
+
+
+class LlamaGenAdapter(Adapter):
+    """VQModel of FoundationVision/LlamaGen; saved as `model.pt`, which its scripts read by --vq-ckpt."""
+
+    def default_stages(self) -> tuple[str, ...]:
+        return "encoder.mid.1", "encoder.mid.2"
+
+    @property
+    def codebook(self) -> Tensor:
+        weight = self.base.quantize.embedding.weight
+        return F.normalize(weight, dim=-1) if self.base.quantize.l2_norm else weight
+
+    def as_looked_up(self, latents: Tensor) -> Tensor:
+        return F.normalize(latents, dim=1) if self.base.quantize.l2_norm else latents
+
+    def read_quantizer(self, output: Any) -> tuple[Tensor, Tensor | None]:
+        _, (*losses, _usage), (*_, ids) = output
+        return ids, None if losses[0] is None else sum(losses)  # in evaluation it computes none
+
+    def save(self, directory: Path) -> None:
+        with written_aside(directory / "model.pt") as path:
+            torch.save({"model": self.base.state_dict()}, path)
+
+
+class VectorQuantizeAdapter(Adapter):
+    """Any model around one `vector_quantize_pytorch.VectorQuantize` that returns its reconstruction first.
+
+    Unless stages are named, all levels read the latent, each in its own way. Saved as `model.pt`, the plain
+    state dict.
+    """
+
+    def check(self) -> None:
+        found = {name: module for name, module in self.base.named_modules() if is_vector_quantize(module)}
+        if len(found) != 1:
+            raise ValueError(f"{type(self.base).__name__} holds {len(found)} VectorQuantize, expected one")
+        ((self.quantizer_module, layer),) = found.items()
+        self.latent_module = f"{self.quantizer_module}.project_in".lstrip(".")
+        if not isinstance(layer._codebook.embed, nn.Parameter):
+            raise ValueError(
+                "VectorQuantize keeps its codebook in a buffer moved by averages, so text cannot reach it; "
+                "build it with learnable_codebook=True, ema_update=False"
+            )
+        if layer.heads > 1 or layer._codebook.affine_param or layer._codebook.vq_bridge is not None:
+            raise ValueError(
+                "VectorQuantize has several heads, affine_param or a vq_bridge, so its look-up sees other "
+                "codes than its codebook; build it without"
+            )
+
+    def default_stages(self) -> tuple[str, ...]:
+        return self.latent_module, self.latent_module
+
+    @property
+    def codebook(self) -> Tensor:
+        return self.base.get_submodule(self.quantizer_module)._codebook.embed[0]
+
+    def read_quantizer(self, output: Any) -> tuple[Tensor, Tensor | None]:
+        _, ids, loss = output
+        return ids, loss.sum()
+
+    def to_map(self, output: Tensor, ids: Tensor) -> Tensor:
+        if output.ndim == 4:
+            return output
+        grid = ids.shape[1:] if ids.ndim == 3 else (ids.shape[1], 1)
+        return output.transpose(1, 2).unflatten(2, tuple(grid))
+
+    def save(self, directory: Path) -> None:
+        with written_aside(directory / "model.pt") as path:
+            torch.save(self.base.state_dict(), path)
+
+
+class TAVQAdapter(Adapter):
+    """This project's own tokenizer, whose encoder gives the three levels itself."""
+
+    latent_module, quantizer_module = "encoder", "quantizer"
+
+    def __init__(self, base: TAVQTokenizer, image_size_px: int, stages: tuple[str, ...] | None = None):
+        nn.Module.__init__(self)
+        self.base, self.image_size_px, self.heads = base, image_size_px, nn.ModuleList()
+        self.check()
+        if stages is not None or image_size_px != base.image_size_px:
+            raise ValueError(
+                f"got {image_size_px} px and stages {stages}, this tokenizer reads {base.image_size_px} px "
+                f"and has its own stages; set --image-size-px {base.image_size_px} and no --stages"
+            )
+
+    @property
+    def codebook(self) -> Tensor:
+        return self.base.quantizer.codebook
+
+    @property
+    def projections(self) -> nn.ModuleList:
+        return self.base.projections
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[Heard]:
+        heard = Heard()
+        with self._outputs("encoder", "quantizer") as outputs:
+            yield heard
+        latents, quantized = outputs["encoder"], outputs["quantizer"]
+        normalise = self.base.quantizer.normalise
+        heard.features = [normalise(level.movedim(1, -1)).movedim(-1, 1) for level in latents]
+        heard.ids, heard.loss = quantized.ids.view(len(latents[0]), *self.base.grid_size), quantized.loss
+        heard.shared = latents
+
+    def images_of(self, output: Any) -> Tensor:
+        return output.images
+
+    def save(self, directory: Path) -> None:
+        self.base.save_pretrained(directory)
+
+
+def _keep(outputs: dict[str, Any], name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+    outputs[name] = output
+
+
+def is_vector_quantize(module: nn.Module) -> bool:
+    """Whether it is `vector_quantize_pytorch.VectorQuantize`, told without importing that package."""
+    kind = type(module)
+    return kind.__name__ == "VectorQuantize" and kind.__module__.startswith("vector_quantize_pytorch")
+
+
+def adapt(base: nn.Module, image_size_px: int, stages: tuple[str, ...] | None = None) -> Adapter:
+    """The adapter that fits `base`, found by its structure.
+
+    Raises:
+        TypeError: no adapter fits.
+        ValueError: the base cannot be aligned as it is; the message names the setting to change.
+    """
+    modules = dict(base.named_modules())
+    if isinstance(base, TAVQTokenizer):
+        fitting = TAVQAdapter
+    elif any(is_vector_quantize(module) for module in modules.values()):
+        fitting = VectorQuantizeAdapter
+    elif "quantize.embedding" in modules and "encoder.mid_block" in modules:
+        fitting = DiffusersAdapter
+    elif "quantize.embedding" in modules and "encoder.mid.block_2" in modules:
+        fitting = TamingAdapter
+    elif "quantize.embedding" in modules and hasattr(base.quantize, "l2_norm"):
+        fitting = LlamaGenAdapter
+    else:
+        raise TypeError(
+            f"{type(base).__name__} is no diffusers, taming or LlamaGen VQModel and holds no VectorQuantize; "
+            "write a subclass of tavq.tokenizer.adapters.Adapter"
+        )
+    return fitting(base, image_size_px, stages)

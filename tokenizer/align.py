@@ -1,0 +1,338 @@
+"""tavq align --base diffusers:PATH --data DIR --out DIR
+
+Fine-tune anybody's VQ model so that its codes are aligned with text. First small heads learn to read the
+frozen model: that is "before". Then heads and model train together: that is "after".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tavq.arguments import parse, run_main
+from tavq.data.embedding_cache import EmbeddingCache
+from tavq.data.images import to_uint8
+from tavq.data.layouts import open_dataset
+from tavq.data.text_encoder import TextEncoder
+from tavq.data.text_index import UnitIndex
+from tavq.metrics.image import psnr
+from tavq.training.checkpoint import written_aside
+from tavq.training.loop import StepOutput, Task, TrainingConfig, train
+from tavq.training.run_folder import read_log
+from tavq.training.stream import mixed_seed
+
+from .adapters import Adapter, adapt
+from .alignment import AlignmentConfig, TextAligner, TextBank, TextUnits, draw_texts
+from .health import perplexity
+from .losses import GradientBalance, open_perceptual
+from .model import TAVQTokenizer, TokenizerConfig
+from .photos import TrainingImages, photo_batches
+from .retrieval import image_to_text_ranks, recall_at, scores_of_codes, text_to_image_ranks
+
+HEADS_FILE = "heads.safetensors"
+REPORT_FILE = "report.json"
+RECALLS = (1, 5, 10)
+PROBE_LEARNING_RATE = 1e-3  # of fresh heads on a frozen base
+
+
+@dataclasses.dataclass(frozen=True)
+class AlignLosses:
+    """Weights of the losses; that of `align` is a share of the reconstruction's gradient norm."""
+
+    l1: float = 1.0
+    perceptual: float = 1.0
+    quantizer: float = 1.0
+    """Of the base's own codebook and commitment terms."""
+    align: float = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class AlignRun:
+    """Align the codes of anybody's VQ model with text.
+
+    Example: tavq align --base diffusers:vqgan/ --data flickr8k/ --out runs/aligned --image-size-px 256
+    """
+
+    base: str
+    """diffusers:PATH (a saved VQModel), tavq:PATH (a tokenizer of ours), or call:MODULE:FUNCTION, which
+    returns a taming, LlamaGen or vector_quantize_pytorch model with its weights."""
+    data: str
+    """Data set: a directory in any known layout, or `shapes` (generated)."""
+    out: Path
+    """Directory of the aligned model in the format of its own library, and of report.json."""
+    image_size_px: int = 128
+    """Side that the images are squashed to."""
+    stages: tuple[str, str] | None = None
+    """Submodules of the base that levels 1 and 2 are read from; by default those behind its global
+    attention."""
+    method: Literal["ot", "gaussian"] = "ot"
+    text_encoder: str = "minilm"
+    """minilm, or a directory or hub id of a transformers text model."""
+    perceptual: str | None = None
+    """`lpips`, or the path of a TorchScript network that gives feature maps; without it L1 alone."""
+    probe_steps: int = 500
+    """Steps in which the heads learn to read the frozen base."""
+    probe_only: bool = False
+    """Stop there: how well codes that never saw a text can be read."""
+    alignment: AlignmentConfig = AlignmentConfig()
+    losses: AlignLosses = AlignLosses()
+    training: TrainingConfig = TrainingConfig(
+        steps=2000, batch_size=16, learning_rate=1e-4, warmup_steps=100, evaluate_every=500
+    )
+
+
+class AlignTrainee(nn.Module):
+    """A base model behind its adapter, with the aligner and the losses that train both."""
+
+    def __init__(self, run: AlignRun, adapter: Adapter, text_dim: int, frozen: bool):
+        super().__init__()
+        self.run, self.adapter, self.frozen = run, adapter, frozen
+        lookup = "straight-through" if frozen else run.alignment.lookup
+        config = dataclasses.replace(run.alignment, method=run.method, lookup=lookup)
+        width = adapter.codebook.shape[1]
+        self.aligner = TextAligner(config, width, text_dim, projections=adapter.projections)
+        self.perceptual = open_perceptual(run.perceptual) if run.perceptual and not frozen else None
+        self.balance = GradientBalance({"align": run.losses.align})
+
+    def train(self, mode: bool = True) -> AlignTrainee:
+        super().train(mode)
+        if self.frozen:
+            self.adapter.base.eval()  # else its codebook might go on adapting
+        return self
+
+    def forward(self, batch: dict[str, Any], step: int) -> StepOutput:
+        images, losses = batch["image"], self.run.losses
+        rebuilt, heard = self.adapter.reconstruct(images)
+        texts = [TextUnits(*pair) for pair in batch["texts"]]
+        banks = [TextBank(*pair) for pair in batch["banks"]]
+        aligned = self.aligner(heard.features, self.adapter.codebook, texts, banks)
+        if self.frozen:
+            return StepOutput(aligned.loss, dict(aligned.report))
+        report = {"l1": F.l1_loss(rebuilt, images), "quantizer": heard.loss, **aligned.report}
+        reconstruction = losses.l1 * report["l1"]
+        if self.perceptual is not None:
+            report["perceptual"] = self.perceptual.distance(rebuilt, images)
+            reconstruction = reconstruction + losses.perceptual * report["perceptual"]
+        weighed = self.balance.weigh("align", aligned.loss, reconstruction, heard.shared, step)
+        report |= self.balance.report()
+        return StepOutput(reconstruction + losses.quantizer * heard.loss + weighed, report)
+
+    def heads(self) -> dict[str, Tensor]:
+        """The weights beside the base's: what level heads and projections have learnt."""
+        parts = {"heads": self.adapter.heads, "projections": self.aligner.projections}
+        found = {
+            f"{part}.{name}": t for part, module in parts.items() for name, t in module.state_dict().items()
+        }
+        return found | {"log_scale": self.aligner.log_scale.detach()}
+
+    def load_heads(self, tensors: dict[str, Tensor]) -> None:
+        """Copy what `heads` gave, from another trainee of the same shape."""
+        with torch.no_grad():
+            for name, tensor in self.heads().items():
+                tensor.copy_(tensors[name])
+
+
+class AlignData:
+    """Photos and texts of a data set, read and encoded once for both stages."""
+
+    def __init__(self, run: AlignRun):
+        self.train_set, self.val_set = open_dataset(run.data, "train"), open_dataset(run.data, "val")
+        self.images = TrainingImages(self.train_set, run.image_size_px)
+        encoder = EmbeddingCache(TextEncoder(run.text_encoder))
+        self.texts = UnitIndex.build(self.train_set, encoder)
+        self.text_dim, self.text_hash = encoder.dim, encoder.hash
+        captions = [caption for example in self.val_set.examples for caption in example.captions]
+        counts = torch.tensor([len(example.captions) for example in self.val_set.examples])
+        self.captions = encoder.encode(captions)
+        self.owners = torch.arange(len(counts)).repeat_interleave(counts)
+        self.first = counts.cumsum(0) - counts
+
+
+class AlignTask(Task):
+    """One of the two stages as the training loop sees it."""
+
+    name, watch = "tokenizer", None
+
+    def __init__(self, run: AlignRun, adapter: Adapter, data: AlignData, frozen: bool):
+        self.run, self.data, self.dataset = run, data, data.images
+        torch.manual_seed(run.training.seed)
+        self.model = AlignTrainee(run, adapter, data.text_dim, frozen)
+
+    def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(mixed_seed(examples[0]["draw"], len(examples)))
+        indices = [example["index"] for example in examples]
+        texts = draw_texts(self.data.texts, indices, generator, self.run.alignment)
+        return {"image": torch.stack([example["image"] for example in examples]), **texts}
+
+    @torch.inference_mode()
+    def evaluate(self, model: AlignTrainee, step: int) -> dict[str, float]:
+        """Reconstruction, usage of the codebook, and retrieval through its codes, on the validation split."""
+        adapter, device = model.adapter, next(model.parameters()).device
+        ids, rows, l1, ratios = [], [], [], []
+        for images, indices in photo_batches(self.data.val_set, self.run.image_size_px):
+            rebuilt, heard = adapter.reconstruct(images.to(device))
+            ids.append(heard.ids.cpu())
+            rows += indices
+            l1.append((rebuilt.cpu() - images).abs().flatten(1).mean(dim=1))
+            ratios.append(torch.from_numpy(psnr(to_uint8(rebuilt.cpu()), to_uint8(images))))
+        all_ids = torch.cat(ids)
+        use = torch.bincount(all_ids.flatten(), minlength=len(adapter.codebook))
+        return {
+            "l1": float(torch.cat(l1).mean()),
+            "PSNR": float(torch.cat(ratios).mean()),
+            "usage": float((use > 0).float().mean()),
+            "perplexity": float(perplexity(use)),
+            **self._retrieval(model, all_ids, torch.tensor(rows)),
+        }
+
+    def _retrieval(self, model: AlignTrainee, ids: Tensor, rows: Tensor) -> dict[str, float]:
+        """The first caption of each photo among the photos, and each photo among all captions."""
+        alignment, data = self.run.alignment, self.data
+        projected = F.normalize(model.aligner.projections[-1](model.adapter.codebook), dim=-1).cpu()
+        scores = scores_of_codes(projected, ids, data.captions, alignment.epsilon + alignment.relaxation)
+        place = torch.full((len(data.val_set),), -1)
+        place[rows] = torch.arange(len(rows))
+        t2i = text_to_image_ranks(scores[:, data.first[rows]], torch.arange(len(rows)))
+        i2t = image_to_text_ranks(scores, place[data.owners])
+        return {
+            f"{way}_R@{k}": recall_at(ranks, k)
+            for k in RECALLS
+            for way, ranks in (("t2i", t2i), ("i2t", i2t))
+        }
+
+    def save(self, model: AlignTrainee, directory: Path, card: str) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        base = model.adapter.base
+        if isinstance(base, TAVQTokenizer):  # its codes stay; what has been learnt is its way to text
+            base.card, base.config = card, self._probed(base.config)
+            model.adapter.save(directory)
+        elif not model.frozen:
+            model.adapter.save(directory)
+        with written_aside(directory / HEADS_FILE) as path:
+            save_file({name: t.cpu().contiguous() for name, t in model.heads().items()}, path)
+
+    def _probed(self, config: TokenizerConfig) -> TokenizerConfig:
+        alignment = self.run.alignment
+        provenance = config.provenance | {
+            "probe": self.run.method,
+            "text_encoder": self.run.text_encoder,
+            "text_encoder_hash": self.data.text_hash,
+        }
+        temperature = alignment.epsilon + alignment.relaxation
+        return dataclasses.replace(config, provenance=provenance, transport_temperature=temperature)
+
+
+def open_base(source: str) -> nn.Module:
+    """The model that `--base` names.
+
+    Raises:
+        ValueError: the kind is unknown, or MODULE:FUNCTION gives no model.
+        FileNotFoundError: nothing lies at PATH.
+    """
+    kind, _, place = source.partition(":")
+    if kind == "diffusers" and place:
+        return _open_diffusers(place)
+    if kind == "tavq" and place:
+        return TAVQTokenizer.from_pretrained(place)
+    module, _, function = place.rpartition(":")
+    if kind != "call" or not module:
+        raise ValueError(f"--base is {source!r}, expected diffusers:PATH, tavq:PATH or call:MODULE:FUNCTION")
+    try:
+        model = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"--base {source}: {error}; check that the module lies on PYTHONPATH") from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"--base {source} returned a {type(model).__name__}, expected a torch module")
+    return model
+
+
+def _open_diffusers(place: str) -> nn.Module:
+    from tavq.torchvision_ops import ensure_torchvision
+
+    ensure_torchvision()
+    try:
+        from diffusers import VQModel
+    except ImportError as error:
+        raise ValueError("--base diffusers:PATH needs the package: pip install diffusers") from error
+    try:
+        return VQModel.from_pretrained(place)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(
+            f"no VQModel at {place} ({reason}); give a directory that VQModel.save_pretrained wrote"
+        ) from error
+
+
+@contextlib.contextmanager
+def frozen(adapter: Adapter) -> Iterator[None]:
+    """Keep gradients from the base, but for its own way from codes to text."""
+    kept = set() if adapter.projections is None else set(adapter.projections.parameters())
+    moving = [p for p in adapter.base.parameters() if p.requires_grad and p not in kept]
+    for parameter in moving:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in moving:
+            parameter.requires_grad_(True)
+
+
+def last_scores(folder: Path) -> dict[str, float]:
+    """The last evaluation that the log of a run holds; empty where a run was stopped before its first."""
+    lines = [line for line in read_log(folder / "training" / "log.jsonl") if "val/l1" in line]
+    return {name[4:]: value for name, value in lines[-1].items() if name != "step"} if lines else {}
+
+
+def print_table(stages: dict[str, dict[str, float]]) -> None:
+    print(f"{'':<12}" + "".join(f"{stage:>10}" for stage in stages))
+    for name in next(iter(stages.values())):
+        print(
+            f"{name:<12}" + "".join(f"{scores.get(name, float('nan')):>10.4f}" for scores in stages.values())
+        )
+
+
+@run_main
+def main(argv: Sequence[str] | None = None) -> None:
+    run = parse(AlignRun, argv, prog="tavq align")
+    adapter = adapt(open_base(run.base), run.image_size_px, run.stages)
+    if isinstance(adapter.base, TAVQTokenizer) and not run.probe_only:
+        raise ValueError(
+            "a tokenizer of ours is aligned by tavq train tokenizer; add --probe-only to learn to read its "
+            "codes as they are"
+        )
+    data, before = AlignData(run), run.out if run.probe_only else run.out / "before"
+    probe = dataclasses.replace(  # evaluated and saved at its end alone
+        run.training,
+        steps=run.probe_steps,
+        evaluate_every=run.probe_steps,
+        learning_rate=PROBE_LEARNING_RATE,
+    )
+    with frozen(adapter):
+        train(AlignTask(run, adapter, data, frozen=True), probe, before, run)
+    stages, hashes = {"before": last_scores(before)}, {"text_encoder": data.text_hash}
+    if not run.probe_only and stages["before"]:
+        task = AlignTask(run, adapter, data, frozen=False)
+        task.model.load_heads(load_file(before / HEADS_FILE))
+        train(task, run.training, run.out, run)
+        stages["after"] = last_scores(run.out)
+        if task.model.perceptual is not None:
+            hashes["perceptual"] = task.model.perceptual.hash
+    report = {"base": run.base, "data": data.train_set.name, "split": "val", "images": len(data.val_set)}
+    report |= {"hashes": hashes, **stages}
+    with written_aside(run.out / REPORT_FILE) as path:
+        path.write_text(json.dumps(report, indent=2) + "\n")
+    print_table(stages)
+
+
+if __name__ == "__main__":
+    main()
