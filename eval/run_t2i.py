@@ -22,7 +22,7 @@ from tyro.conf import OmitArgPrefixes
 
 from tavq.arguments import parse, run_main
 from tavq.data.examples import ImageTextDataset
-from tavq.data.images import to_tensor, to_uint8
+from tavq.data.images import grid, to_tensor, to_uint8
 from tavq.data.layouts import open_dataset
 from tavq.eval.evaluation import (
     FEATURE_CACHE,
@@ -44,6 +44,7 @@ from tavq.metrics.frechet import image_metrics
 from tavq.pipeline import Pipeline, read_recipe
 
 PROMPTS_AT_ONCE = 16
+SAMPLES = 16
 SEED_STRIDE = 1_000_000  # image i of generation seed s has seed s * SEED_STRIDE + i
 
 
@@ -176,6 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         per_image, shuffled = judged(judge, drawn[0], dataset)
         metrics |= with_intervals(per_image)
         frames |= {f"{name}, prompts shuffled": value for name, value in shuffled.items()}
+    _sheet(drawn[0][:SAMPLES]).save(path.with_suffix(".samples.png"))
     if run.neighbours:
         training = open_dataset(run.data, "train")
         sheet = nearest_training_images(pipeline, drawn[0][: run.neighbours], training)
@@ -198,6 +200,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{name}: {value:.4g}")
     if run.compare is not None:
         print(format_comparison(run.compare, path))
+
+
+def _sheet(images: Tensor) -> Image.Image:
+    """The pictures of the first prompts, twice enlarged."""
+    sheet = grid(pictures_of(images), columns=8)
+    return sheet.resize((2 * sheet.width, 2 * sheet.height), Image.Resampling.NEAREST)
 
 
 def over_seeds(values: Sequence[float], n: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,10 +138,8 @@ class Adapter(nn.Module):
         with contextlib.ExitStack() as hooks:
             for name in dict.fromkeys(names):
                 module = self.base.get_submodule(name)
-                handle = module.register_forward_hook(
-                    lambda _, __, out, name=name: outputs.update({name: out})
-                )
-                hooks.callback(handle.remove)
+                hook = partial(_keep, outputs, name)
+                hooks.callback(module.register_forward_hook(hook).remove)
             yield outputs
         silent = [name for name in names if name not in outputs]
         if silent:
