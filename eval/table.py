@@ -67,8 +67,11 @@ def with_tables(text: str, tables: str, path: Path) -> str:
 
 
 def make_tables(results: Sequence[Results]) -> str:
-    """Return one Markdown table for each protocol among the results, with what defines it."""
-    return "\n\n".join(_markdown(group) for group in group_by_protocol(results))
+    """Return one Markdown table for each protocol among the results, the tokenizer's first."""
+    tasks = list(TITLES)
+    groups = group_by_protocol(results)
+    groups.sort(key=lambda g: tasks.index(t) if (t := g[0].protocol.get("task")) in tasks else len(tasks))
+    return "\n\n".join(_markdown(group) for group in groups)
 
 
 def group_by_protocol(results: Sequence[Results]) -> list[list[Results]]:
@@ -99,12 +102,20 @@ def describe(group: Sequence[Results]) -> str:
         f"n = {protocol['n']:,}" if "n" in protocol else None,
         f"features: {network['name']} ({network['sha256'][:8]})" if network else None,
         f"resize: {protocol['resize']}" if "resize" in protocol else None,
-        "in brackets the 95 % bootstrap interval" if any(_has_interval(result) for result in group) else None,
+        *brackets(group),
     ]
     hundred = [name for name in metric_names(group) if name.startswith(TIMES_100)]
     if hundred:
         parts.append("CIDEr, BLEU, METEOR, ROUGE-L times 100")
     return "; ".join(part for part in parts if part) + "."
+
+
+def brackets(group: Sequence[Results]) -> list[str]:
+    """Return what the two numbers in brackets span: entries name it in `over`, or it is the bootstrap."""
+    entries = [entry for result in group for entry in result.metrics.values() if "low" in entry]
+    spans = dict.fromkeys(entry.get("over") for entry in entries)
+    names = {None: "in brackets the 95 % bootstrap interval"}
+    return [names.get(span) or f"in brackets the range over {span}" for span in spans]
 
 
 def metric_names(group: Sequence[Results]) -> list[str]:
@@ -152,10 +163,6 @@ def _markdown(group: Sequence[Results]) -> str:
 
 def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def _has_interval(result: Results) -> bool:
-    return any("low" in entry for entry in result.metrics.values())
 
 
 if __name__ == "__main__":
