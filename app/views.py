@@ -12,12 +12,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from tavq.captioner.decoding import Caption, Word
+from tavq.tokenizer.heatmaps import heat_overlay
 
 SHEET_PX = 512  # longer side of a token grid or an overlay
 MIN_NUMBERED_CELL_PX = 24  # below this a number cannot be read
 GOLDEN_RATIO = 0.618034  # its multiples, modulo 1, spread neighbouring ids over the colour circle
 SURE, UNSURE = "sure", "unsure"
-MAX_TINT = 0.7  # share of colour over the photo where a word looked most
 
 
 def token_grid(ids: np.ndarray) -> Image.Image:
@@ -43,22 +43,10 @@ def code_colour(number: int) -> tuple[int, int, int]:
     return tuple(round(255 * channel) for channel in channels)
 
 
-def heat_overlay(photo: Image.Image, patches: np.ndarray) -> Image.Image:
-    """Colour the greyed photo where a word looked more than on average: yellow is little, red is much.
-
-    Args:
-        photo: any size.
-        patches: (h, w), at least 0, sums to 1. Where no patch has twice the average, the colour stays faint.
-    """
+def enlarged(photo: Image.Image) -> Image.Image:
+    """The photo with its longer side as long as a sheet's."""
     scale = SHEET_PX / max(photo.size)
-    size = tuple(max(1, round(side * scale)) for side in photo.size)
-    excess = np.clip(patches * patches.size - 1, 0, None)
-    small = Image.fromarray((excess / max(excess.max(), 1)).astype(np.float32))
-    heat = np.clip(np.asarray(small.resize(size, Image.Resampling.BICUBIC)), 0, 1)[..., None]
-    grey = np.asarray(photo.resize(size).convert("L"), dtype=np.float32)[..., None]
-    colour = np.concatenate([np.full_like(heat, 255), 225 * (1 - heat), np.zeros_like(heat)], axis=-1)
-    tint = MAX_TINT * heat
-    return Image.fromarray((grey * (1 - tint) + colour * tint).round().astype(np.uint8))
+    return photo.resize([max(1, round(side * scale)) for side in photo.size])
 
 
 def percent(word: Word) -> str:
@@ -75,7 +63,7 @@ def marked_words(caption: Caption, unsure_below: float) -> list[tuple[str, str]]
 
 def word_overlays(photo: Image.Image, caption: Caption) -> list[tuple[Image.Image, str]]:
     """For each word the photo with the patches behind it, and the word."""
-    return [(heat_overlay(photo, word.patches), word.text) for word in caption.words]
+    return [(heat_overlay(enlarged(photo), word.patches), word.text) for word in caption.words]
 
 
 def ranking(captions: Sequence[Caption]) -> list[list[int | str | float]]:

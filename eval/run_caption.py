@@ -19,7 +19,14 @@ from tavq.captioner.decoding import DecodingConfig
 from tavq.captioner.reward import ends_in_function_word
 from tavq.data.examples import ImageTextDataset, readable_images
 from tavq.eval.evaluation import EvaluationRun, print_metrics
-from tavq.eval.results import caption_fields, format_comparison, make_protocol, with_intervals, write_results
+from tavq.eval.results import (
+    caption_fields,
+    format_comparison,
+    make_protocol,
+    measured,
+    with_intervals,
+    write_results,
+)
 from tavq.metrics.captions import Backend, caption_metrics
 from tavq.metrics.ptb import tokenize
 from tavq.pipeline import Pipeline
@@ -76,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     broken_off = [ends_in_function_word(tokenize(text).split()) for text in hypotheses.values()]
     per_image = scores.statistics | {"ends in a function word": np.array(broken_off, dtype=float)[:, None]}
     metrics = with_intervals(per_image)
+    metrics["distinct captions"] = measured(len(set(hypotheses.values())) / len(hypotheses), len(hypotheses))
     protocol = make_protocol(
         task="captions",
         ids=scores.ids,
@@ -87,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         skipped=scores.skipped,
     )
     path = run.result_path("caption")
-    with written_aside(path.with_suffix(".captions.json")) as aside:
+    with written_aside(path.with_suffix("") / "captions.json") as aside:
         rows = [{"image_id": name, "caption": text} for name, text in hypotheses.items()]
         aside.write_text(json.dumps(rows, indent=0, ensure_ascii=False) + "\n")
     write_results(path, metrics, protocol, per_image=per_image, ids=scores.ids)

@@ -19,6 +19,7 @@ from tavq.eval.results import Results, protocol_differences, read_results
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 TIMES_100 = ("CIDEr", "BLEU", "METEOR", "ROUGE-L", "SPICE", "cycle_CIDEr")
 DIGITS = {"PSNR": 2, "SSIM": 3, "KID": 4, "precision": 3, "recall": 3, "usage": 3, "IS": 2}
+DIGITS |= dict.fromkeys(("ends in a function word", "distinct captions"), 3)
 TITLES = {
     "tokenizer": "Tokenizer: reconstruction, codebook, retrieval",
     "t2i": "Text to image",

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tavq.app.views import heat_overlay, marked_words, token_grid
+from tavq.app.views import marked_words, token_grid
 from tavq.captioner.decoding import Caption, Word
 from tavq.data.images import load_image
 from tavq.pipeline import Pipeline, read_recipe
@@ -292,21 +292,6 @@ def test_the_token_grid_gives_equal_ids_equal_colours():
     half = len(sheet) // 2
     corners = [sheet[y + 8, x + 8].tolist() for y in (0, half) for x in (0, half)]
     assert corners[0] == corners[3] != corners[1] == corners[2]
-
-
-def test_the_overlay_colours_the_patch_that_was_looked_at_and_no_other():
-    patches = np.zeros((4, 4), np.float32)
-    patches[0, 3] = 1
-    overlay = np.asarray(heat_overlay(Image.new("RGB", (64, 64), "grey"), patches)).astype(int)
-    redness = overlay[..., 0] - overlay[..., 2]
-    size = len(redness)
-    assert redness[size // 8, -size // 8] > 100 and np.abs(redness[size // 2 :, : size // 2]).max() <= 2
-
-
-def test_an_even_look_colours_nothing():
-    even = np.full((4, 4), 1 / 16, np.float32)
-    overlay = np.asarray(heat_overlay(Image.new("RGB", (64, 32), "grey"), even))
-    assert np.ptp(overlay.astype(int), axis=-1).max() <= 1
 
 
 def test_words_are_marked_below_the_threshold():
