@@ -17,16 +17,16 @@ from PIL import Image
 
 from tavq.arguments import USER_ERRORS
 from tavq.captioner.decoding import Caption, DecodingConfig
-from tavq.commands import kept_part
+from tavq.complete import kept_part
 from tavq.data.images import load_image
 from tavq.generator.sampling import SamplingConfig
 from tavq.pipeline import Generated, Pipeline, recipe_line
 
-from .views import marked_words, ranking, token_grid, word_overlays
+from .views import marked_words, ranking, token_grid, unit_overlays, word_overlays
 
 MAX_RANDOM_SEED = 2**31
 
-TOP, LEFT, BOX = "top half", "left half", "a box"
+TOP, LEFT, BOX, SHARE = "top half", "left half", "a box", "some of its tokens"
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,12 @@ class Actions:
         caption = described.captions[chosen]
         return marked_words(caption, unsure_below), word_overlays(described.photo, caption)
 
+    def heatmaps(self, photo: str | None, text: str) -> list[tuple[Image.Image, str]]:
+        """Return the photo with the place of each word, phrase and sentence of a text, and which it is."""
+        with readable_errors():
+            image = _opened(photo)
+            return unit_overlays(image, self.pipeline.heatmaps(image, text))
+
     def reconstruct(self, photo: str | None) -> tuple[Image.Image, Image.Image, Image.Image, list[list[int]]]:
         """Return what the tokenizer sees, what it makes of it, its tokens as a picture and as numbers."""
         with readable_errors():
@@ -159,6 +165,7 @@ class Actions:
         box_top: float,
         box_width: float,
         box_height: float,
+        share: float,
         num_images: int,
         seed: int,
         guidance: float,
@@ -168,18 +175,22 @@ class Actions:
     ) -> tuple[list[tuple[str, str]], list[str], int]:
         """Return pictures whose kept part comes from the photo, their files, and the first seed.
 
-        The box is in percent of the photo.
+        The box is in percent of the photo, the share in percent of its tokens.
         """
         with readable_errors():
             image = _opened(photo)
-            mask = kept_part(_kept(keep, image, box_left, box_top, box_width, box_height), *image.size)
             settings = SamplingConfig(
                 guidance=guidance, temperature=temperature, top_k=int(top_k), top_p=top_p
             )
             seed = _used_seed(seed)
             self._check(prompt)
             seeds = list(range(seed, seed + int(num_images)))
-            pictures = self.pipeline.complete(image, mask, prompt, seeds, settings)
+            if keep == SHARE:
+                pictures = self.pipeline.vary(image, share / 100, prompt, seeds, settings)
+            else:
+                part = _kept(keep, image, box_left, box_top, box_width, box_height)
+                mask = kept_part(part, *image.size)
+                pictures = self.pipeline.complete(image, mask, prompt, seeds, settings)
             files = [self._saved(picture) for picture in pictures]
             shown = [(file, f"seed {one}") for file, one in zip(files, seeds, strict=True)]
             return shown, files, seed

@@ -13,7 +13,7 @@ from tavq.captioner.decoding import DecodingConfig
 from tavq.generator.sampling import SamplingConfig
 from tavq.pipeline import Pipeline
 
-from .actions import BOX, LEFT, TOP, Actions
+from .actions import BOX, LEFT, SHARE, TOP, Actions
 from .views import SURE, UNSURE
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
@@ -144,8 +144,21 @@ def _image_to_text(actions: Actions) -> None:
                 label="Patches", show_label=False, columns=4, height=420, object_fit="contain",
                 format="png", interactive=False, buttons=["download", "fullscreen"],
             )  # fmt: skip
+            text = gr.Textbox(
+                label="Where does a text lie on the photo?", placeholder="a black dog jumps over a log",
+                info="The transport plan between codes and words, phrases, sentences; no captioner is asked",
+                max_length=1000,
+            )  # fmt: skip
+            show = gr.Button("Show")
+            maps = gr.Gallery(
+                label="Maps", show_label=False, columns=4, height=420, object_fit="contain",
+                format="png", interactive=False, buttons=["download", "fullscreen"],
+            )  # fmt: skip
     outputs = [best, ranking, words, patches, described, chosen]
-    run.click(actions.caption, [photo, beam, n_best, unsure], outputs, api_name="caption", **QUEUED)
+    run.click(actions.caption, [photo, beam, n_best, unsure], outputs, api_name="caption", **QUEUED).then(
+        lambda caption: caption, best, text, **HIDDEN
+    )
+    gr.on([show.click, text.submit], actions.heatmaps, [photo, text], maps, api_name="heatmaps", **QUEUED)
     ranking.select(_row, None, chosen, **HIDDEN).then(
         actions.words, [described, chosen, unsure], [words, patches], **HIDDEN
     )
@@ -176,7 +189,7 @@ def _reconstruction(actions: Actions) -> None:
             with gr.Accordion("The ids as numbers", open=False):
                 ids = gr.JSON(show_label=False)
     run.click(actions.reconstruct, photo, [seen, rebuilt, tokens, ids], api_name="reconstruct", **QUEUED)
-    gr.Markdown("### Completion: a part of the photo stays, the rest is drawn anew")
+    gr.Markdown("### Completion and variations: a part of the photo stays, the rest is drawn anew")
     _completion(actions, photo)
 
 
@@ -184,12 +197,13 @@ def _completion(actions: Actions, photo: gr.Image) -> None:
     with gr.Row():
         with gr.Column(scale=2):
             prompt = gr.Textbox(label="What the whole picture shall show", max_length=1000)
-            keep = gr.Radio([TOP, LEFT, BOX], value=TOP, label="What stays")
+            keep = gr.Radio([TOP, LEFT, BOX, SHARE], value=TOP, label="What stays")
             with gr.Group(visible=False) as box_group:
                 box = [
                     gr.Slider(0, 100, share, step=1, label=f"Box: {side}, % of the photo")
                     for side, share in (("left", 25), ("top", 25), ("width", 50), ("height", 50))
                 ]
+            share = gr.Slider(5, 95, 30, step=5, label="Tokens that stay, %", visible=False)
             with gr.Row():
                 count, seed = gr.Slider(1, MAX_PICTURES, 4, step=1, label="Images"), _seed()
             with gr.Accordion("Settings", open=False):
@@ -199,9 +213,10 @@ def _completion(actions: Actions, photo: gr.Image) -> None:
             gallery, used = _gallery("Completions"), gr.Number(label="Seed used", interactive=False)
             files = _files()
     keep.change(lambda kept: gr.Group(visible=kept == BOX), keep, box_group, **HIDDEN)
+    keep.change(lambda kept: gr.Slider(visible=kept == SHARE), keep, share, **HIDDEN)
     run.click(
         actions.complete,
-        [photo, prompt, keep, *box, count, seed, *sampling],
+        [photo, prompt, keep, *box, share, count, seed, *sampling],
         [gallery, files, used],
         api_name="complete",
         show_progress_on=gallery,

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from tavq.captioner.decoding import Caption, Word
-from tavq.tokenizer.heatmaps import heat_overlay
+from tavq.tokenizer.heatmaps import UnitMap, heat_overlay
 
 SHEET_PX = 512  # longer side of a token grid or an overlay
 MIN_NUMBERED_CELL_PX = 24  # below this a number cannot be read
@@ -64,6 +64,12 @@ def marked_words(caption: Caption, unsure_below: float) -> list[tuple[str, str]]
 def word_overlays(photo: Image.Image, caption: Caption) -> list[tuple[Image.Image, str]]:
     """For each word the photo with the patches behind it, and the word."""
     return [(heat_overlay(enlarged(photo), word.patches), word.text) for word in caption.words]
+
+
+def unit_overlays(photo: Image.Image, maps: Sequence[UnitMap]) -> list[tuple[Image.Image, str]]:
+    """For each word, phrase and sentence the photo with the place of it, and the unit."""
+    large = enlarged(photo)
+    return [(heat_overlay(large, found.map), found.unit) for found in maps]
 
 
 def ranking(captions: Sequence[Caption]) -> list[list[int | str | float]]:

@@ -97,11 +97,20 @@ def to_tensor(image: Image.Image, size_px: int) -> Tensor:
     Returns:
         (3, size_px, size_px) float32 in [-1, 1].
     """
+    return from_pixels(to_pixels(image, size_px))
+
+
+def to_pixels(image: Image.Image, size_px: int) -> Tensor:
+    """Squash a picture to the square, as `to_tensor` does, but keep bytes: (3, size_px, size_px) uint8."""
     rgb = image if image.mode == "RGB" else to_rgb(image)
     if rgb.size != (size_px, size_px):
         rgb = rgb.resize((size_px, size_px), Image.Resampling.BICUBIC)
-    pixels_HWC = torch.from_numpy(np.array(rgb, dtype=np.uint8))
-    return pixels_HWC.permute(2, 0, 1).to(torch.float32).div_(127.5).sub_(1.0).contiguous()
+    return torch.from_numpy(np.array(rgb, dtype=np.uint8)).permute(2, 0, 1).contiguous()
+
+
+def from_pixels(pixels: Tensor) -> Tensor:
+    """Bytes 0..255 of any shape -> float32 in [-1, 1]."""
+    return pixels.to(torch.float32).div_(127.5).sub_(1.0)
 
 
 def to_uint8(images_BCHW: Tensor) -> Tensor:

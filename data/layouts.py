@@ -2,9 +2,9 @@
 
 Known layouts: Karpathy json (`dataset_*.json` + `images/`), COCO captions (`annotations/captions_*.json` +
 image folders), the original Flickr8k (`Images/` + `captions.txt` or `Flickr8k.token.txt` and its split
-lists), `metadata.jsonl` (Hugging Face imagefolder), a folder of images with `.txt` side-cars (one caption a
-line), and "shapes", the generated set. A dense description is taken from `long_text.jsonl`, a ShareGPT4V json
-or `NAME.long.txt` where one lies beside them.
+lists), `metadata.jsonl` (Hugging Face imagefolder), WebDataset shards (`*.tar`), a folder of images with
+`.txt` side-cars (one caption a line), and "shapes", the generated set. A dense description is taken from
+`long_text.jsonl`, a ShareGPT4V json or `NAME.long.txt` where one lies beside them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .examples import Example, ImageTextDataset
-from .layouts_folder import IMAGE_SUFFIXES, has_metadata, read_metadata, read_sidecars
+from .layouts_folder import IMAGE_SUFFIXES, has_metadata, read_metadata, read_shards, read_sidecars
 from .layouts_json import read_coco, read_karpathy, read_original_flickr8k
 from .long_text import attach_long_text
 from .shapes import shapes_examples
@@ -24,7 +24,7 @@ from .shapes import shapes_examples
 SPLITS = ("train", "val", "test")
 _KNOWN = (
     "dataset_*.json, annotations/captions_*.json, Flickr8k's captions.txt, metadata.jsonl, "
-    "or images with .txt side-cars"
+    "*.tar shards or images with .txt side-cars"
 )
 
 
@@ -70,6 +70,8 @@ def _find_layout(root: Path) -> Callable[[], Iterable[Example]]:
         return lambda: read_metadata(root)
     if captions := _flickr_captions(root):
         return lambda: read_original_flickr8k(captions, root)
+    if shards := sorted(root.glob("*.tar")):
+        return lambda: read_shards(shards)
     if any(file.suffix.lower() in IMAGE_SUFFIXES for file in root.rglob("*")):
         return lambda: read_sidecars(root)
     state = "holds no known layout" if any(root.iterdir()) else "is empty"
@@ -132,7 +134,8 @@ def _choose_split(examples: list[Example], split: str | None, folder: Path) -> l
 
 
 def _check_images(examples: list[Example], folder: Path) -> None:
-    missing = [example.image for example in examples if not example.image.is_file()]
+    files = [example.image for example in examples if isinstance(example.image, Path)]
+    missing = [file for file in files if not file.is_file()]
     if missing:
         raise FileNotFoundError(
             f"{folder}: {len(missing)} of {len(examples)} annotated images are missing, the first is "

@@ -1,17 +1,24 @@
-"""Readers of image folders: `.txt` side-cars and `metadata.jsonl` (Hugging Face imagefolder).
+"""Readers of image folders: `.txt` side-cars, `metadata.jsonl` (Hugging Face imagefolder), WebDataset shards.
 
-Sub-folders train/, val/ (or validation/, valid/, dev/) and test/ give the split; otherwise it is left "".
+Sub-folders train/, val/ (or validation/, valid/, dev/) and test/ give the split, as do the names of shards;
+otherwise it is left "".
 """
 
 from __future__ import annotations
 
+import functools
+import io
 import json
+import tarfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from .examples import Example
+from .images import load_image
 from .layouts_json import clean_captions
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
@@ -67,15 +74,87 @@ def _metadata_files(root: Path) -> list[Path]:
 
 def _metadata_example(line: str, where: str, folder: Path, root: Path) -> Example:
     row = _json_object(line, where)
-    texts = [row[key] for key in _CAPTION_KEYS if row.get(key)]
-    captions = clean_captions(texts[0] if texts and isinstance(texts[0], list) else texts[:1])
+    captions = _captions_of(row)
     if not isinstance(row.get("file_name"), str) or not captions:
         raise ValueError(
             f"{where}: got keys {', '.join(row)}; expected file_name and text, caption or captions"
         )
     image = folder / row["file_name"]
-    split = _SPLIT_FOLDERS.get(row.get("split", ""), row.get("split")) or _split_of(image, root)
+    split = _split_named(row) or _split_of(image, root)
     return Example(_id_of(image, root), image, captions, row.get("long_text") or None, split)
+
+
+def read_shards(shards: list[Path]) -> Iterator[Example]:
+    """Read WebDataset shards: `KEY.jpg` (or another image) beside `KEY.txt`, a caption a line, or `KEY.json`.
+
+    Keys of the json: caption, captions or text; optional long_text and split. The id is the key. An image
+    stays in its shard until it is asked for.
+    """
+    bare = []
+    for shard in shards:
+        for key, members in _samples(shard).items():
+            image = next((m for kind, m in members.items() if f".{kind}" in IMAGE_SUFFIXES), None)
+            if image is None:
+                continue
+            row = _sample_row(shard, key, members)
+            if captions := _captions_of(row):
+                read = functools.partial(_image_in_shard, shard, image.name, image.offset_data, image.size)
+                split = _split_named(row) or _SPLIT_FOLDERS.get(shard.stem.split("-")[0].lower(), "")
+                yield Example(key, read, captions, row.get("long_text") or None, split)
+            else:
+                bare.append(f"{shard.name}: {image.name}")
+    if bare:
+        warnings.warn(f"left out {len(bare)} images without a caption, first {bare[0]}", stacklevel=2)
+
+
+def _samples(shard: Path) -> dict[str, dict[str, tarfile.TarInfo]]:
+    """Key -> extension -> member; as in WebDataset, the key ends at the first dot of the file's name."""
+    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+    try:
+        with tarfile.open(shard) as archive:
+            for member in archive:
+                folder, _, name = member.name.rpartition("/")
+                key, _, kind = name.partition(".")
+                if member.isfile() and kind:
+                    samples.setdefault(f"{folder}/{key}" if folder else key, {})[kind.lower()] = member
+    except tarfile.TarError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{shard} cannot be read as tar ({reason}); write the shard again") from error
+    return samples
+
+
+def _sample_row(shard: Path, key: str, members: dict[str, tarfile.TarInfo]) -> dict[str, Any]:
+    if "json" in members:
+        member = members["json"]
+        return _json_object(
+            _bytes_in_shard(shard, member.offset_data, member.size).decode(), f"{shard}, {key}"
+        )
+    if "txt" in members:
+        member = members["txt"]
+        text = _bytes_in_shard(shard, member.offset_data, member.size).decode()
+        return {"captions": text.splitlines()}
+    return {}
+
+
+def _bytes_in_shard(shard: Path, offset: int, size: int) -> bytes:
+    with shard.open("rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def _image_in_shard(shard: Path, name: str, offset: int, size: int) -> Image.Image:
+    buffer = io.BytesIO(_bytes_in_shard(shard, offset, size))
+    buffer.name = f"{shard}: {name}"
+    return load_image(buffer)
+
+
+def _captions_of(row: dict[str, Any]) -> tuple[str, ...]:
+    texts = [row[key] for key in _CAPTION_KEYS if row.get(key)]
+    return clean_captions(texts[0] if texts and isinstance(texts[0], list) else texts[:1])
+
+
+def _split_named(row: dict[str, Any]) -> str:
+    return _SPLIT_FOLDERS.get(row.get("split", ""), row.get("split")) or ""
 
 
 def _json_object(line: str, where: str) -> dict[str, Any]:

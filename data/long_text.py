@@ -34,6 +34,8 @@ def attach_long_text(examples: list[Example], folder: Path) -> list[Example]:
 
 
 def _text_of(example: Example, texts: dict[str, str]) -> str | None:
+    if not isinstance(example.image, Path):  # in a shard
+        return texts.get(example.id) or example.long_text
     sidecar = example.image.with_suffix(".long.txt")
     if sidecar.is_file():
         return " ".join(sidecar.read_text(encoding="utf-8").split()) or example.long_text

@@ -10,6 +10,7 @@ d head width.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -31,9 +32,18 @@ class Decoder:
         rows: R.
         precision: of the weights in `step` and `window`; texts are read in float32.
         width: W of `window`.
+        compiled: compile `window` when it is first called.
     """
 
-    def __init__(self, prior: Prior, rows: int, precision: Precision = "float32", width: int = 1):
+    def __init__(
+        self,
+        prior: Prior,
+        rows: int,
+        precision: Precision = "float32",
+        width: int = 1,
+        *,
+        compiled: bool = False,
+    ):
         config, device = prior.config, prior.start.device
         self.prior, self.dtype = prior, torch.bfloat16 if precision == "bfloat16" else torch.float32
         head_width, slots = config.width // config.num_heads, config.length + width
@@ -46,10 +56,13 @@ class Decoder:
         )
         self.turns = torch.view_as_complex(prior.turns) * head_width**0.5
         self.layers = [
-            Layer(block, cache, precision, width)
+            Layer(block, cache, precision, width, plain=compiled)
             for block, cache in zip(prior.blocks, self.cache, strict=True)
         ]
-        self.head = prepared_linear(prior.head.weight.detach() * config.width**0.5, rows * width, precision)
+        head = prior.head.weight.detach() * config.width**0.5
+        self.head = prepared_linear(head, rows * width, precision, plain=compiled)
+        if compiled:
+            self.window = torch.compile(self.window, dynamic=False)
 
     def read(self, texts: TokenStates) -> None:
         """Fill the cache with the texts of all R rows, each by itself, so that no other text matters."""
@@ -94,14 +107,16 @@ class Decoder:
 class Layer:
     """A block of the prior, one window of positions at a time."""
 
-    def __init__(self, block: Block, cache_2RShd: Tensor, precision: Precision, width: int):
+    def __init__(
+        self, block: Block, cache_2RShd: Tensor, precision: Precision, width: int, *, plain: bool = False
+    ):
         self.keys, self.values = cache_2RShd
         self.attention, gain = block.attention, block.qkv.in_features**0.5
         rows = len(self.keys) * width
-        self.qkv = prepared_linear(block.qkv.weight.detach() * gain, rows, precision)
-        self.out = prepared_linear(block.out.weight.detach(), rows, precision)
-        self.gate_up = prepared_linear(block.gate_up.weight.detach() * gain, rows, precision)
-        self.down = prepared_linear(block.down.weight.detach(), rows, precision)
+        prepared = functools.partial(prepared_linear, rows=rows, precision=precision, plain=plain)
+        self.qkv, self.out = prepared(block.qkv.weight.detach() * gain), prepared(block.out.weight.detach())
+        self.gate_up = prepared(block.gate_up.weight.detach() * gain)
+        self.down = prepared(block.down.weight.detach())
 
     def __call__(self, x: Tensor, turn: Tensor, bias_RWS: Tensor, write: tuple, seen: slice) -> Tensor:
         """Pass (R * W, D) through; keys and values go to the slots `write`, queries see the slots `seen`."""

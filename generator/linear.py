@@ -15,20 +15,26 @@ Linear = Callable[[Tensor], Tensor]
 INT8_MAX = 127.0
 
 
-def prepared_linear(weight_OI: Tensor, rows: int, precision: Precision) -> Linear:
+def prepared_linear(weight_OI: Tensor, rows: int, precision: Precision, *, plain: bool = False) -> Linear:
     """The function x -> x @ weight.T in the layout that is fastest for `rows` rows.
 
     Measured on one AVX2 core, 768 -> 4096, microseconds at 1, 2, 8 and 16 rows: F.linear 966, 2001, 1685,
     2220; transposed 586, 1053, 1870, 2390; packed 760, 995, 882, 1246; int8 340, 461, 596, 746. Rejected:
     int8 weights with bfloat16 inputs (442, 517, 966, 1693); torch.ao's dynamic int8, whose one scale for all
-    rows would let the images of a batch change one another.
+    rows would let the images of a batch change one another. `plain` takes F.linear, into which torch.compile
+    can see.
 
     Raises:
         ValueError: int8 on another device than the CPU.
     """
     if precision == "int8":
         return _int8(weight_OI)
-    if weight_OI.device.type != "cpu" or precision == "bfloat16" or not torch.backends.mkldnn.is_available():
+    if (
+        plain
+        or weight_OI.device.type != "cpu"
+        or precision == "bfloat16"
+        or not torch.backends.mkldnn.is_available()
+    ):
         weight = weight_OI.to(getattr(torch, precision))
         return lambda x: F.linear(x, weight)
     if rows == 1:

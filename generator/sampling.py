@@ -87,8 +87,9 @@ def stream(
         )
     ids, known = _given(prior, len(seeds), given_ids, given_mask)
     rows = settings.micro_batch * settings.branches
-    decoder = Decoder(prior, rows, settings.precision, settings.draft_tokens)
-    draw = draw_rows if settings.draft_tokens == 1 else draw_speculatively
+    decoder = Decoder(prior, rows, settings.precision, settings.draft_tokens, compiled=settings.compile)
+    plainly = settings.draft_tokens == 1 and not settings.compile
+    draw = draw_rows if plainly else draw_speculatively
     for images in torch.arange(len(seeds)).split(settings.micro_batch):
         padded = torch.cat([images, images[:1].expand(settings.micro_batch - len(images))])
         decoder.read(_branches(texts, padded, settings))

@@ -14,7 +14,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("tavq.commands:generate", "draw pictures from text"),
     "caption": ("tavq.commands:caption", "describe a photo, or a folder of them"),
     "reconstruct": ("tavq.commands:reconstruct", "encode and decode photos"),
-    "complete": ("tavq.commands:complete", "draw a part of a photo anew"),
+    "complete": ("tavq.complete:main", "draw a part of a photo anew, or variations of it"),
     "heatmap": ("tavq.heatmap:main", "show where the words of a text lie on a photo"),
     "demo": ("tavq.app.demo:main", "all of it in the browser"),
     "tokenize": ("tavq.tokenizer.tokenize:main", "turn a data set into ids, to train prior and captioner on"),

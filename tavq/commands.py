@@ -11,9 +11,8 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import numpy as np
 import torch
 import tyro
 from PIL import Image
@@ -33,13 +32,12 @@ from tavq.generator.model import Prior
 from tavq.generator.sampling import SamplingConfig
 from tavq.generator.train import RUN_PRESETS as PRIOR_PRESETS
 from tavq.generator.train import PriorRun, train_prior
-from tavq.pipeline import Pipeline, check_prompts, read_recipe
+from tavq.pipeline import Pipeline, RankBy, check_prompts, read_recipe
 from tavq.tokenizer.model import TAVQTokenizer
 from tavq.training.checkpoint import CONFIG_FILE, local_directory, written_aside
 
 CHECKPOINT = "checkpoints/flickr8k"
 PROMPTS_AT_ONCE = 16
-MIN_MASK_GREY = 128  # of a mask picture; lighter is drawn anew
 
 Device = Annotated[str, tyro.conf.arg(metavar="auto|cpu|cuda|mps")]
 
@@ -76,6 +74,8 @@ class GenerateRun:
     """Directory of the numbered PNG files and of result.jsonl."""
     best_of: int = 1
     """Candidates a picture, of which the captioner and the alignment choose one."""
+    rank_by: RankBy = "sum"
+    """What chooses: the captioner's likelihood of the prompt, the alignment score, or their sum."""
     from_png: Path | None = None
     """Draw again what this PNG shows, from the recipe in it; other settings are ignored."""
     checkpoint: str = CHECKPOINT
@@ -93,7 +93,7 @@ class GenerateRun:
 @run_main
 def generate(argv: Sequence[str] | None = None) -> None:
     run = parse(GenerateRun, argv, prog="tavq generate")
-    jobs, settings, best_of, hashes = _recorded(run.from_png) if run.from_png else _asked_for(run)
+    jobs, settings, choice, hashes = _recorded(run.from_png) if run.from_png else _asked_for(run)
     pipeline = Pipeline.from_pretrained(run.checkpoint, choose_device(run.device))
     for part, found in hashes.items():
         if found != pipeline.hashes[part]:
@@ -104,7 +104,7 @@ def generate(argv: Sequence[str] | None = None) -> None:
     bar = tqdm(total=len(jobs), unit="picture", disable=None)
     for start in range(0, len(jobs), PROMPTS_AT_ONCE):
         prompts, seeds = zip(*jobs[start : start + PROMPTS_AT_ONCE], strict=True)
-        for picture in pipeline.generate(prompts, seeds, settings, best_of=best_of):
+        for picture in pipeline.generate(prompts, seeds, settings, **choice):
             path = next(free_names(run.out))
             picture.save(path)
             with (run.out / "result.jsonl").open("a") as results:
@@ -114,21 +114,27 @@ def generate(argv: Sequence[str] | None = None) -> None:
     bar.close()
 
 
-def _asked_for(run: GenerateRun) -> tuple[list[tuple[str, int]], SamplingConfig, int, dict[str, str]]:
+Jobs = tuple[list[tuple[str, int]], SamplingConfig, dict[str, Any], dict[str, str]]
+"""(prompt, seed) of each picture, how to draw, how to choose, hashes of the checkpoints that must draw."""
+
+
+def _asked_for(run: GenerateRun) -> Jobs:
     prompts = [*run.prompts, *(read_prompts(run.prompts_file) if run.prompts_file else [])]
     check_prompts(prompts)  # all of them before the first picture
     seed = random.SystemRandom().randrange(2**31) if run.seed < 0 else run.seed
     if run.seed < 0:
         print(f"seed {seed}")
-    return [(p, seed + i) for p in prompts for i in range(run.num_images)], run.sampling, run.best_of, {}
+    jobs = [(p, seed + i) for p in prompts for i in range(run.num_images)]
+    return jobs, run.sampling, {"best_of": run.best_of, "rank_by": run.rank_by}, {}
 
 
-def _recorded(path: Path) -> tuple[list[tuple[str, int]], SamplingConfig, int, dict[str, str]]:
+def _recorded(path: Path) -> Jobs:
     recipe = read_recipe(path)
     if "completed_tokens" in recipe:
         raise ValueError(f"{path} completes a photo, which its recipe does not hold; use tavq complete")
     settings = from_dict(SamplingConfig, recipe["settings"], source=str(path))
-    return [(recipe["prompt"], recipe["seed"])], settings, recipe["best_of"], recipe["checkpoints"]
+    choice = {key: recipe[key] for key in ("best_of", "rank_by") if key in recipe}
+    return [(recipe["prompt"], recipe["seed"])], settings, choice, recipe["checkpoints"]
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -246,73 +252,6 @@ def _write_png(image: Image.Image, path: Path) -> None:
     with written_aside(path) as aside:
         image.save(aside, format="PNG")
     print(path)
-
-
-@dataclasses.dataclass(frozen=True)
-class CompleteRun:
-    """Draw a part of a photo anew; the rest stays.
-
-    Example: tavq complete photo.jpg "a dog on the beach" --keep top
-    """
-
-    image: Positional[Path]
-    """The photo."""
-    prompt: Positional[str]
-    """What the whole picture shall show."""
-    keep: str | None = None
-    """top, left, or box=x,y,w,h in px of the photo: the part that stays."""
-    mask: Path | None = None
-    """Picture of any size whose white part is drawn anew."""
-    num_images: int = 1
-    seed: int = 0
-    out: Path = Path("out")
-    """Directory of the numbered PNG files."""
-    checkpoint: str = CHECKPOINT
-    device: Device = "auto"
-    sampling: OmitArgPrefixes[SamplingConfig] = SamplingConfig()
-
-    def __post_init__(self) -> None:
-        if self.num_images < 1:
-            raise ValueError(f"num_images is {self.num_images}, expected 1 or more")
-        if (self.keep is None) == (self.mask is None):
-            raise ValueError("name the part that stays by --keep top|left|box=x,y,w,h, or by --mask PICTURE")
-
-
-@run_main
-def complete(argv: Sequence[str] | None = None) -> None:
-    run = parse(CompleteRun, argv, prog="tavq complete")
-    photo = load_image(run.image)
-    mask = kept_part(run.keep, *photo.size) if run.keep else _mask_of(run.mask)
-    pipeline = Pipeline.from_pretrained(run.checkpoint, choose_device(run.device))
-    seeds = [run.seed + i for i in range(run.num_images)]
-    for picture in pipeline.complete(photo, mask, run.prompt, seeds, run.sampling):
-        path = next(free_names(run.out))
-        picture.save(path)
-        print(path)
-
-
-def kept_part(keep: str, width: int, height: int) -> torch.Tensor:
-    """`top`, `left` or `box=x,y,w,h` -> mask (H, W) bool, True where the picture is drawn anew."""
-    mask = torch.ones(height, width, dtype=torch.bool)
-    if keep == "top":
-        mask[: height // 2] = False
-    elif keep == "left":
-        mask[:, : width // 2] = False
-    else:
-        try:
-            x, y, w, h = (int(part) for part in keep.removeprefix("box=").split(","))
-        except ValueError as error:
-            raise ValueError(f"--keep is {keep!r}, expected top, left or box=x,y,w,h in px") from error
-        mask[y : y + h, x : x + w] = False
-        if mask.all():
-            raise ValueError(
-                f"the box {x},{y},{w},{h} lies outside the photo, which is {width} x {height} px"
-            )
-    return mask
-
-
-def _mask_of(path: Path) -> torch.Tensor:
-    return torch.from_numpy(np.array(load_image(path).convert("L"))) >= MIN_MASK_GREY
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import importlib.metadata
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,7 @@ from tavq.training.stream import mixed_seed
 
 RECIPE_FIELD = "tavq"  # PNG text field: the recipe as JSON
 PARAMETERS_FIELD = "parameters"  # the same for people, as other programs write and show it
+RankBy = Literal["likelihood", "alignment", "sum"]
 UNKNOWN_GREY = 0.6  # in [-1, 1], of what a partial picture does not show yet
 
 
@@ -142,6 +143,7 @@ class Pipeline:
         settings: SamplingConfig | None = None,
         *,
         best_of: int = 1,
+        rank_by: RankBy = "sum",
     ) -> list[Generated]:
         """Draw one picture a prompt.
 
@@ -152,20 +154,28 @@ class Pipeline:
             seeds: B integers, at least 0.
             settings: guidance, temperature and cuts; the defaults if None.
             best_of: candidates a prompt, of which `rank` chooses one. Candidate 0 has the seed itself.
+            rank_by: what `rank` goes by.
         """
         settings = settings or SamplingConfig()
-        if best_of < 1:
-            raise ValueError(f"best_of is {best_of}, expected 1 or more")
-        texts = self.text_states(prompts)
-        rows = [index for index in range(len(prompts)) for _ in range(best_of)]
-        own = TokenStates(texts.states[rows], texts.mask[rows])
-        drawn_seeds = [mixed_seed(seed, n) if n else seed for seed in seeds for n in range(best_of)]
-        candidates = sample(self.prior, own, drawn_seeds, settings).unflatten(0, (-1, best_of))
+        candidates = self.candidates(prompts, seeds, settings, best_of)
         results = []
         for prompt, seed, ids in zip(prompts, seeds, candidates, strict=True):
-            chosen = int(self.rank(ids, prompt).argmax()) if best_of > 1 else 0
-            results.append(self._generated(ids[chosen], prompt, seed, settings, {"best_of": best_of}))
+            chosen = int(self.rank(ids, prompt, rank_by).argmax()) if best_of > 1 else 0
+            more = {"best_of": best_of} | ({"rank_by": rank_by} if best_of > 1 else {})
+            results.append(self._generated(ids[chosen], prompt, seed, settings, more))
         return results
+
+    def candidates(
+        self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingConfig, count: int
+    ) -> Tensor:
+        """The ids of the pictures among which `generate` chooses: (B, count, N)."""
+        if count < 1:
+            raise ValueError(f"best_of is {count}, expected 1 or more")
+        texts = self.text_states(prompts)
+        rows = [index for index in range(len(prompts)) for _ in range(count)]
+        own = TokenStates(texts.states[rows], texts.mask[rows])
+        drawn_seeds = [mixed_seed(seed, n) if n else seed for seed in seeds for n in range(count)]
+        return sample(self.prior, own, drawn_seeds, settings).unflatten(0, (-1, count))
 
     def _generated(
         self, ids: Tensor, prompt: str, seed: int, settings: SamplingConfig, more: dict[str, Any]
@@ -194,15 +204,22 @@ class Pipeline:
             known = partial.known[0].view(1, 1, *self.tokenizer.grid_size).float().cpu()
             yield dataclasses.replace(drawn, image=_blend(drawn.image, None, known))
 
-    def rank(self, ids: Tensor, prompt: str) -> Tensor:
+    def rank(self, ids: Tensor, prompt: str, by: RankBy = "sum") -> Tensor:
         """Score pictures of one prompt by the chain's own parts: (B, N) -> (B,), larger fits better.
 
-        The sum of the captioner's log-likelihood of the prompt, a word, and of the alignment score of the
-        prompt's vector, each standardised over the candidates.
+        `likelihood` is the captioner's log-likelihood of the prompt, a word (nats); `alignment` the score of
+        the prompt's vector against the codes (ValueError for a plain tokenizer); `sum` adds the two, each
+        standardised over the candidates.
         """
-        likelihood = log_likelihood(self.captioner, ids, [prompt] * len(ids))
-        alignment = alignment_scores(self.tokenizer, ids, self.text_encoder.encode([prompt]))[:, 0]
-        return sum(_standardised(scores.float().cpu()) for scores in (likelihood, alignment))
+        if by not in get_args(RankBy):
+            raise ValueError(f"rank_by is {by!r}; choose {', '.join(get_args(RankBy))}")
+        scores = []
+        if by != "alignment":
+            scores.append(log_likelihood(self.captioner, ids, [prompt] * len(ids)).float().cpu())
+        if by != "likelihood":
+            vector = self.alignment_encoder.encode([prompt])
+            scores.append(alignment_scores(self.tokenizer, ids, vector)[:, 0].float().cpu())
+        return scores[0] if len(scores) == 1 else sum(map(_standardised, scores))
 
     def caption(
         self,
@@ -251,14 +268,45 @@ class Pipeline:
         drawn = F.adaptive_max_pool2d(pixels.float(), self.tokenizer.grid_size)[0, 0] > 0
         if not drawn.any():
             raise ValueError("the mask is empty: nothing is to be drawn; mark the part that shall change")
-        texts = _repeated(self.text_states([prompt]), 0, len(seeds))
-        given = self.encode([image])[0].flatten()
-        kept = ~drawn.flatten().to(given.device)
-        ids = sample(self.prior, texts, seeds, settings, given_ids=given, given_mask=kept)
-        more = {"completed_tokens": int(drawn.sum())}
+        kept = ~drawn.flatten().expand(len(seeds), -1)
+        results = self._drawn_around(image, kept, prompt, seeds, settings)
         original = to_pil(to_tensor(image, size).unsqueeze(0))[0]
-        results = [self._generated(row, prompt, s, settings, more) for row, s in zip(ids, seeds, strict=True)]
         return [dataclasses.replace(r, image=_blend(r.image, original, pixels.float())) for r in results]
+
+    def vary(
+        self,
+        image: Image.Image,
+        share: float,
+        prompt: str,
+        seeds: Sequence[int],
+        settings: SamplingConfig | None = None,
+    ) -> list[Generated]:
+        """Draw variations of a picture: a random share of its tokens stays, others for each seed.
+
+        Args:
+            image: any size; squashed to the square.
+            share: of the tokens that stay, above 0 and below 1.
+            prompt: what the pictures show.
+            seeds: one picture each.
+        """
+        num_tokens = self.tokenizer.grid_size[0] * self.tokenizer.grid_size[1]
+        count = round(share * num_tokens)
+        if not 0 < count < num_tokens:
+            raise ValueError(f"the share of tokens that stay is {share}, expected above 0 and below 1")
+        kept = torch.zeros(len(seeds), num_tokens, dtype=torch.bool)
+        for row, seed in zip(kept, seeds, strict=True):
+            row[torch.randperm(num_tokens, generator=torch.Generator().manual_seed(seed))[:count]] = True
+        return self._drawn_around(image, kept, prompt, seeds, settings or SamplingConfig())
+
+    def _drawn_around(
+        self, image: Image.Image, kept: Tensor, prompt: str, seeds: Sequence[int], settings: SamplingConfig
+    ) -> list[Generated]:
+        """Draw the tokens of `image` anew but for those `kept` (B, N); one picture a seed."""
+        texts = _repeated(self.text_states([prompt]), 0, len(seeds))
+        given = self.encode([image])[0].flatten().expand(len(seeds), -1)
+        ids = sample(self.prior, texts, seeds, settings, given_ids=given, given_mask=kept.to(given.device))
+        more = {"completed_tokens": int((~kept[0]).sum())}
+        return [self._generated(row, prompt, s, settings, more) for row, s in zip(ids, seeds, strict=True)]
 
     def encode(self, images: Sequence[Image.Image]) -> Tensor:
         """Pictures -> ids (B, h, w); one at a time, so that a picture's ids never depend on the others."""

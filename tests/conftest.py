@@ -42,9 +42,10 @@ def flickr8k_dir(shared_dir: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> TAVQTokenizer:
-    """A tokenizer of the `tiny` preset with random weights."""
+    """A tokenizer of the `tiny` preset with random weights, which calls itself aligned."""
     torch.manual_seed(0)
-    return TAVQTokenizer(PRESETS["tiny"]).eval()
+    provenance = {"align": "ot", "text_encoder": "minilm", "text_encoder_hash": TextEncoder().hash}
+    return TAVQTokenizer(dataclasses.replace(PRESETS["tiny"], provenance=provenance)).eval()
 
 
 @pytest.fixture(scope="session")

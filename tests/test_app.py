@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tavq.app.views import marked_words, token_grid
+from tavq.app.views import marked_words, token_grid, unit_overlays
 from tavq.captioner.decoding import Caption, Word
 from tavq.data.images import load_image
+from tavq.generator.settings import SamplingConfig
 from tavq.pipeline import Pipeline, read_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,7 +92,7 @@ def error_of(job) -> str:
 
 def test_every_endpoint_has_its_name_and_no_other_is_public(client):
     names = set(client.view_api(return_format="dict")["named_endpoints"])
-    assert names == {"/generate", "/caption", "/reconstruct", "/complete"}
+    assert names == {"/generate", "/caption", "/heatmaps", "/reconstruct", "/complete"}
 
 
 def test_pictures_are_those_of_the_pipeline_and_carry_their_recipe(client, tiny_pipeline: Pipeline):
@@ -145,6 +146,15 @@ def test_captions_words_and_patches_are_those_of_the_pipeline(client, tiny_pipel
     assert [item["caption"] for item in patches] == [word.text for word in own[0].words]
 
 
+def test_the_maps_of_a_text_are_those_of_the_pipeline(client, tiny_pipeline: Pipeline):
+    items = client.predict(sent(PHOTO), "a red cat", api_name="/heatmaps")
+    own = tiny_pipeline.heatmaps(load_image(PHOTO), "a red cat")
+    assert [item["caption"] for item in items] == [found.unit for found in own]
+    shown = unit_overlays(load_image(PHOTO), own)
+    for item, (picture, _) in zip(items, shown, strict=True):
+        assert np.array_equal(pixels(item["image"]), np.asarray(picture))
+
+
 def test_reconstruction_and_ids_are_those_of_the_pipeline(client, tiny_pipeline: Pipeline):
     seen, rebuilt, tokens, ids = client.predict(sent(PHOTO), api_name="/reconstruct")
     own = tiny_pipeline.reconstruct([load_image(PHOTO)])[0]
@@ -168,6 +178,14 @@ def test_completion_keeps_its_part_of_the_photo(client, tiny_pipeline: Pipeline,
     first, second = map(pixels, files)
     assert np.array_equal(first[kept], photo[kept]) and np.array_equal(second[kept], photo[kept])
     assert not np.array_equal(first, second) and not np.array_equal(first, photo)
+
+
+def test_variations_are_those_of_the_pipeline(client, tiny_pipeline: Pipeline):
+    some = {"keep": "some of its tokens", "share": 50, "num_images": 1, "seed": 3}
+    _, files, _ = client.predict(sent(PHOTO), "a cat", **some, **SAMPLING, api_name="/complete")
+    settings = SamplingConfig(**SAMPLING)
+    own = tiny_pipeline.vary(load_image(PHOTO), 0.5, "a cat", [3], settings)[0]
+    assert np.array_equal(pixels(files[0]), np.asarray(own.image))
 
 
 def test_mistakes_are_one_line_that_says_what_to_do(client, tmp_path: Path):

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from tavq.data.images import load_image
 from tavq.data.layouts import SPLITS
 from tavq.data.tokens import open_tokens
 from tavq.generator.model import Prior
-from tavq.pipeline import read_recipe
+from tavq.pipeline import RankBy, read_recipe
 from tavq.tokenizer.model import PRESETS, TAVQTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,11 +72,33 @@ def test_generate_writes_four_pictures_with_seeds_7_to_10(tmp_path, checkpoint, 
 
 def test_generate_goes_on_numbering_and_draws_best_of(tmp_path, checkpoint, tiny_pipeline):
     for _ in range(2):
-        run("generate", PROMPTS[0], "--seed", 3, "--best-of", 3, "--out", tmp_path, *checkpoint)
+        ranked = ["--best-of", 3, "--rank-by", "likelihood"]
+        run("generate", PROMPTS[0], "--seed", 3, *ranked, "--out", tmp_path, *checkpoint)
     first, second = pixels(tmp_path / "000000.png"), pixels(tmp_path / "000001.png")
-    own = tiny_pipeline.generate(PROMPTS[:1], [3], best_of=3)[0]
+    own = tiny_pipeline.generate(PROMPTS[:1], [3], best_of=3, rank_by="likelihood")[0]
+    assert own.recipe["rank_by"] == "likelihood" and read_recipe(tmp_path / "000000.png") == own.recipe
     assert np.array_equal(first, second) and np.array_equal(first, np.asarray(own.image))
     assert len((tmp_path / "result.jsonl").read_text().splitlines()) == 2
+
+
+def test_candidates_are_ranked_by_likelihood_alignment_or_their_sum(tiny_pipeline):
+    ids = torch.randint(64, (5, 16), generator=torch.Generator().manual_seed(0))
+    likelihood, alignment, both = (tiny_pipeline.rank(ids, "a red cat", by) for by in get_args(RankBy))
+    standardised = [(s - s.mean()) / s.std() for s in (likelihood, alignment)]
+    assert torch.allclose(both, sum(standardised), atol=1e-4)
+    assert not torch.equal(likelihood.argsort(), alignment.argsort())
+    with pytest.raises(ValueError, match="rank_by is 'luck'; choose likelihood, alignment, sum"):
+        tiny_pipeline.rank(ids, "a red cat", "luck")
+
+
+def test_pictures_of_a_plain_tokenizer_are_ranked_by_likelihood_alone(tmp_path, tiny_checkpoint, refused):
+    plain = shutil.copytree(tiny_checkpoint, tmp_path / "plain")
+    path = plain / "tokenizer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"provenance": {"align": "none"}}))
+    flags = ["--best-of", 2, "--out", tmp_path / "out", "--checkpoint", plain, "--device", "cpu"]
+    assert "codes are not projected to words" in refused("generate", "a dog", *flags)
+    run("generate", "a dog", "--rank-by", "likelihood", *flags)
+    assert (tmp_path / "out" / "000000.png").is_file()
 
 
 def test_a_random_seed_is_printed_and_recorded(tmp_path, checkpoint, capsys):
@@ -105,7 +128,8 @@ def test_prompts_come_from_a_file(tmp_path, checkpoint, kind):
 
 def test_a_png_is_drawn_again_from_its_recipe(tmp_path, checkpoint):
     settings = ["--temperature", "0.8", "--top-k", "9", "--guidance", "2"]
-    run("generate", PROMPTS[1], "--seed", 5, "--best-of", 2, *settings, "--out", tmp_path / "a", *checkpoint)
+    ranked = ["--best-of", 2, "--rank-by", "likelihood"]
+    run("generate", PROMPTS[1], "--seed", 5, *ranked, *settings, "--out", tmp_path / "a", *checkpoint)
     first = tmp_path / "a" / "000000.png"
     run("generate", "--from-png", first, "--out", tmp_path / "b", *checkpoint)
     again = tmp_path / "b" / "000000.png"
@@ -164,6 +188,17 @@ def test_complete_keeps_the_pixels_of_its_part(tmp_path, checkpoint, tiny_pipeli
     photo = squashed(PHOTO, size)
     assert np.array_equal(first[kept], photo[kept]) and np.array_equal(second[kept], photo[kept])
     assert not np.array_equal(first, second) and not np.array_equal(first[-4:, -4:], photo[-4:, -4:])
+
+
+def test_variations_keep_a_random_share_of_the_tokens(tmp_path, checkpoint, tiny_pipeline):
+    run("complete", PHOTO, "a cat", "--keep", "share=0.5", "--num-images", 2, "--out", tmp_path, *checkpoint)
+    photo = load_image(PHOTO)
+    own = tiny_pipeline.vary(photo, 0.5, "a cat", [0, 1])
+    for number, picture in enumerate(own):
+        assert np.array_equal(pixels(tmp_path / f"00000{number}.png"), np.asarray(picture.image))
+    given = tiny_pipeline.encode([photo])[0].cpu()
+    kept = [(picture.ids == given) for picture in own]
+    assert all(mask.sum() >= given.numel() // 2 for mask in kept) and not torch.equal(*kept)
 
 
 def test_a_long_prompt_is_warned_of_and_the_picture_drawn(tmp_path, checkpoint, capsys):
@@ -244,7 +279,9 @@ def test_bad_completions_are_refused_and_nothing_is_written(tmp_path, checkpoint
     out = ["--out", tmp_path / "out", *checkpoint]
     Image.new("L", (20, 20)).save(tmp_path / "black.png")
     assert "lies outside the photo" in refused("complete", PHOTO, "a", "--keep", "box=900,0,5,5", *out)
-    assert "expected top, left or box=" in refused("complete", PHOTO, "a", "--keep", "bottom", *out)
+    assert "expected top, left, box=" in refused("complete", PHOTO, "a", "--keep", "bottom", *out)
+    assert "share of tokens that stay is 1.0" in refused("complete", PHOTO, "a", "--keep", "share=1", *out)
+    assert "such as share=0.3" in refused("complete", PHOTO, "a", "--keep", "share=some", *out)
     assert "name the part that stays" in refused("complete", PHOTO, "a", *out)
     assert "mask is empty" in refused("complete", PHOTO, "a", "--mask", tmp_path / "black.png", *out)
     assert "prompt is empty" in refused("complete", PHOTO, " ", "--keep", "top", *out)

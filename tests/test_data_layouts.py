@@ -1,7 +1,9 @@
 """`open_dataset` finds each layout by itself and names what is wrong with it."""
 
+import io
 import json
 import re
+import tarfile
 import warnings
 
 import numpy as np
@@ -69,6 +71,39 @@ def test_coco(tmp_path):
         ValueError, match=r"captions_val2014.json and captions_val2017.json are the same split"
     ):
         open_dataset(tmp_path)
+
+
+def test_webdataset_shards(tmp_path):
+    picture = io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(picture, format="PNG")
+    rows = {
+        "train-000000.tar": {"a/one.png": picture.getvalue(), "a/one.txt": b"A dog .\n\nA hound .\n"},
+        "validation-000000.tar": {"two.png": picture.getvalue()[:-40], "two.json": b'{"caption": "A cat ."}'},
+        "more.tar": {"three.png": picture.getvalue(), "three.json": b'{"text": ["Cow"], "split": "test"}'},
+    }
+    for name, members in rows.items():
+        put_shard(tmp_path / name, members | {"bare.png": b"no caption"})
+    with pytest.warns(UserWarning, match="left out 3 images without a caption"):
+        dataset = open_dataset(tmp_path)
+    assert [(e.id, e.split, e.captions) for e in dataset.examples] == [
+        ("three", "test", ("Cow",)),
+        ("a/one", "train", ("A dog .", "A hound .")),
+        ("two", "val", ("A cat .",)),
+    ]
+    assert dataset.load_image(1).getpixel((0, 0)) == (255, 0, 0)
+    with pytest.raises(UnreadableImageError, match=r"validation-000000\.tar: two\.png"):
+        dataset.load_image(2)
+    (tmp_path / "more.tar").write_bytes(b"x" * 600)
+    with pytest.raises(ValueError, match=r"more.tar cannot be read as tar .* write the shard again"):
+        open_dataset(tmp_path)
+
+
+def put_shard(path, members):
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
 
 
 def test_original_flickr8k_with_split_lists(tmp_path):

@@ -5,8 +5,9 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 
-from tavq.eval import run_caption, run_t2i, run_tokenizer
+from tavq.eval import prior_curve, run_caption, run_t2i, run_tokenizer
 from tavq.eval.results import read_results
 from tavq.tokenizer.model import TAVQTokenizer
 
@@ -120,6 +121,27 @@ def test_a_killed_t2i_evaluation_goes_on_where_it_stopped(checkpoint, judge, net
     )
     assert results.metrics["FD-moments"]["over"] == "generation seeds"
     assert (tmp_path / "t2i.neighbours.png").exists()
+
+
+def test_the_curve_of_a_prior_is_drawn_from_the_weights_of_its_evaluations(
+    checkpoint, network, tmp_path, capsys
+):
+    run, out = tmp_path / "run", tmp_path / "curve.png"
+    flags = [str(run), "--checkpoint", str(checkpoint), "--features", str(network), "--out", str(out), *LIMIT]
+    with pytest.raises(SystemExit) as stopped:
+        prior_curve.main(flags)
+    assert stopped.value.code == 2 and "train it with --training.keep-evaluated" in capsys.readouterr().err
+    log = [{"step": step, "val/loss": 5.0 - step / 100, "val/loss_null_text": 5.0} for step in (10, 20)]
+    for line in log:
+        kept = run / "training" / "kept" / f"step-{line['step']:06d}"
+        shutil.copytree(checkpoint / "generator", kept)
+    (run / "training" / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    prior_curve.main(flags)
+    values = json.loads(out.with_suffix(".json").read_text())
+    assert values["val/loss"] == [[10, 4.9], [20, 4.8]] and values["n"] == 12
+    assert values["FD-moments"]["10"] == values["FD-moments"]["20"] > 0
+    with Image.open(out) as picture:
+        assert picture.width > picture.height > 100
 
 
 def test_caption_evaluation_writes_coco_results_and_metrics(checkpoint, tmp_path):

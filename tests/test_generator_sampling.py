@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 
 import pytest
 import torch
@@ -125,6 +126,14 @@ def test_drafts_give_the_tokens_of_plain_decoding(prior, texts, temperature, gui
     for count in (2, 5, 30):
         drafted = dataclasses.replace(plain, draft_tokens=count, micro_batch=3)
         assert torch.equal(sample(prior, some, seeds, drafted), expected)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_decoding_gives_the_tokens_of_plain_decoding(prior, texts):
+    plain = dataclasses.replace(SETTINGS, micro_batch=1)
+    compiled = dataclasses.replace(plain, compile=True, draft_tokens=4)
+    some = part(texts, slice(2))
+    assert torch.equal(sample(prior, some, [5, 6], compiled), sample(prior, some, [5, 6], plain))
 
 
 def test_drafts_take_fewer_passes_and_keep_what_is_given(prior, texts, monkeypatch):

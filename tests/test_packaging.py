@@ -29,7 +29,7 @@ ROWS = (
     {"tokenizer", "generator", "captioner"},
     {"pipeline"},
     {"commands"},
-    {"heatmap"},
+    {"heatmap", "complete"},
     {"eval"},
     {"app"},
     {"cli", "__init__", "__main__"},

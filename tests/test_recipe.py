@@ -1,11 +1,12 @@
 """The whole chain by one command, on generated shapes; a second run finds everything done."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-from tavq.eval.results import read_results
+from tavq.eval.results import read_results, write_results
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,3 +28,25 @@ def test_the_recipe_trains_and_measures_everything_once(tmp_path):
     assert read_results(tmp_path / "ready" / "results" / "caption.json").protocol["n"] == 60
     second = recipe(tmp_path)
     assert second.count("done before") == 10
+
+
+def test_the_ablation_table_is_made_from_the_results_that_are_there(tmp_path):
+    place = importlib.util.spec_from_file_location("ablation", ROOT / "recipes" / "ablation.py")
+    ablation = importlib.util.module_from_spec(place)
+    sys.modules["ablation"] = ablation  # where dataclasses looks its fields up
+    place.loader.exec_module(ablation)
+    run = ablation.Ablation(data="shapes", seeds=(0, 1), runs=tmp_path)
+    values = {"ot": ((0.10, 300.0), (0.20, 280.0)), "none": ((0.05, 310.0),)}
+    for name, seeds in values.items():
+        for seed, (recall, distance) in enumerate(seeds):
+            results = ablation.folder_of(run, name, seed) / "results"
+            one = {"value": recall, "n": 4}
+            measured = {"t2i_R@10": one, "i2t_R@10": one, "rFD-moments": {"value": distance, "n": 4}}
+            write_results(results / "tokenizer.json", measured, {})
+            write_results(results / "probed.json", {"t2i_R@10": one}, {})
+            write_results(results / "caption.json", {"CIDEr": {"value": 0.3, "n": 4}}, {})
+    lines = ablation.document(run).splitlines()
+    assert "| none | 1 | 5.0 | 5.0 |  | 310.0 |  |  | 30.0 |" in lines
+    ot = next(line for line in lines if line.startswith("| ot |"))
+    assert ot.startswith("| ot | 2 | 15.0 (10.0 to 20.0) |") and "290.0 (280.0 to 300.0)" in ot
+    assert not any(line.startswith("| gaussian |") for line in lines)

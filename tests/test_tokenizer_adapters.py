@@ -6,6 +6,8 @@ key names stand in for them; diffusers and vector_quantize_pytorch are the real 
 
 import copy
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,11 +17,10 @@ from vector_quantize_pytorch import VectorQuantize
 
 from tavq.data.images import to_tensor
 from tavq.data.layouts import open_dataset
-from tavq.data.text_encoder import TextEncoder
-from tavq.data.text_index import UnitIndex
 from tavq.tokenizer import align
 from tavq.tokenizer.adapters import adapt
-from tavq.tokenizer.alignment import AlignmentConfig, TextAligner, TextBank, TextUnits, draw_texts
+from tavq.tokenizer.alignment import AlignmentConfig, TextAligner, TextUnits
+from tavq.tokenizer.heatmaps import aligned_levels
 from tavq.tokenizer.model import PRESETS, TAVQTokenizer
 from tavq.torchvision_ops import ensure_torchvision
 from tavq.training.run_folder import read_log
@@ -269,31 +270,31 @@ def test_the_saved_file_is_the_one_that_the_base_library_reads(name, file, key, 
     assert torch.equal(fresh(images())[0], base(images())[0])
 
 
-def test_fifteen_lines_add_the_aligner_to_a_foreign_training_loop():
+def test_the_fifteen_lines_of_the_readme_align_a_foreign_model():
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+    section = readme.split("## Your own VQ model")[1]
+    code = re.search(r"```python\n(.*?)```", section, flags=re.DOTALL).group(1)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 15
     torch.manual_seed(0)
     dataset = open_dataset("shapes", "train").head(16)
     photos = torch.stack([to_tensor(dataset.load_image(i), SIZE) for i in range(16)])
-    model, generator = ForeignVQModel(), torch.Generator().manual_seed(0)
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    keys, costs = list(model.state_dict()), []
+    model, costs = ForeignVQModel(), []
+    optimizer, keys = torch.optim.Adam(model.parameters(), lr=2e-3), list(model.state_dict())
+    names = {
+        "torch": torch,
+        "dataset": dataset,
+        "model": model,
+        "optimizer": optimizer,
+        "your_loss": F.l1_loss,
+    }
 
-    config = AlignmentConfig(samples=16, bank_size=32)
-    texts = UnitIndex.build(dataset, TextEncoder())
-    adapter = adapt(model, image_size_px=SIZE)
-    aligner = TextAligner(config, code_dim=adapter.codebook.shape[1], text_dim=texts.vectors.shape[1])
-    optimizer.add_param_group({"params": [*adapter.heads.parameters(), *aligner.parameters()]})
-    for _ in range(40):
-        indices = torch.randperm(16, generator=generator)[:8].tolist()
-        with adapter.listening() as heard:
-            reconstruction, quantizer_loss = model(photos[indices])  # the loop's own step, as it was
-        loss = F.l1_loss(reconstruction, photos[indices]) + quantizer_loss
-        drawn = draw_texts(texts, indices, generator, config)
-        units, banks = [TextUnits(*p) for p in drawn["texts"]], [TextBank(*p) for p in drawn["banks"]]
-        alignment = aligner(heard.features, adapter.codebook, units, banks)
-        (loss + 0.1 * alignment.loss).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        costs.append(float(alignment.report["align/sentences_cost"]))
+    def loader():
+        for _ in range(40):
+            indices = torch.randperm(16)[:8].tolist()
+            yield indices, photos[indices]
+            costs.append(float(names["alignment"].report["align/sentences_cost"]))
+
+    exec(code.replace("image_size_px=256", f"image_size_px={SIZE}"), names | {"loader": loader()}, names)
     assert sum(costs[-5:]) < 0.9 * sum(costs[:5])
     assert list(model.state_dict()) == keys
 
@@ -339,7 +340,7 @@ def test_a_probe_learns_to_read_a_tokenizer_of_ours_and_changes_no_code(
         if not torch.equal(weights, before.state_dict()[name])
     }
     assert changed == {"projections"}
-    assert after.config.provenance["probe"] == "ot" and "align" not in after.config.provenance
+    assert after.config.provenance["probe"] == "ot" and aligned_levels(after) == (1, 2, 3)
     assert "after" not in json.loads((out / "report.json").read_text())
 
 

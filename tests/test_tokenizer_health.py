@@ -170,8 +170,8 @@ def test_the_command_draws_a_sheet_and_prints_the_use(aligned_folder, tmp_path, 
     assert Image.open(tmp_path / "sheet.png").width == codebook.LABEL_PX + 3 * 75
 
 
-def test_a_plain_tokenizer_has_a_sheet_without_words(tiny_tokenizer, tmp_path, capsys):
-    tiny_tokenizer.save_pretrained(tmp_path)
+def test_a_plain_tokenizer_has_a_sheet_without_words(tmp_path, capsys):
+    TAVQTokenizer(PRESETS["tiny"]).save_pretrained(tmp_path)
     flags = ["--data", "shapes", "--codes", "1", "--random-codes", "0", "--patches", "2"]
     codebook.main([str(tmp_path), *flags, "--out", str(tmp_path / "sheet.png")])
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("code "))

@@ -150,6 +150,22 @@ def test_early_stopping_keeps_the_best_weights(tmp_path):
     ]
 
 
+def test_the_weights_of_every_evaluation_are_kept_where_asked_for(tmp_path):
+    class Worsening(LineTask):
+        def evaluate(self, model, step):
+            return {"loss": float(step)}
+
+        def save(self, model, directory, card):
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / "slope").write_text(str(float(model.slope)))
+
+    config = dataclasses.replace(CONFIG, keep_evaluated=True)
+    train(Worsening(), config, tmp_path, Run(config))
+    kept = sorted((tmp_path / "training" / "kept").iterdir())
+    assert [folder.name for folder in kept] == ["step-000010", "step-000020", "step-000030"]
+    assert (kept[0] / "slope").read_text() == (tmp_path / "slope").read_text()  # the best ones
+
+
 def test_a_half_written_line_of_the_log_is_left_out(tmp_path):
     (tmp_path / "log.jsonl").write_text(json.dumps({"step": 1}) + '\n{"step": 2, "lo')
     assert read_log(tmp_path / "log.jsonl") == [{"step": 1}]

@@ -32,7 +32,7 @@ from tavq.training.run_folder import read_log
 from tavq.training.stream import mixed_seed
 
 from .adapters import Adapter, adapt
-from .alignment import AlignmentConfig, TextAligner, TextBank, TextUnits, draw_texts
+from .alignment import AlignmentConfig, TextAligner, draw_texts, units_and_banks
 from .health import perplexity
 from .losses import GradientBalance, open_perceptual
 from .model import TAVQTokenizer, TokenizerConfig
@@ -113,8 +113,7 @@ class AlignTrainee(nn.Module):
     def forward(self, batch: dict[str, Any], step: int) -> StepOutput:
         images, losses = batch["image"], self.run.losses
         rebuilt, heard = self.adapter.reconstruct(images)
-        texts = [TextUnits(*pair) for pair in batch["texts"]]
-        banks = [TextBank(*pair) for pair in batch["banks"]]
+        texts, banks = units_and_banks(batch)
         aligned = self.aligner(heard.features, self.adapter.codebook, texts, banks)
         if self.frozen:
             return StepOutput(aligned.loss, dict(aligned.report))

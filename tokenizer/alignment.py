@@ -85,12 +85,20 @@ class Alignment:
 def draw_texts(
     index: UnitIndex, images: Sequence[int], generator: torch.Generator, config: AlignmentConfig
 ) -> dict[str, list[tuple[Tensor, Tensor]]]:
-    """Units and negatives for a batch: a pair a level, to make `TextUnits` and `TextBank` of."""
+    """Units and negatives for a batch as plain tensors, which a data loader may carry; see
+    `units_and_banks`."""
     levels = range(1, len(LEVEL_NAMES) + 1)
     return {
         "texts": [index.batch(images, level, generator, config.max_units) for level in levels],
         "banks": [index.bank(images, level, generator, config.bank_size) for level in levels],
     }
+
+
+def units_and_banks(
+    drawn: dict[str, list[tuple[Tensor, Tensor]]],
+) -> tuple[list[TextUnits], list[TextBank]]:
+    """What `draw_texts` drew, a level each, as `TextAligner` takes it."""
+    return [TextUnits(*pair) for pair in drawn["texts"]], [TextBank(*pair) for pair in drawn["banks"]]
 
 
 class TextAligner(nn.Module):

@@ -20,7 +20,7 @@ from tavq.data.images import grid, to_tensor
 from tavq.data.units import split_units
 
 from .alignment import LEVEL_NAMES, AlignmentConfig
-from .model import TAVQTokenizer
+from .model import NUM_LEVELS, TAVQTokenizer
 from .transport import sinkhorn_plan
 
 TRANSPORT_METHODS = ("ot", "gaussian")
@@ -119,8 +119,11 @@ def aligned_levels_field(level_weights: Sequence[float]) -> str:
 
 
 def aligned_levels(tokenizer: TAVQTokenizer) -> tuple[int, ...]:
-    """The levels whose codes transport drew to text: none of a plain tokenizer, all where it does not say."""
+    """The levels whose codes can be read as text: those that transport drew there, all where it does not say;
+    none of a plain tokenizer, all where a probe (`tavq align --probe-only`) learnt to read it."""
     provenance = tokenizer.config.provenance
+    if "probe" in provenance:
+        return tuple(range(1, NUM_LEVELS + 1))
     if provenance.get("align") not in TRANSPORT_METHODS:
         return ()
     return tuple(int(level) for level in provenance.get(LEVELS_FIELD, "1 2 3").split())
@@ -132,7 +135,8 @@ def check_aligned(tokenizer: TAVQTokenizer) -> None:
         align = tokenizer.config.provenance.get("align", "none")
         raise ValueError(
             f"this tokenizer was trained with --align {align}, its codes are not projected to words; "
-            "use one that was trained with --align ot or gaussian"
+            "use one that was trained with --align ot or gaussian, or teach its heads to read it by "
+            "tavq align --probe-only"
         )
 
 

@@ -14,6 +14,8 @@ from tavq.training.checkpoint import file_hash
 
 from .blocks import group_norm
 
+MAX_SHIFT_PX = 8  # of the random crops under the perceptual loss
+
 
 class FrozenNetwork:
     """A TorchScript network that teaches and is not trained; no nn.Module, so it is neither saved nor
@@ -73,14 +75,25 @@ class FeaturePerceptual(FrozenNetwork):
     """Squared distance between unit-normalised feature maps of a frozen network, averaged over its maps.
 
     Johnson et al. 2016, arXiv:1603.08155, with the normalisation of LPIPS but no learned weights. Not LPIPS.
+    In training both images are cropped alike, from a random corner: the strides of the network always lie on
+    the same pixels otherwise, and their grid is seen in the reconstructions.
     """
 
     def distance(self, images: Tensor, targets: Tensor) -> Tensor:
         """(B, 3, H, W) twice, in [-1, 1] -> scalar in [0, 4]."""
+        if torch.is_grad_enabled() and min(images.shape[-2:]) >= 8 * MAX_SHIFT_PX:
+            images, targets = randomly_cropped(images, targets)
         with torch.no_grad():
             wanted = self(targets)
         pairs = zip(self(images), wanted, strict=True)
         return torch.stack([_normalised_distance(got, want) for got, want in pairs]).mean()
+
+
+def randomly_cropped(*images: Tensor) -> tuple[Tensor, ...]:
+    """Images (B, C, H, W) without `MAX_SHIFT_PX` of their rows and columns, from the same random corner."""
+    height, width = (side - MAX_SHIFT_PX for side in images[0].shape[-2:])
+    top, left = torch.randint(MAX_SHIFT_PX + 1, (2,)).tolist()
+    return tuple(image[..., top : top + height, left : left + width] for image in images)
 
 
 def _normalised_distance(got: Tensor, want: Tensor) -> Tensor:

@@ -10,21 +10,24 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tavq.data.examples import ImageTextDataset, readable_images
-from tavq.data.images import UnreadableImageError, to_tensor
+from tavq.data.images import UnreadableImageError, from_pixels, to_pixels, to_tensor
 
 EVALUATION_BATCH = 50
+CACHE_BYTES = 2**31
 
 
 class TrainingImages(Dataset):
     """Photos as the tokenizer trains on them: squashed to the square, flipped half of the time.
 
     `self[(index, draw_seed)]` gives a dict with `image` (3, H, W), `index`, `flipped` and `draw`. An image
-    that cannot be read is named once, and the next one takes its place.
+    that cannot be read is named once, and the next one takes its place. Squashed photos stay in memory up to
+    `CACHE_BYTES`, so that a file is decoded once.
     """
 
     def __init__(self, dataset: ImageTextDataset, size_px: int):
         self.dataset, self.size_px = dataset, size_px
         self.unreadable: set[int] = set()
+        self.kept: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -47,7 +50,12 @@ class TrainingImages(Dataset):
         if index in self.unreadable:
             return None
         try:
-            return to_tensor(self.dataset.load_image(index), self.size_px)
+            if index not in self.kept:
+                pixels = to_pixels(self.dataset.load_image(index), self.size_px)
+                if len(self.kept) * pixels.numel() >= CACHE_BYTES:
+                    return from_pixels(pixels)
+                self.kept[index] = pixels
+            return from_pixels(self.kept[index])
         except UnreadableImageError as error:
             self.unreadable.add(index)
             print(f"warning: skipped {self.dataset[index].id}: {error}", flush=True)

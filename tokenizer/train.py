@@ -25,7 +25,7 @@ from tavq.data.text_index import UnitIndex
 from tavq.training.loop import StepOutput, Task, TrainingConfig, train
 from tavq.training.stream import mixed_seed
 
-from .alignment import AlignmentConfig, TextAligner, TextBank, TextUnits, draw_texts
+from .alignment import AlignmentConfig, TextAligner, draw_texts, units_and_banks
 from .distillation import DistillationHead, teacher_maps
 from .health import CodebookWatch, level_costs, level_ids, perplexity, use_chart
 from .heatmaps import LEVELS_FIELD, aligned_levels_field
@@ -187,8 +187,7 @@ class TokenizerTrainee(nn.Module):
     ) -> Tensor:
         quantizer = self.tokenizer.quantizer
         features = [quantizer.normalise(level.movedim(1, -1)).movedim(-1, 1) for level in latents]
-        texts = [TextUnits(*pair) for pair in batch["texts"]]
-        banks = [TextBank(*pair) for pair in batch["banks"]]
+        texts, banks = units_and_banks(batch)
         alignment = self.aligner(features, quantizer.codebook, texts, banks)
         report |= alignment.report
         return self.balance.weigh("align", alignment.loss, reconstruction, latents, step)

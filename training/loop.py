@@ -31,6 +31,7 @@ from .run_folder import RunLog, StopRequest, claim_folder
 from .stream import ShuffledStream, mixed_seed
 
 ESTIMATE_AT_STEP = 20
+KEPT = "kept"  # folder of the weights of every evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,8 @@ class TrainingConfig:
     """Steps between evaluations on the validation split; the last step is always evaluated."""
     patience: int = 0
     """Stop after so many evaluations without a better one; 0 never stops early."""
+    keep_evaluated: bool = False
+    """Also keep the weights of every evaluation, in training/kept/step-000200 and so on."""
     log_every: int = 50
     num_workers: int = 0
     """Processes that read and augment the data."""
@@ -327,8 +330,10 @@ class Trainer:
         )
         for title, picture in self.task.pictures(model).items():
             self.log.board.add_image(title, picture, state.step, dataformats="HWC")
+        card = model_card(self.task.name, to_plain(self.resolved), self.log.lines)
+        if self.config.keep_evaluated:
+            self.task.save(model, self.folder / KEPT / f"step-{state.step:06d}", card)
         if self._is_best(metrics):
-            card = model_card(self.task.name, to_plain(self.resolved), self.log.lines)
             self.task.save(model, self.out, card)
 
     def _is_best(self, metrics: dict[str, float]) -> bool:

@@ -14,7 +14,9 @@ from tavq.arguments import load_yaml, to_plain
 
 from .checkpoint import written_aside
 
-MAY_CHANGE = {"steps", "checkpoint_minutes", "log_every", "num_workers", "patience", "min_usage"}
+MAY_CHANGE = {
+    "steps", "checkpoint_minutes", "log_every", "num_workers", "patience", "min_usage", "keep_evaluated",
+}  # fmt: skip
 
 
 class RunLog:

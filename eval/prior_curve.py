@@ -1,0 +1,131 @@
+"""python eval/prior_curve.py RUN --checkpoint DIR --features NETWORK.pt [--out curve.png]
+
+Validation loss and Frechet distance of a prior against its training steps, as a picture and as JSON.
+RUN was trained with --training.keep-evaluated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tyro.conf import Positional
+
+from tavq.arguments import parse, run_main
+from tavq.data.examples import ImageTextDataset
+from tavq.data.layouts import open_dataset
+from tavq.eval.evaluation import (
+    FEATURE_CACHE,
+    at_reference_size,
+    kid_options,
+    open_network,
+    reference_set,
+)
+from tavq.eval.run_t2i import draw
+from tavq.generator.sampling import SamplingConfig
+from tavq.metrics.features import FeatureNetwork, ImageSet
+from tavq.metrics.frechet import image_metrics
+from tavq.pipeline import Pipeline
+from tavq.training.checkpoint import written_aside
+from tavq.training.loop import KEPT
+from tavq.training.run_folder import read_log
+
+
+@dataclasses.dataclass(frozen=True)
+class PriorCurve:
+    """Draw validation loss and Frechet distance of a prior against its training steps.
+
+    Example: python eval/prior_curve.py runs/flickr8k/generator --features mobilenet_v2_features.pt
+    """
+
+    run: Positional[Path]
+    """Directory of a prior's training run, with the weights of its evaluations."""
+    checkpoint: Path = Path("checkpoints/flickr8k")
+    """Directory that holds the tokenizer/ of that prior."""
+    data: str = "../shared/data/flickr8k"
+    """Data set: a directory in any known layout, or `shapes`."""
+    split: str = "val"
+    limit: int = 500
+    """Photos, with one picture each; a Frechet distance of so few is biased, alike for all steps."""
+    features: Path | None = None
+    """TorchScript feature network (uint8 B,3,H,W -> B,D); Inception v3 if not given."""
+    out: Path = Path("prior_curve.png")
+    """The picture; NAME.json beside it holds the numbers."""
+    sampling: SamplingConfig = SamplingConfig()
+
+
+@run_main
+def main(argv: Sequence[str] | None = None) -> None:
+    run = parse(PriorCurve, argv, prog="python eval/prior_curve.py")
+    kept = sorted((run.run / "training" / KEPT).glob("step-*"))
+    if not kept:
+        raise FileNotFoundError(
+            f"{run.run} kept no weights of its evaluations; train it with --training.keep-evaluated"
+        )
+    network = open_network(run.features, run.checkpoint)
+    dataset = open_dataset(run.data, run.split).head(run.limit)
+    distances = {int(f.name.split("-")[1]): distance(run, f, dataset, network) for f in kept}
+    log = read_log(run.run / "training" / "log.jsonl")
+    losses = {name: [(line["step"], line[name]) for line in log if name in line] for name in LOSSES}
+    values: dict[str, Any] = {
+        network.frechet_name: distances,
+        "n": len(dataset),
+        "split": run.split,
+        **losses,
+    }
+    with written_aside(run.out.with_suffix(".json")) as aside:
+        aside.write_text(json.dumps(values, indent=1) + "\n")
+    with written_aside(run.out) as aside:
+        aside.write_bytes(curve_png(losses, distances, f"{network.frechet_name}, n = {len(dataset)}"))
+    print(run.out)
+
+
+LOSSES = {"val/loss": "with its caption", "val/loss_null_text": "without text"}
+
+
+def distance(run: PriorCurve, weights: Path, dataset: ImageTextDataset, network: FeatureNetwork) -> float:
+    """Frechet distance of one picture a photo, drawn by the prior in `weights`."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.symlink((run.checkpoint / "tokenizer").resolve(), Path(folder) / "tokenizer")
+        os.symlink(weights.resolve(), Path(folder) / "generator")
+        pipeline = Pipeline(Path(folder))
+        prompts = [example.captions[0] for example in dataset.examples]
+        pictures = draw(pipeline, prompts, 0, weights / "samples", run.sampling)
+    reference, _ = reference_set(dataset)
+    options = {"cache_dir": FEATURE_CACHE} | kid_options(len(reference))
+    scores = image_metrics(ImageSet(at_reference_size(pictures)), reference, network, **options)
+    found = scores.values[network.frechet_name]
+    print(f"{weights.name}: {network.frechet_name} {found:.1f}", flush=True)
+    return found
+
+
+def curve_png(
+    losses: dict[str, list[tuple[int, float]]], distances: dict[int, float], distance_name: str
+) -> bytes:
+    """Two panels over the training steps: the losses, and the distance."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, points in losses.items():
+        left.plot(*zip(*points, strict=True), marker="o", label=LOSSES[name])
+    left.set_ylabel("validation loss, nats a token")
+    left.legend(frameon=False)
+    right.plot(list(distances), list(distances.values()), marker="o", color="tab:red")
+    right.set_ylabel(distance_name)
+    for axes in (left, right):
+        axes.set_xlabel("training steps")
+        axes.spines[["top", "right"]].set_visible(False)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=110)
+    return stream.getvalue()
+
+
+if __name__ == "__main__":
+    main()
