@@ -5,7 +5,7 @@ Legend: B batch, N image tokens, C captions an image, T positions a caption.
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from tavq.data.tokens import TokenSet
 from tavq.training.stream import mixed_seed
 
 from .model import Captioner
+
+Agreement = Sequence[np.ndarray]
+"""The alignment scores of each image with its captions, in the order of a token set."""
 
 
 class TokenCaptions(Dataset):
@@ -81,15 +84,7 @@ def caption_targets(words: Tensor, lengths: Tensor, end_id: int) -> Tensor:
     return targets.masked_fill((place > lengths[..., None]) | cut, -1)
 
 
-def quality_buckets(path: Path, tokens: TokenSet, count: int) -> list[list[int]]:
+def quality_buckets(agreement: Agreement, count: int) -> list[list[int]]:
     """Bucket of each training caption's alignment score, 0 the worst; each bucket holds as many pairs."""
-    with np.load(path) as file:
-        scores = dict(zip(file["names"].tolist(), file["scores"], strict=True))
-    missing = [name for name in tokens.names if name not in scores]
-    if missing:
-        raise ValueError(f"{path} lacks {len(missing)} images (first: {missing[0]}); score them all")
-    rows = [
-        scores[name][: len(captions)] for name, captions in zip(tokens.names, tokens.captions, strict=True)
-    ]
-    edges = np.quantile(np.concatenate(rows), np.arange(1, count) / count)
-    return [np.searchsorted(edges, row).tolist() for row in rows]
+    edges = np.quantile(np.concatenate(agreement), np.arange(1, count) / count)
+    return [np.searchsorted(edges, scores).tolist() for scores in agreement]

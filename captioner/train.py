@@ -22,7 +22,7 @@ from tavq.data.tokens import TokenSet, open_tokens
 from tavq.training.loop import StepOutput, Task, TrainingConfig, train
 
 from .decoding import GREEDY, search
-from .examples import TokenCaptions, caption_targets, quality_buckets
+from .examples import Agreement, TokenCaptions, caption_targets, quality_buckets
 from .model import PRESETS, Captioner, CaptionerConfig, CaptionerShape, start_captioner
 from .reward import CiderD, DocumentFrequencies, ends_in_function_word, with_end
 from .self_critical import Baseline, reinforce
@@ -51,9 +51,8 @@ class CaptionerRun:
     start: Path | None = None
     """Captioner to go on from; its shape and vocabulary stand."""
     tokenizer: Path | None = None
-    """Tokenizer whose codebook gives the first embeddings; without it they are random."""
-    alignment_scores: Path | None = None
-    """npz of `names` (n,) and `scores` (n, captions), agreement of image and caption: for quality buckets."""
+    """Tokenizer whose codebook gives the first embeddings (without it they are random) and, for
+    model.quality-buckets, the alignment score of image and caption."""
     captions_per_image: int = 5
     """Captions of an image that share one pass."""
     min_word_count: int = 5
@@ -78,10 +77,10 @@ class CaptionerRun:
     def __post_init__(self) -> None:
         if self.samples_per_image < 2:
             raise ValueError(f"samples_per_image is {self.samples_per_image}, expected 2 or more")
-        if bool(self.model.quality_buckets) != (self.alignment_scores is not None) and self.start is None:
+        if self.model.quality_buckets and self.tokenizer is None:
             raise ValueError(
-                f"model.quality_buckets is {self.model.quality_buckets} and alignment_scores "
-                f"{self.alignment_scores}; give both or neither"
+                f"model.quality_buckets is {self.model.quality_buckets}, which needs the alignment score "
+                "of image and caption; name the --tokenizer that gives it"
             )
 
 
@@ -165,14 +164,18 @@ class CaptionerTask(Task):
     name = "captioner"
     watch = ("CIDEr", "max")
 
-    def __init__(self, run: CaptionerRun, codebook: Tensor | None = None):
+    def __init__(self, run: CaptionerRun, codebook: Tensor | None = None, agreement: Agreement | None = None):
         self.run = run
         tokens, self.val = open_tokens(run.tokens, "train"), open_tokens(run.tokens, "val")
         torch.manual_seed(run.training.seed)
         captioner = _captioner(run, tokens, codebook)
-        buckets = None
-        if run.alignment_scores is not None:
-            buckets = quality_buckets(run.alignment_scores, tokens, captioner.config.shape.quality_buckets)
+        buckets, count = None, captioner.config.shape.quality_buckets
+        if count and run.stage == "cross-entropy":
+            if agreement is None:
+                raise ValueError(
+                    f"{count} quality buckets, but no alignment scores; run tavq train captioner"
+                )
+            buckets = quality_buckets(agreement, count)
         reward = None
         if run.stage == "self-critical":
             references = [[with_end(metric_words(text)) for text in texts] for texts in tokens.captions]
@@ -235,9 +238,17 @@ def _captioner(run: CaptionerRun, tokens: TokenSet, codebook: Tensor | None) -> 
     return captioner
 
 
-def train_captioner(run: CaptionerRun, codebook: Tensor | None = None) -> None:
-    """Train into `run.out`; `codebook` (K, E) is that of `run.tokenizer`, for the first embeddings."""
-    train(CaptionerTask(run, codebook), run.training, run.out, run)
+def train_captioner(
+    run: CaptionerRun, codebook: Tensor | None = None, agreement: Agreement | None = None
+) -> None:
+    """Train into `run.out`.
+
+    Args:
+        run: the run.
+        codebook: (K, E) of `run.tokenizer`, for the first embeddings.
+        agreement: the alignment score of each training caption with its image, for quality buckets.
+    """
+    train(CaptionerTask(run, codebook, agreement), run.training, run.out, run)
 
 
 @run_main

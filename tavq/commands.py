@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import tyro
 from PIL import Image
@@ -26,14 +27,19 @@ from tavq.captioner.model import Captioner
 from tavq.captioner.train import RUN_PRESETS as CAPTIONER_PRESETS
 from tavq.captioner.train import CaptionerRun
 from tavq.captioner.train import train_captioner as run_captioner_training
+from tavq.data.embedding_cache import EmbeddingCache
 from tavq.data.images import grid, load_image
+from tavq.data.text_encoder import TextEncoder
+from tavq.data.tokens import open_tokens
 from tavq.data.units import split_units
 from tavq.generator.model import Prior
 from tavq.generator.sampling import SamplingConfig
 from tavq.generator.train import RUN_PRESETS as PRIOR_PRESETS
 from tavq.generator.train import PriorRun, train_prior
 from tavq.pipeline import Pipeline, RankBy, check_prompts, read_recipe
+from tavq.tokenizer.heatmaps import check_aligned
 from tavq.tokenizer.model import TAVQTokenizer
+from tavq.tokenizer.retrieval import alignment_scores
 from tavq.training.checkpoint import CONFIG_FILE, local_directory, written_aside
 
 CHECKPOINT = "checkpoints/flickr8k"
@@ -322,5 +328,25 @@ def train_generator(argv: Sequence[str] | None = None) -> None:
 @run_main
 def train_captioner(argv: Sequence[str] | None = None) -> None:
     run = parse(CaptionerRun, argv, prog="tavq train captioner", presets=CAPTIONER_PRESETS)
-    codebook = None if run.tokenizer is None else TAVQTokenizer.from_pretrained(run.tokenizer).codebook
-    run_captioner_training(run, codebook)
+    if run.tokenizer is None:
+        run_captioner_training(run)
+        return
+    tokenizer = TAVQTokenizer.from_pretrained(run.tokenizer)
+    agreement = caption_agreement(tokenizer, run.tokens) if run.model.quality_buckets else None
+    run_captioner_training(run, tokenizer.codebook, agreement)
+
+
+def caption_agreement(tokenizer: TAVQTokenizer, tokens: Path) -> list[np.ndarray]:
+    """The alignment score of each training caption with its image, for noise-aware captioning.
+
+    Raises ValueError for a plain tokenizer.
+    """
+    check_aligned(tokenizer)
+    cache = EmbeddingCache(TextEncoder(tokenizer.config.provenance["text_encoder"]))
+    found = open_tokens(tokens, "train")
+    vectors = cache.encode([caption for captions in found.captions for caption in captions])
+    parts = vectors.split([len(captions) for captions in found.captions])
+    return [
+        alignment_scores(tokenizer, ids[:1], part)[0].numpy()
+        for ids, part in zip(found.ids.long(), parts, strict=True)
+    ]

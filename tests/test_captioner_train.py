@@ -161,18 +161,14 @@ def test_long_text_is_a_style_of_its_own(tmp_path: Path):
     assert caption_ids(captioner, image, DecodingConfig(style="long"))[0][0].text == dense
 
 
-def test_quality_buckets_are_equally_full(tokens_dir: Path, tmp_path: Path):
-    tokens = open_tokens(tokens_dir, "train")
+def test_quality_buckets_are_equally_full():
     scores = np.random.default_rng(0).normal(size=(60, 2))
-    np.savez(tmp_path / "scores.npz", names=np.array(tokens.names), scores=scores)
-    buckets = np.array(quality_buckets(tmp_path / "scores.npz", tokens, 4))
+    buckets = np.array(quality_buckets(list(scores), 4))
     assert np.bincount(buckets.ravel()).tolist() == [30] * 4
     assert buckets.ravel()[scores.argmax()] == 3 and buckets.ravel()[scores.argmin()] == 0
-    np.savez(tmp_path / "few.npz", names=np.array(tokens.names[:9]), scores=scores[:9])
-    with pytest.raises(ValueError, match="lacks 51 images"):
-        quality_buckets(tmp_path / "few.npz", tokens, 4)
 
 
-def test_buckets_and_scores_come_together():
-    with pytest.raises(ValueError, match="give both or neither"):
-        dataclasses.replace(CaptionerRun(), alignment_scores=Path("scores.npz"))
+def test_buckets_need_the_tokenizer_that_scores():
+    model = dataclasses.replace(PRESETS["tiny"], quality_buckets=3)
+    with pytest.raises(ValueError, match="name the --tokenizer that gives it"):
+        dataclasses.replace(CaptionerRun(), model=model)
