@@ -64,13 +64,13 @@ class CaptionerRun:
     """What a sample must beat: the greedy caption (Rennie et al.), or the mean of the other samples (Luo)."""
     model: CaptionerShape = PRESETS["flickr8k"]
     training: TrainingConfig = TrainingConfig(
-        steps=2000,
-        batch_size=32,
+        steps=1600,
+        batch_size=16,
         learning_rate=1e-3,
-        warmup_steps=200,
+        warmup_steps=120,
         weight_decay=0.05,
         ema_decay=0.995,
-        evaluate_every=250,
+        evaluate_every=320,
         patience=4,
     )
 
@@ -98,12 +98,12 @@ RUN_PRESETS: dict[str, CaptionerRun] = {
         preset="flickr8k-self-critical",
         stage="self-critical",
         training=TrainingConfig(
-            steps=600,
+            steps=60,
             learning_rate=1e-4,
-            warmup_steps=20,
+            warmup_steps=10,
             weight_decay=0.0,
             ema_decay=0.98,
-            evaluate_every=100,
+            evaluate_every=20,
             patience=5,
         ),
     ),

@@ -63,14 +63,14 @@ class PriorRun:
     model: PriorConfig = PRESETS["flickr8k"]
     """Codes, grid and hashes are taken from the token set."""
     training: TrainingConfig = TrainingConfig(
-        steps=2000,
-        batch_size=64,
+        steps=1600,
+        batch_size=16,
         learning_rate=1e-3,
-        warmup_steps=100,
+        warmup_steps=120,
         weight_decay=0.1,
         betas=(0.9, 0.95),
         ema_decay=0.995,
-        evaluate_every=200,
+        evaluate_every=320,
         patience=6,
     )
 

@@ -16,6 +16,8 @@ from tavq.captioner.reward import CiderD, with_end
 from tavq.captioner.self_critical import advantages, reinforce, roll_out
 from tavq.captioner.train import RUN_PRESETS, CaptionerRun, CaptionerTask, main, train_captioner
 from tavq.captioner.vocabulary import metric_words
+from tavq.commands import caption_agreement
+from tavq.commands import train_captioner as train_command
 from tavq.data.tokens import TokenMeta, TokenRecord, open_tokens, write_tokens
 
 NOUNS, PLACES = ("dog", "girl", "man", "bird"), ("snow", "grass", "water", "street")
@@ -166,6 +168,33 @@ def test_quality_buckets_are_equally_full():
     buckets = np.array(quality_buckets(list(scores), 4))
     assert np.bincount(buckets.ravel()).tolist() == [30] * 4
     assert buckets.ravel()[scores.argmax()] == 3 and buckets.ravel()[scores.argmin()] == 0
+
+
+def test_a_captioner_learns_a_word_for_how_well_a_caption_fits(tmp_path, tiny_checkpoint, tiny_tokenizer):
+    grid, hashes = tiny_tokenizer.grid_size, (tiny_tokenizer.codebook_hash, "the tokenizer's")
+    random = np.random.default_rng(0)
+    records = [
+        TokenRecord(
+            f"{number}.jpg", split, random.integers(64, size=(1, *grid)), ("A red cat.", "A dog runs.")
+        )
+        for number, split in enumerate(["train"] * 6 + ["val"] * 2)
+    ]
+    write_tokens(tmp_path / "tokens", records, TokenMeta(64, grid, *hashes, "made up", 1, 32))
+    flags = [
+        "--preset",
+        "tiny",
+        "--tokens",
+        tmp_path / "tokens",
+        "--tokenizer",
+        tiny_checkpoint / "tokenizer",
+    ]
+    few = ["--training.steps", 2, "--training.evaluate-every", 2, "--training.batch-size", 2]
+    flags += ["--model.quality-buckets", 3, "--out", tmp_path / "captioner"]
+    train_command([str(word) for word in [*flags, *few]])
+    captioner = Captioner.from_pretrained(tmp_path / "captioner")
+    assert captioner.start_id() == 2 and captioner.starts.num_embeddings == 3
+    fit = caption_agreement(tiny_tokenizer, tmp_path / "tokens")
+    assert [scores.shape for scores in fit] == [(2,)] * 6 and all((scores < 0).all() for scores in fit)
 
 
 def test_buckets_need_the_tokenizer_that_scores():

@@ -12,12 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from tavq.captioner.model import Captioner
 from tavq.cli import main
-from tavq.commands import caption_agreement
 from tavq.data.images import load_image
 from tavq.data.layouts import SPLITS
-from tavq.data.tokens import TokenMeta, TokenRecord, open_tokens, write_tokens
+from tavq.data.tokens import open_tokens
 from tavq.generator.model import Prior
 from tavq.pipeline import RankBy, read_recipe
 from tavq.tokenizer.model import PRESETS, TAVQTokenizer
@@ -332,32 +330,6 @@ def test_an_unknown_flag_is_refused(command, refused):
 
 def test_an_unknown_command_is_refused(refused):
     assert "tavq --help lists the commands" in refused("paint")
-
-
-def test_a_captioner_learns_a_word_for_how_well_a_caption_fits(tmp_path, tiny_checkpoint, tiny_tokenizer):
-    grid, hashes = tiny_tokenizer.grid_size, (tiny_tokenizer.codebook_hash, "the tokenizer's")
-    random = np.random.default_rng(0)
-    records = [
-        TokenRecord(
-            f"{number}.jpg", split, random.integers(64, size=(1, *grid)), ("A red cat.", "A dog runs.")
-        )
-        for number, split in enumerate(["train"] * 6 + ["val"] * 2)
-    ]
-    write_tokens(tmp_path / "tokens", records, TokenMeta(64, grid, *hashes, "made up", 1, 32))
-    flags = [
-        "--preset",
-        "tiny",
-        "--tokens",
-        tmp_path / "tokens",
-        "--tokenizer",
-        tiny_checkpoint / "tokenizer",
-    ]
-    few = ["--training.steps", 2, "--training.evaluate-every", 2, "--training.batch-size", 2]
-    run("train", "captioner", *flags, "--model.quality-buckets", 3, *few, "--out", tmp_path / "captioner")
-    captioner = Captioner.from_pretrained(tmp_path / "captioner")
-    assert captioner.start_id() == 2 and captioner.starts.num_embeddings == 3
-    fit = caption_agreement(tiny_tokenizer, tmp_path / "tokens")
-    assert [scores.shape for scores in fit] == [(2,)] * 6 and all((scores < 0).all() for scores in fit)
 
 
 def data_commands(data: Path | str, out: Path, checkpoint: Path) -> list[list[str | Path]]:

@@ -19,15 +19,18 @@ from .blocks import AttentionBlock, ResidualBlock, group_norm, to_map, to_sequen
 from .quantizer import QUANTIZERS, QuantizerConfig
 
 NUM_LEVELS = 3
+PIXEL_CHANNELS = 16  # of the decoder's last convolutions, at full resolution
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
     """Shape of the tokenizer."""
 
-    image_size_px: int = 64
-    channels: tuple[int, ...] = (48, 96, 192)
-    """A stage each, halving the resolution; the image enters the first at half its size (space to depth)."""
+    image_size_px: int = 96
+    channels: tuple[int, ...] = (96, 192)
+    """Width of each stage; every stage but the first halves the resolution."""
+    patch_px: int = 4
+    """Side of the squares of pixels that become channels before the first stage (space to depth)."""
     blocks_per_stage: int = 1
     """Residual blocks of a stage in the encoder; the decoder has one more."""
     trunk_blocks: int = 4
@@ -65,7 +68,7 @@ class TokenizerConfig:
     @property
     def downsampling(self) -> int:
         """Pixels a token side."""
-        return 2 ** len(self.channels)
+        return self.patch_px * 2 ** (len(self.channels) - 1)
 
     @property
     def grid_size(self) -> tuple[int, int]:
@@ -97,7 +100,11 @@ class Encoder(nn.Module):
     def __init__(self, config: TokenizerConfig):
         super().__init__()
         channels = config.channels
-        stages: list[nn.Module] = [nn.PixelUnshuffle(2), nn.Conv2d(12, channels[0], 3, padding=1)]
+        patch = config.patch_px
+        stages: list[nn.Module] = [
+            nn.PixelUnshuffle(patch),
+            nn.Conv2d(3 * patch**2, channels[0], 3, padding=1),
+        ]
         for previous, width in itertools.pairwise(channels):
             stages += [ResidualBlock(previous) for _ in range(config.blocks_per_stage)]
             stages += [nn.Conv2d(previous, width, 3, stride=2, padding=1)]
@@ -126,7 +133,10 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Codes of the last level -> image. (B, E, h, w) -> (B, 3, H, W); [-1, 1] but for over-shoot."""
+    """Codes of the last level -> image. (B, E, h, w) -> (B, 3, H, W); [-1, 1] but for over-shoot.
+
+    Convolutions at full resolution follow the pixel shuffle, which alone leaves a grid of its own size.
+    """
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
@@ -141,14 +151,26 @@ class Decoder(nn.Module):
             stages += [nn.Upsample(scale_factor=2), nn.Conv2d(previous, width, 3, padding=1)]
             stages += [ResidualBlock(width) for _ in range(config.blocks_per_stage + 1)]
         self.stages = nn.Sequential(*stages)
-        self.norm = group_norm(channels[-1])
-        self.last = nn.Conv2d(channels[-1], 12, 3, padding=1)
+        self.pixels = nn.Sequential(
+            group_norm(channels[-1]),
+            nn.SiLU(),
+            nn.Conv2d(channels[-1], PIXEL_CHANNELS * config.patch_px**2, 1),
+            nn.PixelShuffle(config.patch_px),
+            nn.Conv2d(PIXEL_CHANNELS, PIXEL_CHANNELS, 3, padding=1),
+            nn.SiLU(),
+        )
+        with (
+            torch.no_grad()
+        ):  # all pixels of a patch start alike (ICNR, Aitken et al. 2017, arXiv:1707.02937)
+            to_pixels = self.pixels[2].weight
+            to_pixels.copy_(to_pixels[:: config.patch_px**2].repeat_interleave(config.patch_px**2, dim=0))
+        self.last = nn.Conv2d(PIXEL_CHANNELS, 3, 3, padding=1)
         self.grid, self.scale = config.grid_size, code_dim**0.5
 
     def forward(self, codes: Tensor) -> Tensor:
         x = self.enter(to_sequence(codes) * self.scale) + self.positions
         x = self.stages(to_map(self.trunk(x), self.grid))
-        return F.pixel_shuffle(self.last(F.silu(self.norm(x))), 2)
+        return self.last(self.pixels(x))
 
 
 class TAVQTokenizer(Checkpointed):
@@ -248,7 +270,7 @@ PRESETS: dict[str, TokenizerConfig] = {
     "flickr8k": TokenizerConfig(),
     "tiny": TokenizerConfig(
         image_size_px=32,
-        channels=(16, 32, 48),
+        channels=(32, 48),
         num_heads=3,
         projection_width=64,
         quantizer=QuantizerConfig(num_codes=64, code_dim=16),
@@ -256,6 +278,7 @@ PRESETS: dict[str, TokenizerConfig] = {
     "vqgan256": TokenizerConfig(
         image_size_px=256,
         channels=(64, 128, 256, 512),
+        patch_px=2,
         blocks_per_stage=2,
         trunk_blocks=6,
         num_heads=8,

@@ -36,6 +36,7 @@ from .photos import TrainingImages, photo_batches
 from .retrieval import alignment_scores, recall_at, text_to_image_ranks
 
 PICTURES = 16
+CRITIC_LEAD = 0.1  # share of the steps in which the discriminator trains before it is heard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +46,14 @@ class LossConfig:
     norm, not factors (see GradientBalance)."""
 
     l1: float = 1.0
-    perceptual: float = 1.0
+    perceptual: float = 1.5
     quantizer: float = 1.0
-    align: float = 0.5
+    align: float = 1.0
     distill: float = 0.5
-    adversarial: float = 0.3
-    adversarial_from: float = 0.6
-    """Share of the steps after which the discriminator joins; an early one ruins the reconstruction."""
+    adversarial: float = 0.2
+    adversarial_from: float = 0.75
+    """Share of the steps after which the discriminator is heard; an early one ruins the reconstruction, as
+    does one that has not learnt yet: it trains alone for the tenth of the steps before."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +87,7 @@ class TokenizerRun:
     lgvq: LGVQConfig = LGVQConfig()
     losses: LossConfig = LossConfig()
     training: TrainingConfig = TrainingConfig(
-        steps=6000, batch_size=32, learning_rate=4e-4, warmup_steps=200, betas=(0.9, 0.95), ema_decay=0.998
+        steps=3600, batch_size=16, learning_rate=4e-4, warmup_steps=100, betas=(0.9, 0.95), ema_decay=0.998
     )
 
     def __post_init__(self) -> None:
@@ -148,6 +150,7 @@ class TokenizerTrainee(nn.Module):
         }
         self.balance = GradientBalance(shares)
         self.adversarial_from = round(run.losses.adversarial_from * run.training.steps)
+        self.critic_from = round((run.losses.adversarial_from - CRITIC_LEAD) * run.training.steps)
         self.critic: tuple[nn.Module, ...] = ()  # in a tuple: it is no part of this module
 
     def forward(self, batch: dict[str, Tensor], step: int) -> StepOutput:
@@ -263,7 +266,7 @@ class TokenizerTask(Task):
         self.model = TokenizerTrainee(run, tokenizer, teacher_dim, vocabulary)
         if self.model.perceptual is not None:
             provenance["perceptual"] = self.model.perceptual.hash
-        self.critic = Critic(self.model.adversarial_from) if run.losses.adversarial else None
+        self.critic = Critic(self.model.critic_from) if run.losses.adversarial else None
         self.model.critic = (self.critic,)
 
     def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
