@@ -30,7 +30,7 @@ class SamplingConfig:
     """Images decoded together; fewer are padded to it, so that every image is computed alike."""
     draft_tokens: int = 8
     """Tokens guessed ahead and checked in one forward pass (speculative Jacobi decoding); 1 guesses none. The
-    tokens stay the same. 8 with micro_batch 1 is fast for one image, 4 with micro_batch 4 for many."""
+    tokens stay the same. 8 with micro_batch 1 is fast for one image, 1 with micro_batch 4 for many."""
 
     compile: bool = False
     """Compile the forward pass with torch.compile: costs half a minute at the start. For CUDA; on the CPU
