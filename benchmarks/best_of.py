@@ -46,7 +46,7 @@ class BestOf:
 
 def scores_of(judge: Pipeline, ids: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
     """What `judge` thinks of the candidates `ids` (B, C, N) of B prompts, each (B, C): log-likelihood of the
-    prompt, a word; its alignment score; whether it is among the ten prompts that the picture is nearest
+    prompt; its alignment score; whether it is among the ten prompts that the picture is nearest
     to."""
     vectors = judge.alignment_encoder.encode(list(prompts))
     likelihood, alignment, hits = [], [], []
@@ -73,7 +73,7 @@ def chosen(own: dict[str, Tensor], by: RankBy, count: int) -> Tensor:
 
 def table(own: dict[str, Tensor], measured: dict[str, Tensor], counts: Sequence[int]) -> str:
     title = f"prompt among the {RANK} nearest of {len(own['hit'])}"
-    lines = [f"| chosen by | best of | nats a word of the prompt | {title} |", "| --- | ---: | ---: | ---: |"]
+    lines = [f"| chosen by | best of | nats of the prompt | {title} |", "| --- | ---: | ---: | ---: |"]
     for by in get_args(RankBy):
         for count in counts:
             index = chosen(own, by, count)[:, None]

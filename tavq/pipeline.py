@@ -207,7 +207,7 @@ class Pipeline:
     def rank(self, ids: Tensor, prompt: str, by: RankBy = "sum") -> Tensor:
         """Score pictures of one prompt by the chain's own parts: (B, N) -> (B,), larger fits better.
 
-        `likelihood` is the captioner's log-likelihood of the prompt, a word (nats); `alignment` the score of
+        `likelihood` is the captioner's log-likelihood of the prompt (nats); `alignment` the score of
         the prompt's vector against the codes (ValueError for a plain tokenizer); `sum` adds the two, each
         standardised over the candidates.
         """
