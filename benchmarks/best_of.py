@@ -21,7 +21,7 @@ from tavq.arguments import parse, run_main
 from tavq.data.layouts import open_dataset
 from tavq.eval.faithfulness import open_judge
 from tavq.generator.settings import SamplingConfig
-from tavq.pipeline import Pipeline, RankBy
+from tavq.pipeline import Pipeline, RankBy, fit_of
 from tavq.tokenizer.retrieval import alignment_scores
 
 RANK = 10
@@ -66,9 +66,7 @@ def scores_of(judge: Pipeline, ids: Tensor, prompts: Sequence[str]) -> dict[str,
 def chosen(own: dict[str, Tensor], by: RankBy, count: int) -> Tensor:
     """The best of the first `count` candidates of each prompt, as `Pipeline.rank` finds it: indices (B,)."""
     parts = [own[name][:, :count] for name in ("likelihood", "alignment") if by in (name, "sum")]
-    if len(parts) > 1:
-        parts = [(p - p.mean(1, keepdim=True)) / p.std(1, keepdim=True).clamp_min(1e-6) for p in parts]
-    return sum(parts).argmax(1) if count > 1 else torch.zeros(len(parts[0]), dtype=torch.int64)
+    return fit_of(parts).argmax(1) if count > 1 else torch.zeros(len(parts[0]), dtype=torch.int64)
 
 
 def table(own: dict[str, Tensor], measured: dict[str, Tensor], counts: Sequence[int]) -> str:

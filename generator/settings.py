@@ -31,7 +31,6 @@ class SamplingConfig:
     draft_tokens: int = 8
     """Tokens guessed ahead and checked in one forward pass (speculative Jacobi decoding); 1 guesses none. The
     tokens stay the same. 8 with micro_batch 1 is fast for one image, 1 with micro_batch 4 for many."""
-
     compile: bool = False
     """Compile the forward pass with torch.compile: costs half a minute at the start. For CUDA; on the CPU
     the decoder's own layouts are faster (docs/experiments.md)."""

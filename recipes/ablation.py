@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tavq.arguments import parse, run_main
 from tavq.eval.results import Results, read_results
+from tavq.tokenizer.train import LossConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -29,8 +30,8 @@ TUNING: dict[str, tuple[str, ...]] = {
         *VARIANTS["lgvq"],
         *("--lgvq.global-weight", "1e-2", "--lgvq.word-weight", "1e-1", "--lgvq.relation-weight", "1e-3"),
     ),
-    "gaussian, twice the share": (*VARIANTS["gaussian"], "--losses.align", "1.0"),
-    "ot, twice the share": (*VARIANTS["ot"], "--losses.align", "1.0"),
+    "gaussian, twice the share": (*VARIANTS["gaussian"], "--losses.align", f"{2 * LossConfig.align}"),
+    "ot, twice the share": (*VARIANTS["ot"], "--losses.align", f"{2 * LossConfig.align}"),
 }
 """One for each method beside its default; of the first seed alone."""
 COLUMNS: dict[str, tuple[str, str, float, int]] = {

@@ -57,14 +57,13 @@ class CompleteRun:
 def main(argv: Sequence[str] | None = None) -> None:
     run = parse(CompleteRun, argv, prog="tavq complete")
     photo = load_image(run.image)
+    share = _share(run.keep) if run.keep and run.keep.startswith("share=") else None
+    if share is None:
+        mask = kept_part(run.keep, *photo.size) if run.keep else _mask_of(run.mask)
     pipeline = Pipeline.from_pretrained(run.checkpoint, choose_device(run.device))
     asked = run.prompt, [run.seed + i for i in range(run.num_images)], run.sampling
-    if run.keep and run.keep.startswith("share="):
-        pictures = pipeline.vary(photo, _share(run.keep), *asked)
-    else:
-        mask = kept_part(run.keep, *photo.size) if run.keep else _mask_of(run.mask)
-        pictures = pipeline.complete(photo, mask, *asked)
-    for picture in pictures:
+    drawn = pipeline.complete(photo, mask, *asked) if share is None else pipeline.vary(photo, share, *asked)
+    for picture in drawn:
         path = next(free_names(run.out))
         picture.save(path)
         print(path)

@@ -219,7 +219,7 @@ class Pipeline:
         if by != "likelihood":
             vector = self.alignment_encoder.encode([prompt])
             scores.append(alignment_scores(self.tokenizer, ids, vector)[:, 0].float().cpu())
-        return scores[0] if len(scores) == 1 else sum(map(_standardised, scores))
+        return fit_of(scores)
 
     def caption(
         self,
@@ -354,8 +354,13 @@ def _repeated(texts: TokenStates, index: int, count: int) -> TokenStates:
     )
 
 
-def _standardised(scores: Tensor) -> Tensor:
-    return (scores - scores.mean()) / scores.std().clamp_min(1e-6)
+def fit_of(scores: Sequence[Tensor]) -> Tensor:
+    """What candidates are ranked by: one kind of score (..., C), or the sum of several, each standardised
+    over the C candidates."""
+    if len(scores) == 1:
+        return scores[0]
+    deviations = (s.std(-1, keepdim=True).clamp_min(1e-6) for s in scores)
+    return sum((s - s.mean(-1, keepdim=True)) / d for s, d in zip(scores, deviations, strict=True))
 
 
 def _blend(image: Image.Image, under: Image.Image | None, share: Tensor) -> Image.Image:

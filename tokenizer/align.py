@@ -33,7 +33,7 @@ from tavq.training.stream import mixed_seed
 
 from .adapters import Adapter, adapt
 from .alignment import AlignmentConfig, TextAligner, draw_texts, units_and_banks
-from .health import perplexity
+from .health import code_use
 from .losses import GradientBalance, open_perceptual
 from .model import TAVQTokenizer, TokenizerConfig
 from .photos import TrainingImages, photo_batches
@@ -185,12 +185,12 @@ class AlignTask(Task):
             l1.append((rebuilt.cpu() - images).abs().flatten(1).mean(dim=1))
             ratios.append(torch.from_numpy(psnr(to_uint8(rebuilt.cpu()), to_uint8(images))))
         all_ids = torch.cat(ids)
-        use = torch.bincount(all_ids.flatten(), minlength=len(adapter.codebook))
+        use = code_use(all_ids, len(adapter.codebook))
         return {
             "l1": float(torch.cat(l1).mean()),
             "PSNR": float(torch.cat(ratios).mean()),
-            "usage": float((use > 0).float().mean()),
-            "perplexity": float(perplexity(use)),
+            "usage": use.usage,
+            "perplexity": use.perplexity,
             **self._retrieval(model, all_ids, torch.tensor(rows)),
         }
 

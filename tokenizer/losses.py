@@ -75,8 +75,8 @@ class FeaturePerceptual(FrozenNetwork):
     """Squared distance between unit-normalised feature maps of a frozen network, averaged over its maps.
 
     Johnson et al. 2016, arXiv:1603.08155, with the normalisation of LPIPS but no learned weights. Not LPIPS.
-    In training both images are cropped alike, from a random corner: the strides of the network always lie on
-    the same pixels otherwise, and their grid is seen in the reconstructions.
+    In training both images (of 64 px and more) are cropped alike, from a random corner: the strides of the
+    network always lie on the same pixels otherwise, and their grid is seen in the reconstructions.
     """
 
     def distance(self, images: Tensor, targets: Tensor) -> Tensor:
