@@ -1,4 +1,4 @@
-"""python benchmarks/caption.py --data DIR [--checkpoint DIR] [--images 1000]
+"""python benchmarks/caption.py --data DIR [--checkpoint DIR] [--images 1000] [--into FILE.md]
 
 Images captioned a second at batch 1 and 32, greedy and beam 5, with the share of time of each part.
 """
@@ -20,6 +20,7 @@ from tavq.captioner.model import Captioner
 from tavq.data.examples import readable_images
 from tavq.data.images import to_tensor
 from tavq.data.layouts import open_dataset
+from tavq.eval.table import write_block
 from tavq.tokenizer.model import TAVQTokenizer
 
 SETTINGS = {"greedy": GREEDY, "beam 5": DecodingConfig(beam=5)}
@@ -37,6 +38,8 @@ class CaptionBenchmark:
     images: int = 1000
     batch_sizes: tuple[int, ...] = (1, 32)
     device: str = "cpu"
+    into: Path | None = None
+    """Markdown file whose block between the marker lines of `caption` the table replaces."""
 
 
 class Stopwatch:
@@ -87,11 +90,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     captioner = Captioner.from_pretrained(run.checkpoint / "captioner").to(run.device)
     captioner.check_codebook(tokenizer.codebook_hash)
     dataset = open_dataset(run.data, "test").head(run.images)
-    print(
-        f"{len(dataset)} images, {run.device}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
-    )
-    print("| search | batch | images/s | " + " | ".join(PARTS) + " |")
-    print("|---" * (3 + len(PARTS)) + "|")
+    lines = [
+        f"{len(dataset)} images, {run.device}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "",
+        "| search | batch | images/s | " + " | ".join(PARTS) + " |",
+        "| --- |" + " ---: |" * (2 + len(PARTS)),
+    ]
     for name, settings in SETTINGS.items():
         warm_up = (dataset.load_image(0) for _ in range(2))
         measure(tokenizer, captioner, warm_up, settings, 1, run.device)
@@ -100,7 +104,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             count, seconds = measure(tokenizer, captioner, images, settings, batch_size, run.device)
             total = sum(seconds.values())
             shares = " | ".join(f"{seconds[part] / total:.0%}" for part in PARTS)
-            print(f"| {name} | {batch_size} | {count / total:.1f} | {shares} |", flush=True)
+            lines.append(f"| {name} | {batch_size} | {count / total:.1f} | {shares} |")
+    table = "\n".join(lines)
+    print(table)
+    if run.into is not None:
+        write_block(run.into, "caption", table)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""python benchmarks/decode.py [--quick] [--prior DIR] [--threads 1] [--out decode.md]
+"""python benchmarks/decode.py [--quick] [--prior DIR] [--threads 1] [--into README.md]
 
 Tokens per second of the prior's decoder beside transformers' nearest architecture with equal weights and
 shapes (Qwen3ForCausalLM), the linear layers alone, and the limit that memory bandwidth sets; then the time of
@@ -22,6 +22,7 @@ import torch
 
 from tavq.arguments import parse, run_main
 from tavq.data.text_encoder import TextEncoder, TokenStates
+from tavq.eval.table import write_block
 from tavq.generator.decoding import Decoder
 from tavq.generator.linear import Precision
 from tavq.generator.model import PRESETS, Prior
@@ -31,8 +32,8 @@ from tavq.generator.settings import SamplingConfig
 from tavq.torchvision_ops import ensure_torchvision
 
 PRECISIONS: tuple[Precision, ...] = ("float32", "int8", "bfloat16")
-WAYS = ((1, 1), (1, 4), (8, 1), (4, 4))
-"""Tokens of a draft, images of a micro-batch."""
+WAYS = ((1, 1, 1), (1, 8, 1), (8, 1, 4), (8, 4, 4))
+"""Images at a time, tokens of a draft, images of a micro-batch."""
 PROMPTS = (
     "a brown dog runs through the grass",
     "two children play football on a beach",
@@ -56,8 +57,8 @@ class DecodeBenchmark:
     """A trained prior for the flipped tokens and whole images; without it, random weights and no flips."""
     quick: bool = False
     """flickr8k alone, two rounds of 16 steps."""
-    out: Path | None = None
-    """File for the table; it is printed anyway."""
+    into: Path | None = None
+    """Markdown file whose block between the marker lines of `decode` the table replaces."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,13 +249,17 @@ RATIOS: dict[str, Callable[[dict[str, float]], float]] = {
 
 def whole_images(prior: Prior, texts: TokenStates, rounds: int) -> str:
     """Seconds an image with guidance, plainly and with drafts, for 1 and 8 images at a time."""
-    lines = ["| s/image, guidance 3 | 1 image | 8 images |", "| --- | ---: | ---: |"]
+    heads = []
+    for count, draft_tokens, _ in WAYS:
+        how = "plainly" if draft_tokens == 1 else f"drafts of {draft_tokens}"
+        heads.append(f"{count} at a time, {how}")
+    lines = ["| s/image, guidance 3 | " + " | ".join(heads) + " |", "| --- |" + " ---: |" * len(WAYS)]
     for precision in PRECISIONS:
-        for draft_tokens, micro_batch in WAYS:
+        cells = []
+        for count, draft_tokens, micro_batch in WAYS:
             settings = SamplingConfig(precision=precision, draft_tokens=draft_tokens, micro_batch=micro_batch)
-            cells = [f"{seconds_an_image(prior, texts, count, settings, rounds):.3f}" for count in (1, 8)]
-            title = f"{precision}, drafts of {draft_tokens}, micro-batch {micro_batch}"
-            lines.append(f"| {title} | " + " | ".join(cells) + " |")
+            cells.append(f"{seconds_an_image(prior, texts, count, settings, rounds):.3f}")
+        lines.append(f"| {precision} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -306,8 +311,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parts.append(f"Tokens drawn differently from float32 after the same beginning: {shares}.")
     table = "\n\n".join(parts)
     print(table)
-    if settings.out:
-        settings.out.write_text(table + "\n")
+    if settings.into:
+        write_block(settings.into, "decode", table)
 
 
 def _machine() -> str:

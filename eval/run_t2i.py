@@ -203,9 +203,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _sheet(images: Tensor) -> Image.Image:
-    """The pictures of the first prompts, twice enlarged."""
-    sheet = grid(pictures_of(images), columns=8)
-    return sheet.resize((2 * sheet.width, 2 * sheet.height), Image.Resampling.NEAREST)
+    """The pictures of the first prompts."""
+    return grid(pictures_of(images), columns=8)
 
 
 def over_seeds(values: Sequence[float], n: int) -> dict[str, Any]:

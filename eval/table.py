@@ -16,7 +16,6 @@ from tyro.conf import Positional
 from tavq.arguments import parse, run_main
 from tavq.eval.results import Results, protocol_differences, read_results
 
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 TIMES_100 = ("CIDEr", "BLEU", "METEOR", "ROUGE-L", "SPICE", "cycle_CIDEr")
 DIGITS = {"PSNR": 2, "SSIM": 3, "KID": 4, "precision": 3, "recall": 3, "usage": 3, "IS": 2}
 DIGITS |= dict.fromkeys(("ends in a function word", "distinct captions"), 3)
@@ -48,23 +47,33 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError("no result files given; name at least one, such as results/*.json")
     if not config.readme.is_file():
         raise FileNotFoundError(f"no file {config.readme}; name one with --readme")
-    old = config.readme.read_text(encoding="utf-8")
-    new = with_tables(old, make_tables([read_results(path) for path in config.results]), config.readme)
-    if config.check and new != old:
-        raise ValueError(f"the tables in {config.readme} are stale; run tavq table without --check")
-    if new != old:
-        config.readme.write_text(new, encoding="utf-8")
-    print(f"{config.readme}: {'up to date' if new == old else 'tables written'}")
+    tables = make_tables([read_results(path) for path in config.results])
+    if config.check:
+        if with_block(config.readme, "results", tables) != config.readme.read_text(encoding="utf-8"):
+            raise ValueError(f"the tables in {config.readme} are stale; run tavq table without --check")
+        print(f"{config.readme}: up to date")
+    else:
+        write_block(config.readme, "results", tables)
 
 
-def with_tables(text: str, tables: str, path: Path) -> str:
-    """Return `text` with `tables` between its two marker lines."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+def with_block(path: Path, name: str, block: str) -> str:
+    """Return the text of the Markdown file `path` with `block` between the two marker lines of `name`."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    text = path.read_text(encoding="utf-8")
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(
-            f"{path} lacks the marker lines; put {BEGIN} and below it {END} where the tables belong"
+            f"{path} lacks the marker lines; put {begin} and below it {end} where the tables belong"
         )
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{tables}\n{END}{rest.split(END)[1]}"
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{block}\n{end}{rest.split(end)[1]}"
+
+
+def write_block(path: Path, name: str, block: str) -> None:
+    """Put `block` between the two marker lines of `name` in the Markdown file `path`."""
+    text, partial = with_block(path, name, block), path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+    print(f"{path}: tables written")
 
 
 def make_tables(results: Sequence[Results]) -> str:
@@ -103,12 +112,19 @@ def describe(group: Sequence[Results]) -> str:
         f"n = {protocol['n']:,}" if "n" in protocol else None,
         f"features: {network['name']} ({network['sha256'][:8]})" if network else None,
         f"resize: {protocol['resize']}" if "resize" in protocol else None,
+        _search(protocol["decoding"]) if "decoding" in protocol else None,
         *brackets(group),
     ]
     hundred = [name for name in metric_names(group) if name.startswith(TIMES_100)]
     if hundred:
         parts.append("CIDEr, BLEU, METEOR, ROUGE-L times 100")
     return "; ".join(part for part in parts if part) + "."
+
+
+def _search(decoding: dict[str, Any]) -> str:
+    if decoding["temperature"] > 0:
+        return f"sampled at temperature {decoding['temperature']}"
+    return "greedy" if decoding["beam"] == 1 else f"beam {decoding['beam']}"
 
 
 def brackets(group: Sequence[Results]) -> list[str]:

@@ -63,7 +63,7 @@ class Ablation:
     """Seen by each tokenizer in training."""
     batch_size: int = 16
     image_size_px: int = 64
-    captioner_steps: int = 250
+    captioner_steps: int = 800
     probe_steps: int = 500
     preset: str = "flickr8k"
     runs: Path = Path("runs/ablation")
@@ -103,14 +103,15 @@ def carry_out(run: Ablation, name: str, flags: Sequence[str], seed: int) -> None
     shape = [] if run.preset == "tiny" else [f"--model.{size[0]}", size[1]]
     tavq(
         *("train", "tokenizer", "--preset", run.preset, *data, "--out", tokenizer, *flags, *common, *shape),
-        *(*perceptual, "--training.steps", steps, "--training.evaluate-every", max(1, steps // 4)),
+        *(*perceptual, "--losses.adversarial", 0, "--training.steps", steps),
+        *("--training.evaluate-every", max(1, steps // 2)),
     )
     edge = 32 if run.preset == "tiny" else size[1]
     tavq(
         *("align", "--base", f"tavq:{tokenizer}", "--probe-only", *data, "--out", probed, *common),
         *(f"--{size[0]}", edge, "--probe-steps", run.probe_steps),
     )
-    tavq("tokenize", *data, "--checkpoint", tokenizer, "--out", folder / "tokens")
+    tavq("tokenize", *data, "--checkpoint", tokenizer, "--out", folder / "tokens", "--crops", 0)
     tavq(
         *("train", "captioner", "--preset", run.preset, "--tokens", folder / "tokens", "--out"),
         *(folder / "captioner", "--tokenizer", tokenizer, "--training.seed", seed),
@@ -119,7 +120,7 @@ def carry_out(run: Ablation, name: str, flags: Sequence[str], seed: int) -> None
     measured = ["--data", run.data, "--split", "val", "--label", name]
     results = folder / "results"
     network = ["--features", run.features] if run.features else ["--no-frechet"]
-    script("run_caption", "--checkpoint", folder, *measured, "--out", results / "caption.json")
+    script("run_caption", "--checkpoint", folder, *measured, "--beam", 1, "--out", results / "caption.json")
     script("run_tokenizer", "--checkpoint", folder, *measured, *network, "--out", results / "tokenizer.json")
     probe = ["--checkpoint", folder / "probed", *measured, "--no-frechet"]
     script("run_tokenizer", *probe, "--out", results / "probed.json")
@@ -178,11 +179,11 @@ def cell(found: list[dict[str, Results]], part: str, metric: str, factor: float,
 TEXT = """# Ablation of the alignment
 
 Written by `python recipes/ablation.py` from result files; do not edit. Validation split of the data set in
-`{data}`, {image_size_px} px, {images} images a tokenizer, batch {batch_size}, perceptual loss, nothing
-distilled. A captioner of {captioner_steps} steps reads the tokens of each. "Own heads" are those trained with
-the codes; the probe is trained for {probe_steps} steps on frozen codes, alike for all. Recall in per cent
-(chance 1 %), CIDEr times 100 (greedy). Mean over seeds, and the range. Tuning runs a method beside its
-default: {tuning}.
+`{data}`, {image_size_px} px, {images} images a tokenizer, batch {batch_size}, perceptual loss, no
+discriminator, nothing distilled. A captioner of {captioner_steps} steps reads the tokens of each. "Own heads"
+are those trained with the codes; the probe is trained for {probe_steps} steps on frozen codes, alike for all.
+Recall in per cent (chance 1 %), CIDEr times 100 (greedy). Mean over seeds, and the range. Tuning runs a
+method beside its default: {tuning}.
 
 {table}
 """

@@ -5,7 +5,8 @@
 #   PRESET=tiny bash recipes/flickr8k.sh        # the same chain on generated shapes, in minutes
 #
 # Every step is skipped when it is done and goes on where it was stopped. ALIGN=none trains the plain baseline.
-# TEACHER shapes the tokenizer (perceptual loss and distillation), FEATURES only measures.
+# TEACHER shapes the tokenizer (perceptual loss and distillation), FEATURES only measures. DEVICE=cuda trains in bf16
+# with large batches, on a million images for the tokenizer (not run yet: no GPU was at hand).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -33,9 +34,16 @@ step() { # NAME COMMAND...: run once; a mark is left behind when it ends well
 }
 
 train() { # NAME FLAGS...
-    local precision=no
-    [ "$DEVICE" = cuda ] && precision=bf16
-    tavq train "$1" --training.precision "$precision" "${@:2}"
+    local large=()
+    if [ "$DEVICE" = cuda ] && [ "$PRESET" != tiny ]; then
+        large=(--training.precision bf16 --training.num-workers 8 --training.batch-size 128)
+        case $* in
+        *self-critical*) large+=(--training.steps 200) ;;
+        tokenizer*) large+=(--training.steps 8000 --training.evaluate-every 1000 --training.learning-rate 8e-4) ;;
+        *) large+=(--training.steps 2500 --training.evaluate-every 250 --training.patience 3) ;;
+        esac
+    fi
+    tavq train "$1" "${@:2}" "${large[@]}"
 }
 
 teacher=()

@@ -211,7 +211,8 @@ def test_score_images(tmp_path, monkeypatch):
 
 def test_table(tmp_path, pair, capsys):
     readme = tmp_path / "README.md"
-    readme.write_text(f"# Title\n{table.BEGIN}\nold\n{table.END}\nend\n")
+    begin, end = "<!-- results: begin -->", "<!-- results: end -->"
+    readme.write_text(f"# Title\n{begin}\nold\n{end}\nend\n")
     arguments = [*map(str, pair), "--readme", str(readme)]
     with pytest.raises(SystemExit) as exit_:
         table.main([*arguments, "--check"])
@@ -221,6 +222,9 @@ def test_table(tmp_path, pair, capsys):
     assert text.startswith("# Title\n") and text.endswith("end\n") and "old" not in text
     assert "| ours |" in text and text.count("| a |") == 1
     table.main([*arguments, "--check"])
+    with pytest.raises(ValueError, match="speed: begin"):
+        table.write_block(readme, "speed", "| fast |")
+    assert readme.read_text() == text
 
 
 def test_unlike_protocols_never_share_a_table(tmp_path, pair):

@@ -203,7 +203,7 @@ def test_the_alignment_moves_codebook_and_encoder_and_the_loss_is_the_bases_own(
     adapter = adapt(base.train(), SIZE)
     codebook = adapter.codebook
     rebuilt, heard = adapter.reconstruct(images())
-    aligner = TextAligner(AlignmentConfig(samples=8, bank_size=0), codebook.shape[1], 12)
+    aligner = TextAligner(AlignmentConfig(samples=8, bank_size=0), *codebook.shape, 12)
     on = torch.autograd.grad(rebuilt.sum(), heard.shared, retain_graph=True, allow_unused=True)
     assert on[-1].norm() > 0, "the reconstruction's gradient passes where the two are balanced"
     aligner(heard.features, adapter.codebook, made_up_texts()).loss.backward()

@@ -12,6 +12,8 @@ from tavq.data.text_encoder import TextEncoder
 from tavq.data.text_index import UnitIndex
 from tavq.tokenizer.alignment import AlignmentConfig, TextAligner, TextBank, TextUnits, differentiable_lookup
 from tavq.tokenizer.model import PRESETS, TAVQTokenizer
+from tavq.tokenizer.reading import codes_of_photos, fit_projections
+from tavq.tokenizer.retrieval import alignment_scores, text_to_image_ranks
 
 CONFIG = AlignmentConfig(samples=8, bank_size=16)
 
@@ -33,7 +35,7 @@ def codebook_gradient(lookup: str) -> torch.Tensor | None:
     torch.manual_seed(0)
     features, codebook, texts, banks = made_up()
     features = [level.requires_grad_() for level in features]
-    aligner = TextAligner(dataclasses.replace(CONFIG, lookup=lookup), 5, 12)
+    aligner = TextAligner(dataclasses.replace(CONFIG, lookup=lookup), 20, 5, 12)
     aligner(features, codebook, texts, banks).loss.backward()
     assert all(level.grad.norm() > 0 for level in features), "the encoder is moved either way"
     return codebook.grad
@@ -47,19 +49,22 @@ def test_the_gradient_reaches_the_codebook_and_not_with_plain_straight_through()
 def test_the_look_up_gives_codes_in_value_whatever_the_gradient():
     latents, codebook = torch.randn(30, 5), torch.randn(20, 5)
     expected = codebook[torch.cdist(latents, codebook).argmin(dim=1)]
+    marks = torch.arange(20.0)[:, None]
     for mode in ("soft", "straight-through"):
-        assert torch.allclose(differentiable_lookup(latents, codebook, mode, 0.1), expected, atol=1e-5)
+        codes, found = differentiable_lookup(latents, codebook, marks, mode, 0.1)
+        assert torch.allclose(codes, expected, atol=1e-5)
+        assert torch.allclose(codebook[found[:, 0].round().long()], expected)
 
 
 def test_a_codebook_without_gradient_is_refused_with_the_way_out():
     features, codebook, texts, _ = made_up()
     with pytest.raises(ValueError, match="lookup='straight-through'"):
-        TextAligner(CONFIG, 5, 12)(features, codebook.detach(), texts)
+        TextAligner(CONFIG, 20, 5, 12)(features, codebook.detach(), texts)
 
 
 def test_own_units_in_the_bank_do_not_count_against_an_image():
     features, codebook, texts, banks = made_up()
-    aligner = TextAligner(dataclasses.replace(CONFIG, samples=9), 5, 12)
+    aligner = TextAligner(dataclasses.replace(CONFIG, samples=9), 20, 5, 12)
     duplicates = TextBank(torch.cat([texts[0].vectors[:, 0], banks[0].vectors]), torch.zeros(6, 22).bool())
     ignored = dataclasses.replace(duplicates, own=torch.cat([torch.ones(6, 6), torch.zeros(6, 16)], 1).bool())
     alone = aligner(features, codebook, texts, banks).loss
@@ -71,7 +76,7 @@ def test_own_units_in_the_bank_do_not_count_against_an_image():
 
 def test_a_level_of_weight_zero_is_left_out_and_a_text_without_units_counts_nothing():
     features, codebook, texts, banks = made_up()
-    aligner = TextAligner(dataclasses.replace(CONFIG, level_weights=(0.0, 0.0, 1.0)), 5, 12)
+    aligner = TextAligner(dataclasses.replace(CONFIG, level_weights=(0.0, 0.0, 1.0)), 20, 5, 12)
     result = aligner(features, codebook, texts, banks)
     assert {name.split("/")[1].split("_")[0] for name in result.report} == {"sentences"}
     empty = TextUnits(texts[0].vectors, texts[0].mask & (torch.arange(6) < 4).unsqueeze(1))
@@ -92,7 +97,7 @@ def test_matched_pairs_cost_less_than_shuffled_ones_after_training_on_shapes(met
     torch.manual_seed(0)
     tokenizer = TAVQTokenizer(PRESETS["tiny"])
     config = AlignmentConfig(method=method, samples=8, bank_size=0)
-    aligner = TextAligner(config, 16, 384, projections=tokenizer.projections)
+    aligner = TextAligner(config, 64, 16, 384, projections=tokenizer.projections)
     parameters = {*tokenizer.parameters(), *aligner.parameters()}  # the projections are shared
     optimizer = torch.optim.AdamW(parameters, lr=2e-3)
     generator = torch.Generator().manual_seed(0)
@@ -112,3 +117,21 @@ def test_matched_pairs_cost_less_than_shuffled_ones_after_training_on_shapes(met
         matched, shuffled = run(rows, rows), run(rows, rows.roll(1))
     for level in ("words", "phrases", "sentences"):
         assert matched.report[f"align/{level}_cost"] < 0.99 * shuffled.report[f"align/{level}_cost"]
+
+
+def test_the_way_to_text_is_fitted_to_codes_that_stay():
+    dataset, encoder = open_dataset("shapes", "train").head(40), TextEncoder()
+    torch.manual_seed(0)
+    tokenizer = TAVQTokenizer(PRESETS["tiny"]).eval()
+    captions = encoder.encode([example.captions[0] for example in dataset.examples])
+    codes, _ = codes_of_photos(tokenizer, dataset)
+
+    def mean_rank() -> float:
+        scores = alignment_scores(tokenizer, codes[:, 0, -1].long(), captions)
+        return float(text_to_image_ranks(scores, torch.arange(40)).float().mean())
+
+    before = mean_rank()
+    with torch.inference_mode():  # as in an evaluation
+        fit_projections(tokenizer, dataset, UnitIndex.build(dataset, encoder), steps=60)
+    assert mean_rank() < 0.5 * before
+    assert torch.equal(codes_of_photos(tokenizer, dataset)[0], codes)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tavq.training.checkpoint import written_aside
 
-from .model import NUM_LEVELS, TAVQTokenizer
+from .model import NUM_LEVELS, TAVQTokenizer, TextProjections
 
 
 class Heard:
@@ -71,7 +71,7 @@ class Adapter(nn.Module):
         return self.base.quantize.embedding.weight
 
     @property
-    def projections(self) -> nn.ModuleList | None:
+    def projections(self) -> TextProjections | None:
         """The base's own way from codes to text; None where it has none."""
         return None
 
@@ -275,7 +275,7 @@ class TAVQAdapter(Adapter):
         return self.base.quantizer.codebook
 
     @property
-    def projections(self) -> nn.ModuleList:
+    def projections(self) -> TextProjections:
         return self.base.projections
 
     @contextlib.contextmanager

@@ -35,14 +35,15 @@ from .adapters import Adapter, adapt
 from .alignment import AlignmentConfig, TextAligner, draw_texts, units_and_banks
 from .health import code_use
 from .losses import GradientBalance, open_perceptual
-from .model import TAVQTokenizer, TokenizerConfig
+from .model import NUM_LEVELS, TAVQTokenizer, TokenizerConfig
 from .photos import TrainingImages, photo_batches
+from .reading import fit_projections
 from .retrieval import image_to_text_ranks, recall_at, scores_of_codes, text_to_image_ranks
 
 HEADS_FILE = "heads.safetensors"
 REPORT_FILE = "report.json"
 RECALLS = (1, 5, 10)
-PROBE_LEARNING_RATE = 1e-3  # of fresh heads on a frozen base
+PROBE_LEARNING_RATE = 2e-3  # of fresh heads on a frozen base
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +100,7 @@ class AlignTrainee(nn.Module):
         self.run, self.adapter, self.frozen = run, adapter, frozen
         lookup = "straight-through" if frozen else run.alignment.lookup
         config = dataclasses.replace(run.alignment, method=run.method, lookup=lookup)
-        width = adapter.codebook.shape[1]
-        self.aligner = TextAligner(config, width, text_dim, projections=adapter.projections)
+        self.aligner = TextAligner(config, *adapter.codebook.shape, text_dim, projections=adapter.projections)
         self.perceptual = open_perceptual(run.perceptual) if run.perceptual and not frozen else None
         self.balance = GradientBalance({"align": run.losses.align})
 
@@ -197,7 +197,9 @@ class AlignTask(Task):
     def _retrieval(self, model: AlignTrainee, ids: Tensor, rows: Tensor) -> dict[str, float]:
         """The first caption of each photo among the photos, and each photo among all captions."""
         alignment, data = self.run.alignment, self.data
-        projected = F.normalize(model.aligner.projections[-1](model.adapter.codebook), dim=-1).cpu()
+        projections = model.aligner.projections
+        projected = projections(model.adapter.codebook, projections.marks, NUM_LEVELS)
+        projected = F.normalize(projected, dim=-1).cpu()
         scores = scores_of_codes(projected, ids, data.captions, alignment.epsilon + alignment.relaxation)
         place = torch.full((len(data.val_set),), -1)
         place[rows] = torch.arange(len(rows))
@@ -273,10 +275,9 @@ def _open_diffusers(place: str) -> nn.Module:
 
 
 @contextlib.contextmanager
-def frozen(adapter: Adapter) -> Iterator[None]:
-    """Keep gradients from the base, but for its own way from codes to text."""
-    kept = set() if adapter.projections is None else set(adapter.projections.parameters())
-    moving = [p for p in adapter.base.parameters() if p.requires_grad and p not in kept]
+def frozen(base: nn.Module) -> Iterator[None]:
+    """Keep gradients from the base."""
+    moving = [p for p in base.parameters() if p.requires_grad]
     for parameter in moving:
         parameter.requires_grad_(False)
     try:
@@ -300,6 +301,25 @@ def print_table(stages: dict[str, dict[str, float]]) -> None:
         )
 
 
+def read_own(run: AlignRun, adapter: Adapter, data: AlignData) -> dict[str, float]:
+    """Fit the way from codes to text of a tokenizer of ours, which has no other heads; save and score it."""
+    task = AlignTask(run, adapter, data, frozen=True)
+    fit_projections(adapter.base, data.train_set, data.texts, run.probe_steps, run.training.seed)
+    task.save(task.model, run.out, adapter.base.card)
+    return task.evaluate(task.model.eval(), run.probe_steps)
+
+
+def report(
+    run: AlignRun, data: AlignData, stages: dict[str, dict[str, float]], hashes: dict[str, str] | None = None
+) -> None:
+    """Write report.json and print its table."""
+    content = {"base": run.base, "data": data.train_set.name, "split": "val", "images": len(data.val_set)}
+    content |= {"hashes": {"text_encoder": data.text_hash} | (hashes or {}), **stages}
+    with written_aside(run.out / REPORT_FILE) as path:
+        path.write_text(json.dumps(content, indent=2) + "\n")
+    print_table(stages)
+
+
 @run_main
 def main(argv: Sequence[str] | None = None) -> None:
     run = parse(AlignRun, argv, prog="tavq align")
@@ -310,15 +330,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             "codes as they are"
         )
     data, before = AlignData(run), run.out if run.probe_only else run.out / "before"
+    if isinstance(adapter.base, TAVQTokenizer):
+        report(run, data, {"before": read_own(run, adapter, data)})
+        return
     probe = dataclasses.replace(  # evaluated and saved at its end alone
         run.training,
         steps=run.probe_steps,
         evaluate_every=run.probe_steps,
         learning_rate=PROBE_LEARNING_RATE,
     )
-    with frozen(adapter):
+    with frozen(adapter.base):
         train(AlignTask(run, adapter, data, frozen=True), probe, before, run)
-    stages, hashes = {"before": last_scores(before)}, {"text_encoder": data.text_hash}
+    stages, hashes = {"before": last_scores(before)}, {}
     if not run.probe_only and stages["before"]:
         task = AlignTask(run, adapter, data, frozen=False)
         task.model.load_heads(load_file(before / HEADS_FILE))
@@ -326,11 +349,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         stages["after"] = last_scores(run.out)
         if task.model.perceptual is not None:
             hashes["perceptual"] = task.model.perceptual.hash
-    report = {"base": run.base, "data": data.train_set.name, "split": "val", "images": len(data.val_set)}
-    report |= {"hashes": hashes, **stages}
-    with written_aside(run.out / REPORT_FILE) as path:
-        path.write_text(json.dumps(report, indent=2) + "\n")
-    print_table(stages)
+    report(run, data, stages, hashes)
 
 
 if __name__ == "__main__":

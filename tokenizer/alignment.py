@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tavq.data.text_index import UnitIndex
 
-from .model import text_projection
+from .model import TextProjections
 from .transport import gaussian_cost, single_unit_cost, transport_cost
 
 LEVEL_NAMES = ("words", "phrases", "sentences")
@@ -106,31 +106,31 @@ class TextAligner(nn.Module):
 
     Args:
         config: method, samples, weights.
-        code_dim: width E of the codebook.
+        num_codes: K of the codebook.
+        code_dim: its width E.
         text_dim: width D of the text vectors.
-        projections: one a level, E -> D, where the model has them already; else they are made here.
+        projections: the g_l, where the model has them already; else they are made here.
     """
 
     def __init__(
         self,
         config: AlignmentConfig,
+        num_codes: int,
         code_dim: int,
         text_dim: int,
         *,
-        projections: nn.ModuleList | None = None,
+        projections: TextProjections | None = None,
         projection_width: int = 256,
     ):
         super().__init__()
         self.config = config
         if projections is None:
-            self.own_projections = nn.ModuleList(
-                text_projection(code_dim, projection_width, text_dim) for _ in LEVEL_NAMES
-            )
+            self.own_projections = TextProjections(num_codes, code_dim, projection_width, text_dim)
         self._given = (projections,)  # in a tuple: they stay the model's, and are saved with it alone
         self.log_scale = nn.Parameter(torch.full((len(LEVEL_NAMES),), 2.66))  # 1 / 0.07, as in CLIP
 
     @property
-    def projections(self) -> nn.ModuleList:
+    def projections(self) -> TextProjections:
         return self.own_projections if self._given[0] is None else self._given[0]
 
     def forward(
@@ -177,10 +177,15 @@ class TextAligner(nn.Module):
         samples = min(self.config.samples, latents.shape[1])
         chosen = torch.rand(latents.shape[:2], device=latents.device).topk(samples, dim=1).indices
         drawn = latents.gather(1, chosen.unsqueeze(-1).expand(-1, -1, latents.shape[-1]))
-        codes = differentiable_lookup(
-            drawn.flatten(0, 1), codebook, self.config.lookup, self.config.lookup_temperature
+        codes, marks = differentiable_lookup(
+            drawn.flatten(0, 1),
+            codebook,
+            self.projections.marks,
+            self.config.lookup,
+            self.config.lookup_temperature,
         )
-        return F.normalize(self.projections[level](codes), dim=-1).unflatten(0, drawn.shape[:2])
+        projected = self.projections(codes, marks, level + 1)
+        return F.normalize(projected, dim=-1).unflatten(0, drawn.shape[:2])
 
     def _level_loss(
         self, codes: Tensor, texts: TextUnits, bank: TextBank | None, level: int
@@ -236,9 +241,14 @@ class TextAligner(nn.Module):
 
 
 def differentiable_lookup(
-    latents: Tensor, codebook: Tensor, mode: Literal["soft", "straight-through"], temperature: float
-) -> Tensor:
-    """The nearest codes of `latents`, with a gradient that `mode` sends to the codebook or past it.
+    latents: Tensor,
+    codebook: Tensor,
+    marks: Tensor,
+    mode: Literal["soft", "straight-through"],
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """The nearest codes of `latents` and their marks, with a gradient that `mode` sends to the codebook or
+    past it.
 
     "soft" is IBQ's estimator (arXiv:2412.02692, sec. 3.2): one_hot - sg(softmax) + softmax, times the
     codebook; the chosen code and its neighbours are moved, and the latents through the softmax.
@@ -247,15 +257,17 @@ def differentiable_lookup(
     Args:
         latents: (M, E).
         codebook: (K, E).
+        marks: (K, H); they take a gradient in both modes.
         temperature: of the softmax over negative squared distances, relative to their mean.
 
     Returns:
-        (M, E): in value, rows of `codebook`.
+        (M, E) and (M, H): in value, rows of `codebook` and `marks`.
     """
     distances = latents.square().sum(1, keepdim=True) - 2 * latents @ codebook.T + codebook.square().sum(1)
     ids = distances.argmin(dim=1)
     if mode == "straight-through":
-        return latents + (codebook[ids] - latents).detach()
+        return latents + (codebook[ids] - latents).detach(), marks[ids]
     soft = torch.softmax(-distances / (temperature * distances.detach().mean()), dim=1)
     hard = F.one_hot(ids, len(codebook)).to(soft.dtype)
-    return (hard - soft.detach() + soft) @ codebook
+    chosen = hard - soft.detach() + soft
+    return chosen @ codebook, chosen @ marks

@@ -38,7 +38,8 @@ class TokenizerConfig:
     num_heads: int = 6
     text_dim: int = 384
     """Width of the text encoder that the levels are projected to."""
-    projection_width: int = 256
+    projection_width: int = 192
+    """Hidden width of the g_l that take codes to text."""
     transport_temperature: float = 0.55
     """Of the softmin over positions that scores an image against a text; epsilon + relaxation of the
     alignment."""
@@ -189,9 +190,8 @@ class TAVQTokenizer(Checkpointed):
         self.config = config
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.quantizer = QUANTIZERS[config.quantizer.name](config.quantizer)
-        self.projections = nn.ModuleList(
-            text_projection(config.code_dim, config.projection_width, config.text_dim)
-            for _ in range(NUM_LEVELS)
+        self.projections = TextProjections(
+            config.quantizer.num_codes, config.code_dim, config.projection_width, config.text_dim
         )
 
     @property
@@ -246,7 +246,8 @@ class TAVQTokenizer(Checkpointed):
     def project(self, ids: Tensor, level: int = NUM_LEVELS) -> Tensor:
         """ids (...) of `level` (1, 2 or 3) -> vectors (..., text_dim) of unit length in the text encoder's
         space."""
-        return F.normalize(self.projections[level - 1](self.quantizer.lookup(ids)), dim=-1)
+        projected = self.projections(self.quantizer.lookup(ids), self.projections.marks[ids], level)
+        return F.normalize(projected, dim=-1)
 
     def _ids(self, latents: Tensor) -> Tensor:
         ids = self.quantizer.nearest(to_sequence(latents).flatten(0, 1))
@@ -261,9 +262,33 @@ class TAVQTokenizer(Checkpointed):
         return images
 
 
-def text_projection(code_dim: int, hidden: int, text_dim: int) -> nn.Sequential:
-    """The g_l: a code (E) -> the text encoder's space (text_dim), by one hidden layer."""
-    return nn.Sequential(nn.Linear(code_dim, hidden), nn.GELU(), nn.Linear(hidden, text_dim))
+class TextProjections(nn.Module):
+    """The g_l: codes -> the text encoder's space, one a level.
+
+    g_l(k) = W_l (GELU(V_l c_k) + m_k). The first term is a smooth function of the code c_k, so that what one
+    code learns its neighbours learn; the mark m_k, shared by the levels, is what code k means beside that.
+    Codes are short (E = 16): read by the first term alone, the same ids find fewer of their texts
+    (docs/experiments.md).
+
+    Args:
+        num_codes: K.
+        code_dim: E.
+        hidden: width of V_l c_k and m_k.
+        text_dim: D.
+    """
+
+    def __init__(self, num_codes: int, code_dim: int, hidden: int, text_dim: int):
+        super().__init__()
+        self.marks = nn.Parameter(torch.zeros(num_codes, hidden))
+        self.enter = nn.ModuleList(nn.Linear(code_dim, hidden) for _ in range(NUM_LEVELS))
+        self.leave = nn.ModuleList(nn.Linear(hidden, text_dim) for _ in range(NUM_LEVELS))
+
+    def forward(self, codes: Tensor, marks: Tensor, level: int) -> Tensor:
+        """Codes (..., E) of any length, their marks (..., hidden), level 1, 2 or 3 -> (..., D)."""
+        codes = (
+            F.normalize(codes, dim=-1) * codes.shape[-1] ** 0.5
+        )  # else V_l c_k is too small for GELU to bend
+        return self.leave[level - 1](F.gelu(self.enter[level - 1](codes)) + marks)
 
 
 PRESETS: dict[str, TokenizerConfig] = {

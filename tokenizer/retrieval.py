@@ -1,6 +1,6 @@
 """Retrieval through the codes: how well the ids of an image find its text, and the reverse.
 
-Legend: n images, m texts, N tokens an image, D text width.
+Legend: n images, m texts, N tokens an image, K codes, D text width.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ def scores_of_codes(projected: Tensor, ids: Tensor, text_vectors: Tensor, temper
         text_vectors: (m, D), unit length.
         temperature: epsilon + relaxation of the alignment.
     """
-    blocks, text_vectors = [], text_vectors.to(ids.device)
-    for part in ids.flatten(1).split(IMAGES_AT_ONCE):
-        cost = 1 - projected[part] @ text_vectors.T
-        blocks.append(-single_unit_cost(cost, epsilon=temperature, relaxation=0.0))
-    return torch.cat(blocks)
+    cost_Km = 1 - projected @ text_vectors.to(ids.device).T
+    parts = ids.flatten(1).split(IMAGES_AT_ONCE)
+    return torch.cat(
+        [-single_unit_cost(cost_Km[part], epsilon=temperature, relaxation=0.0) for part in parts]
+    )
 
 
 def recall_at(ranks: Tensor, k: int) -> float:

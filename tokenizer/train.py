@@ -33,9 +33,11 @@ from .lgvq import CaptionReader, Captions, LanguageGuidance, LGVQConfig
 from .losses import FrozenNetwork, GradientBalance, PatchDiscriminator, hinge_loss, open_perceptual
 from .model import PRESETS, Encoded, TAVQTokenizer, TokenizerConfig
 from .photos import TrainingImages, photo_batches
+from .reading import fit_projections
 from .retrieval import alignment_scores, recall_at, text_to_image_ranks
 
 PICTURES = 16
+HEAD_RATE = 5.0  # learning rate of the projections to text, relative to that of encoder and decoder
 CRITIC_LEAD = 0.1  # share of the steps in which the discriminator trains before it is heard
 
 
@@ -48,7 +50,7 @@ class LossConfig:
     l1: float = 1.0
     perceptual: float = 1.5
     quantizer: float = 1.0
-    align: float = 1.0
+    align: float = 0.3
     distill: float = 0.5
     adversarial: float = 0.2
     adversarial_from: float = 0.75
@@ -84,6 +86,9 @@ class TokenizerRun:
     model: TokenizerConfig = PRESETS["flickr8k"]
     alignment: AlignmentConfig = AlignmentConfig()
     """Of ot and gaussian."""
+    fit_steps: int = 500
+    """After the last step, fit the way from codes to text once more in so many steps; 0 leaves it as it
+    is."""
     lgvq: LGVQConfig = LGVQConfig()
     losses: LossConfig = LossConfig()
     training: TrainingConfig = TrainingConfig(
@@ -103,6 +108,7 @@ RUN_PRESETS: dict[str, TokenizerRun] = {
         preset="tiny",
         model=PRESETS["tiny"],
         alignment=AlignmentConfig(samples=16, bank_size=32),
+        fit_steps=20,
         training=TrainingConfig(
             steps=60, batch_size=8, learning_rate=2e-3, warmup_steps=10, ema_decay=0.9, evaluate_every=60
         ),
@@ -133,9 +139,8 @@ class TokenizerTrainee(nn.Module):
         self.aligner = self.guidance = None
         if run.align in ("ot", "gaussian"):
             config = dataclasses.replace(run.alignment, method=run.align)
-            self.aligner = TextAligner(
-                config, code_dim, run.model.text_dim, projections=tokenizer.projections
-            )
+            sizes = (*tokenizer.codebook.shape, run.model.text_dim)
+            self.aligner = TextAligner(config, *sizes, projections=tokenizer.projections)
         else:
             tokenizer.projections.requires_grad_(False)
         if run.align == "lgvq":
@@ -284,12 +289,22 @@ class TokenizerTask(Task):
             batch["teacher"] = torch.stack(maps)
         return batch
 
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        heads, groups = set(self.model.tokenizer.projections.parameters()), []
+        for group in super().parameter_groups(weight_decay):
+            slow = [p for p in group["params"] if p not in heads]
+            fast = [p for p in group["params"] if p in heads]
+            groups += [group | {"params": slow}, group | {"params": fast, "lr_scale": HEAD_RATE}]
+        return [group for group in groups if group["params"]]
+
     @torch.inference_mode()
     def evaluate(self, model: TokenizerTrainee, step: int) -> dict[str, float]:
         """Reconstruction, health of the codebook, cost of the text by level, and text-to-image recall at 10,
         on the validation split."""
         device = next(model.parameters()).device
         tokenizer, size = model.tokenizer, self.run.model.image_size_px
+        if step == self.run.training.steps and self.texts is not None and self.run.fit_steps:
+            fit_projections(tokenizer, self.train_set, self.texts, self.run.fit_steps, self.run.training.seed)
         ids, rows, l1, perceptual = [], [], [], []
         for images, indices in photo_batches(self.val_set, size):
             images = images.to(device)

@@ -113,7 +113,7 @@ class Task:
         return torch.utils.data.default_collate(examples)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Matrices decay, vectors (biases, norms) do not."""
+        """Matrices decay, vectors (biases, norms) do not; a group may have an `lr_scale` of its own."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
         return [
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
@@ -245,7 +245,7 @@ class Trainer:
         for group in self.optimizer.param_groups + (
             self.critic_optimizer.param_groups if self.critic else []
         ):
-            group["lr"] = config.learning_rate * factor
+            group["lr"] = config.learning_rate * factor * group.get("lr_scale", 1.0)
         self.model.train()
         modules = [self.model] + ([self.critic] if self.critic else [])
         for micro in range(config.accumulation_steps):

@@ -1,0 +1,111 @@
+"""python recipes/captions.py --data DIR [--runs runs/ablation] [--seeds 0 1 2]
+
+Captions from the aligned codebook against those from a plain one of the same size and budget, after
+`python recipes/ablation.py --only none ot --seeds 0 1 2`: the captioners of that ablation are trained on
+self-critically, and all are measured on the test split, greedy and with beam 5. What is done is skipped;
+docs/captions.md is written from the result files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tavq.arguments import parse, run_main
+from tavq.eval.results import Comparison, compare, read_results
+from tavq.eval.table import make_tables, write_block
+
+ROOT = Path(__file__).resolve().parent.parent
+CODEBOOKS = {"none": "plain", "ot": "aligned"}
+STAGES = {"cross-entropy": "captioner", "self-critical": "self-critical/captioner"}
+BEAMS = {1: "greedy", 5: "beam 5"}
+SHOWN = ("CIDEr", "BLEU-4", "METEOR", "ROUGE-L")
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionComparison:
+    """Train self-critically what the ablation left, measure all, and write the tables."""
+
+    data: str = "../shared/data/flickr8k"
+    """Data set: a directory in any known layout, or `shapes`."""
+    runs: Path = Path("runs/ablation")
+    """Where the ablation's runs lie."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    preset: str = "flickr8k"
+    split: str = "test"
+    into: Path = Path("docs/captions.md")
+    """Markdown file with the marker lines of `captions`."""
+
+
+@run_main
+def main(argv: Sequence[str] | None = None) -> None:
+    run = parse(CaptionComparison, argv, prog="python recipes/captions.py")
+    for seed in run.seeds:
+        for codebook in CODEBOOKS:
+            train_on(run, run.runs / f"{codebook}-seed{seed}", seed)
+            for stage in STAGES:
+                for beam in BEAMS:
+                    measure(run, codebook, seed, stage, beam)
+    write_block(run.into, "captions", document(run))
+
+
+def train_on(run: CaptionComparison, folder: Path, seed: int) -> None:
+    """Self-critical training from the captioner of `folder`; beside it, so that the pair can be loaded."""
+    after = folder / "self-critical"
+    after.mkdir(exist_ok=True)
+    if not (after / "tokenizer").is_symlink():
+        os.symlink("../tokenizer", after / "tokenizer")
+    flags = ["--preset", f"{run.preset}-self-critical", "--training.seed", seed]
+    flags += ["--tokens", folder / "tokens", "--start", folder / "captioner", "--out", after / "captioner"]
+    execute("-m", "tavq.cli", "train", "captioner", *flags)
+
+
+def result_of(run: CaptionComparison, codebook: str, seed: int, stage: str, beam: int) -> Path:
+    return run.runs / f"{codebook}-seed{seed}" / "results" / f"{run.split}-{stage}-beam{beam}.json"
+
+
+def measure(run: CaptionComparison, codebook: str, seed: int, stage: str, beam: int) -> None:
+    out = result_of(run, codebook, seed, stage, beam)
+    if out.exists():
+        return
+    checkpoint = (run.runs / f"{codebook}-seed{seed}" / STAGES[stage]).parent
+    label = f"{CODEBOOKS[codebook]}, seed {seed}, {stage}"
+    flags = ["--checkpoint", checkpoint, "--data", run.data, "--split", run.split, "--beam", beam]
+    execute(ROOT / "eval" / "run_caption.py", *flags, "--label", label, "--out", out)
+
+
+def execute(*arguments: object) -> None:
+    subprocess.run([sys.executable, *map(str, arguments)], check=True)
+
+
+def document(run: CaptionComparison) -> str:
+    """The tables of all results, and below them what alignment changes, seed by seed."""
+    chains = [
+        (c, seed, stage, beam) for beam in BEAMS for stage in STAGES for seed in run.seeds for c in CODEBOOKS
+    ]
+    results = [read_results(result_of(run, *chain)) for chain in chains]
+    lines = [make_tables(results), "", "| aligned - plain | " + " | ".join(SHOWN) + " |"]
+    lines.append("| --- |" + " ---: |" * len(SHOWN))
+    for beam, search in BEAMS.items():
+        for stage in STAGES:
+            for seed in run.seeds:
+                pair = [result_of(run, codebook, seed, stage, beam) for codebook in CODEBOOKS]
+                found = {row.metric: row for row in compare(*pair)}
+                cells = [difference(found[name]) if name in found else "-" for name in SHOWN]
+                lines.append(f"| {search}, {stage}, seed {seed} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def difference(row: Comparison) -> str:
+    """The difference times 100 with its paired-bootstrap interval; bold where that excludes 0."""
+    low, high = 100 * row.interval.low, 100 * row.interval.high
+    text = f"{100 * row.difference:+.1f} [{low:+.1f}, {high:+.1f}]"
+    return f"**{text}**" if row.interval.excludes_zero else text
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Learning to read codes that no longer change.
+
+While a tokenizer trains, the g_l chase codes that move; afterwards they are fitted once more, to the codes as
+they are, by the very score that retrieval uses. Ids, codes and pictures stay the same.
+
+Legend: n images, N tokens an image, K codes, B batch, D text width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from tavq.data.examples import ImageTextDataset
+from tavq.data.text_index import UnitIndex
+
+from .alignment import LEVEL_NAMES, MAX_LOG_SCALE
+from .model import TAVQTokenizer
+from .photos import photo_batches
+from .retrieval import scores_of_codes
+
+BATCH = 128
+LEARNING_RATE = 5e-3
+WARMUP_STEPS = 20
+
+
+def codes_of_photos(tokenizer: TAVQTokenizer, dataset: ImageTextDataset) -> tuple[Tensor, list[int]]:
+    """Ids of all levels of each photo and of its mirror image (n, 2, 3, N) int16, and the photos' indices."""
+    device, found, indices = next(tokenizer.parameters()).device, [], []
+    bar = tqdm(total=len(dataset), desc="encoding", unit="photo", disable=None)
+    for images, rows in photo_batches(dataset, tokenizer.image_size_px):
+        images = images.to(device)
+        views = [tokenizer.encode_levels(view).flatten(2) for view in (images, images.flip(-1))]
+        found.append(torch.stack(views, dim=1).to("cpu", torch.int16))
+        indices += rows
+        bar.update(len(rows))
+    bar.close()
+    return torch.cat(found), indices
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def fit_projections(
+    tokenizer: TAVQTokenizer, dataset: ImageTextDataset, texts: UnitIndex, steps: int, seed: int = 0
+) -> None:
+    """Fit the g_l of `tokenizer` to its codes, in place, contrasting each image with the others of a batch.
+
+    Args:
+        tokenizer: nothing but its projections changes.
+        dataset: a training split.
+        texts: its units.
+        steps: of `BATCH` images; a few hundred are enough.
+        seed: of the order of images and units.
+    """
+    device, generator = next(tokenizer.parameters()).device, torch.Generator().manual_seed(seed)
+    codes, indices = codes_of_photos(tokenizer.eval().requires_grad_(False), dataset)
+    rows, log_scale = torch.tensor(indices), nn.Parameter(torch.full((len(LEVEL_NAMES),), 3.0, device=device))
+    parameters = [*tokenizer.projections.requires_grad_(True).parameters(), log_scale]
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
+    for step in tqdm(range(steps), desc="fitting g", unit="step", disable=None):
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * min((step + 1) / WARMUP_STEPS, 1 - step / steps)
+        drawn = torch.randperm(len(rows), generator=generator)[:BATCH]
+        views = torch.randint(2, (len(drawn),), generator=generator)
+        losses = []
+        for level, log_scale_level in enumerate(log_scale, start=1):
+            unit_rows, mask = texts.sample_rows(rows[drawn], level, generator, 1)
+            present = mask[:, 0]
+            if int(present.sum()) < 2:  # such as phrases of captions that have none
+                continue
+            unit_rows = unit_rows[present, 0]
+            ids = codes[drawn, views, level - 1][present].long().to(device)
+            scores = _scores(tokenizer, ids, texts.vectors[unit_rows].float().to(device), level)
+            same = (unit_rows[:, None] == unit_rows).fill_diagonal_(False).to(device)
+            logits = log_scale_level.clamp(max=MAX_LOG_SCALE).exp() * scores
+            losses.append(_contrast(logits.masked_fill(same, -math.inf)))
+        optimizer.zero_grad()
+        torch.stack(losses).sum().backward()
+        optimizer.step()
+    tokenizer.projections.requires_grad_(False)
+
+
+def _scores(tokenizer: TAVQTokenizer, ids_BN: Tensor, vectors_BD: Tensor, level: int) -> Tensor:
+    every_code = torch.arange(tokenizer.num_codes, device=ids_BN.device)
+    projected_KD = tokenizer.project(every_code, level)
+    return scores_of_codes(projected_KD, ids_BN, vectors_BD, tokenizer.config.transport_temperature)
+
+
+def _contrast(logits_BB: Tensor) -> Tensor:
+    labels = torch.arange(len(logits_BB), device=logits_BB.device)
+    return (F.cross_entropy(logits_BB, labels) + F.cross_entropy(logits_BB.T, labels)) / 2
