@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,19 +38,27 @@ def losses(folder) -> list[dict]:
     return [{k: v for k, v in line.items() if k != "examples_per_s"} for line in lines]
 
 
-def test_a_run_killed_with_sigkill_continues_as_if_nothing_had_happened(tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    tokenizer_train.main([*FLAGS, "--out", str(whole)])
-    command = [sys.executable, "-m", "tavq.tokenizer.train", *FLAGS, "--out", str(killed)]
+def signalled(run: Path, number: signal.Signals) -> int:
+    """Train into `run` in a process, send it a signal after a few steps, and return its exit code."""
+    command = [sys.executable, "-m", "tavq.tokenizer.train", *FLAGS, "--out", str(run)]
     process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-    state, deadline = killed / "training" / "log.jsonl", time.monotonic() + 120
-    while len(read_log(state)) < 5 and process.poll() is None and time.monotonic() < deadline:
+    log, deadline = run / "training" / "log.jsonl", time.monotonic() + 120
+    while len(read_log(log)) < 5 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-    tokenizer_train.main([*FLAGS, "--out", str(killed)])
-    assert weights(killed) == weights(whole)
-    assert losses(killed) == losses(whole)
+    process.send_signal(number)
+    return process.wait()
+
+
+@pytest.mark.parametrize(
+    ("number", "exit_code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 128 + signal.SIGTERM)]
+)
+def test_a_stopped_run_says_so_and_continues_as_if_nothing_had_happened(tmp_path, number, exit_code):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    tokenizer_train.main([*FLAGS, "--out", str(whole)])
+    assert signalled(stopped, number) == exit_code
+    tokenizer_train.main([*FLAGS, "--out", str(stopped)])
+    assert weights(stopped) == weights(whole)
+    assert losses(stopped) == losses(whole)
 
 
 def test_a_finished_run_is_not_repeated_and_another_configuration_is_refused(tmp_path, capsys):

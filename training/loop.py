@@ -1,7 +1,7 @@
 """The one training loop: tokenizer, prior and captioner all run through `train`.
 
-Everything random in step t is derived from (seed, t), and the order of the data from the seed alone. A
-resumed run thus needs only weights, optimiser and the step number to continue bit for bit.
+Everything random in step t comes from (seed, t), the order of the data from the seed alone, so that weights,
+optimiser and step number are enough to resume bit for bit.
 """
 
 from __future__ import annotations
@@ -166,6 +166,7 @@ def train(task: Task, config: TrainingConfig, out: Path, resolved: Any) -> None:
     Raises:
         ValueError: `out` holds a run with another configuration.
         FloatingPointError: the loss is not finite; the message names the step.
+        SystemExit: 128 + the signal that asked for a stop; the state is saved.
     """
     Trainer(task, config, out, resolved).run()
 
@@ -237,14 +238,14 @@ class Trainer:
         bar.close()
         if stop.requested:
             print(f"stopped at step {state.step}; the same command goes on from there")
+            raise SystemExit(stop.exit_code)
 
     def _step(self, batches: Any) -> dict[str, float]:
         """One optimiser step (of both players), over `accumulation_steps` forward passes."""
         step, config = self.state.step, self.config
         factor = config.learning_rate_at(step)
-        for group in self.optimizer.param_groups + (
-            self.critic_optimizer.param_groups if self.critic else []
-        ):
+        critic_groups = self.critic_optimizer.param_groups if self.critic else []
+        for group in self.optimizer.param_groups + critic_groups:
             group["lr"] = config.learning_rate * factor * group.get("lr_scale", 1.0)
         self.model.train()
         modules = [self.model] + ([self.critic] if self.critic else [])
@@ -347,7 +348,7 @@ class Trainer:
         return better
 
     def _save_state(self) -> None:
-        """Write the state to resume from aside, then rename it over the old one."""
+        """Write the state aside, then rename it over the old one."""
         self.accelerator.wait_for_everyone()
         new, old = self.folder / "state.new", self.folder / "state"
         if self.is_main:
@@ -385,8 +386,7 @@ class Trainer:
 
 
 def _moving_average(decay: float) -> Callable[..., None]:
-    """Exponential moving average whose decay grows to `decay`, so that early averages forget the first
-    weights."""
+    """Exponential moving average whose decay grows to `decay`; the first weights are soon forgotten."""
 
     @torch.no_grad()
     def update(averaged: list[Tensor], current: list[Tensor], updates: Tensor | int) -> None:

@@ -83,14 +83,14 @@ class StopRequest:
     """Turns the first Ctrl-C or SIGTERM into a request to save and stop; a second one interrupts at once."""
 
     def __enter__(self) -> StopRequest:
-        self.requested = False
+        self.requested, self.exit_code = False, 0
         self.before = {
             number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)
         }
         return self
 
     def _request(self, number: int, frame: Any) -> None:
-        self.requested = True
+        self.requested, self.exit_code = True, 128 + number  # as shells report a signal
         signal.signal(number, self.before[number])
 
     def __exit__(self, *_: Any) -> None:
