@@ -32,7 +32,7 @@ from tavq.data.images import to_tensor
 from tavq.data.layouts import open_dataset
 from tavq.data.text_encoder import TextEncoder
 from tavq.data.text_index import UnitIndex
-from tavq.eval.table import write_block
+from tavq.eval.table import with_block, write_block
 from tavq.tokenizer.alignment import AlignmentConfig, TextAligner, TextUnits, draw_texts
 from tavq.tokenizer.model import TAVQTokenizer
 from tavq.tokenizer.train import RUN_PRESETS, TokenizerRun, TokenizerTrainee
@@ -69,6 +69,10 @@ class AlignmentBenchmark:
     threads: int = 1
     into: Path | None = None
     """Markdown file whose block between the marker lines of `alignment` the table replaces."""
+
+    def __post_init__(self) -> None:
+        if self.into is not None:
+            with_block(self.into, "alignment", "")  # refused now, not after the work
 
 
 @dataclasses.dataclass(frozen=True)

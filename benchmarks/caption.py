@@ -20,7 +20,7 @@ from tavq.captioner.model import Captioner
 from tavq.data.examples import readable_images
 from tavq.data.images import to_tensor
 from tavq.data.layouts import open_dataset
-from tavq.eval.table import write_block
+from tavq.eval.table import with_block, write_block
 from tavq.tokenizer.model import TAVQTokenizer
 
 SETTINGS = {"greedy": GREEDY, "beam 5": DecodingConfig(beam=5)}
@@ -40,6 +40,10 @@ class CaptionBenchmark:
     device: str = "cpu"
     into: Path | None = None
     """Markdown file whose block between the marker lines of `caption` the table replaces."""
+
+    def __post_init__(self) -> None:
+        if self.into is not None:
+            with_block(self.into, "caption", "")  # refused now, not after the work
 
 
 class Stopwatch:

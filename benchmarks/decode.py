@@ -22,7 +22,7 @@ import torch
 
 from tavq.arguments import parse, run_main
 from tavq.data.text_encoder import TextEncoder, TokenStates
-from tavq.eval.table import write_block
+from tavq.eval.table import with_block, write_block
 from tavq.generator.decoding import Decoder
 from tavq.generator.linear import Precision
 from tavq.generator.model import PRESETS, Prior
@@ -59,6 +59,10 @@ class DecodeBenchmark:
     """flickr8k alone, two rounds of 16 steps."""
     into: Path | None = None
     """Markdown file whose block between the marker lines of `decode` the table replaces."""
+
+    def __post_init__(self) -> None:
+        if self.into is not None:
+            with_block(self.into, "decode", "")  # refused now, not after the work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parts.append(f"Tokens drawn differently from float32 after the same beginning: {shares}.")
     table = "\n\n".join(parts)
     print(table)
-    if settings.into:
+    if settings.into is not None:
         write_block(settings.into, "decode", table)
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tavq.arguments import parse, run_main
-from tavq.eval.table import write_block
+from tavq.eval.table import with_block, write_block
 
 CASES = {
     "captions, pycocoevalcap": "captions, pycocoevalcap",
@@ -51,6 +51,10 @@ class Benchmark:
     """Cases take turns and keep their best round."""
     into: Path | None = None
     """Markdown file whose block between the marker lines of `metrics` the table replaces."""
+
+    def __post_init__(self) -> None:
+        if self.into is not None:
+            with_block(self.into, "metrics", "")  # refused now, not after the work
 
 
 @run_main

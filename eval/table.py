@@ -57,7 +57,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def with_block(path: Path, name: str, block: str) -> str:
-    """Return the text of the Markdown file `path` with `block` between the two marker lines of `name`."""
+    """Return the text of the Markdown file `path` with `block` between the two marker lines of `name`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it lacks the marker lines.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path} to write the {name} table into")
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     text = path.read_text(encoding="utf-8")
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tavq.arguments import parse, run_main
 from tavq.eval.results import Comparison, compare, read_results
-from tavq.eval.table import make_tables, write_block
+from tavq.eval.table import make_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 CODEBOOKS = {"none": "plain", "ot": "aligned"}
@@ -37,8 +37,7 @@ class CaptionComparison:
     seeds: tuple[int, ...] = (0, 1, 2)
     preset: str = "flickr8k"
     split: str = "test"
-    into: Path = Path("docs/captions.md")
-    """Markdown file with the marker lines of `captions`."""
+    out: Path = Path("docs/captions.md")
 
 
 @run_main
@@ -50,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             for stage in STAGES:
                 for beam in BEAMS:
                     measure(run, codebook, seed, stage, beam)
-    write_block(run.into, "captions", document(run))
+    run.out.parent.mkdir(parents=True, exist_ok=True)
+    run.out.write_text(document(run))
+    print(run.out)
 
 
 def train_on(run: CaptionComparison, folder: Path, seed: int) -> None:
@@ -83,7 +84,7 @@ def execute(*arguments: object) -> None:
 
 
 def document(run: CaptionComparison) -> str:
-    """The tables of all results, and below them what alignment changes, seed by seed."""
+    """docs/captions.md: the tables of all results, and below them what alignment changes, seed by seed."""
     chains = [
         (c, seed, stage, beam) for beam in BEAMS for stage in STAGES for seed in run.seeds for c in CODEBOOKS
     ]
@@ -97,7 +98,7 @@ def document(run: CaptionComparison) -> str:
                 found = {row.metric: row for row in compare(*pair)}
                 cells = [difference(found[name]) if name in found else "-" for name in SHOWN]
                 lines.append(f"| {search}, {stage}, seed {seed} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return TEXT.format(tables="\n".join(lines), **dataclasses.asdict(run))
 
 
 def difference(row: Comparison) -> str:
@@ -105,6 +106,17 @@ def difference(row: Comparison) -> str:
     low, high = 100 * row.interval.low, 100 * row.interval.high
     text = f"{100 * row.difference:+.1f} [{low:+.1f}, {high:+.1f}]"
     return f"**{text}**" if row.interval.excludes_zero else text
+
+
+TEXT = """# Captions from aligned and from plain codes
+
+Written by `python recipes/captions.py` from result files; do not edit. Tokenizers and captioners are those of
+the ablation (docs/ablation.md), seeds {seeds}; each pair saw the same images in the same order. CIDEr, BLEU,
+METEOR and ROUGE-L times 100; in the last table the difference with its 95 % paired-bootstrap interval, bold
+where it excludes 0.
+
+{tables}
+"""
 
 
 if __name__ == "__main__":

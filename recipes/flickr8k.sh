@@ -5,8 +5,9 @@
 #   PRESET=tiny bash recipes/flickr8k.sh        # the same chain on generated shapes, in minutes
 #
 # Every step is skipped when it is done and goes on where it was stopped. ALIGN=none trains the plain baseline.
-# TEACHER shapes the tokenizer (perceptual loss and distillation), FEATURES only measures. DEVICE=cuda trains in bf16
-# with large batches, on a million images for the tokenizer (not run yet: no GPU was at hand).
+# TEACHER shapes the tokenizer (perceptual loss and distillation), FEATURES only measures, JUDGE (another checkpoint)
+# captions the generated pictures. DEVICE=cuda trains in bf16 with large batches, on a million images for the
+# tokenizer (not run yet: no GPU was at hand).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -18,6 +19,7 @@ SPLIT=${SPLIT:-test}
 DEVICE=${DEVICE:-cpu}
 TEACHER=${TEACHER:-}
 FEATURES=${FEATURES:-}
+JUDGE=${JUDGE:-}
 PYTHON=${PYTHON:-.venv/bin/python}
 SELF_CRITICAL=$([ "$PRESET" = tiny ] && echo tiny-self-critical || echo flickr8k-self-critical)
 EVAL_FLAGS=$([ "$PRESET" = tiny ] && echo "--limit 60" || true)
@@ -50,6 +52,8 @@ teacher=()
 [ -n "$TEACHER" ] && teacher=(--perceptual "$TEACHER" --distill "$TEACHER")
 features=()
 [ -n "$FEATURES" ] && features=(--features "$FEATURES")
+judge=()
+[ -n "$JUDGE" ] && judge=(--judge "$JUDGE")
 evaluate() { # NAME FLAGS...
     "$PYTHON" "eval/run_$1.py" --checkpoint "$READY" --data "$DATA" --split "$SPLIT" --device "$DEVICE" \
         --label "$PRESET-$ALIGN" $EVAL_FLAGS "${@:2}"
@@ -65,7 +69,7 @@ step self-critical train captioner --preset "$SELF_CRITICAL" --tokens "$RUN/toke
 step captioner-export tavq export "$RUN/self-critical" --out "$READY/captioner"
 if [ -n "$FEATURES" ]; then
     step measure-tokenizer evaluate tokenizer "${features[@]}"
-    step measure-t2i evaluate t2i "${features[@]}"
+    step measure-t2i evaluate t2i "${features[@]}" "${judge[@]}"
 else
     echo "== no FEATURES network: rFD and FD are left out"
     step measure-tokenizer evaluate tokenizer --no-frechet

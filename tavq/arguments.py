@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import io
 import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -55,8 +56,7 @@ def parse(
         argv: the arguments after the program's name; None takes those of the process.
         prog: the command as the user typed it, for the help text.
         presets: instances to start from, by name; the class then has a field `preset: str` and, for a YAML
-            file of
-            the same fields, `config: Path | None`. The first preset is the default one.
+            file of the same fields, `config: Path | None`. The first preset is the default one.
 
     Raises:
         ValueError: unknown flag, preset or key, or a value of the wrong type; the message is one line.
@@ -135,7 +135,8 @@ def to_plain(config: Any) -> dict[str, Any]:
 def run_main(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[str] | None], None]:
     """Decorate an entry point: a mistake the user can mend becomes `error: ...` and exit code 2.
 
-    `--debug` anywhere among the arguments shows the traceback instead. Warnings are shown as one line each.
+    `--debug` anywhere among the arguments shows the traceback instead. Where a command that it ran failed,
+    it ends with that command's exit code. Warnings are shown as one line each.
     """
 
     @functools.wraps(main)
@@ -151,6 +152,8 @@ def run_main(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence
                 if debug:
                     raise
                 sys.exit(_complain(error))
+            except subprocess.CalledProcessError as error:  # the child has said why
+                sys.exit(error.returncode if error.returncode >= 0 else 128 - error.returncode)
             except BrokenPipeError:  # `tavq ... | head`
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             except KeyboardInterrupt:

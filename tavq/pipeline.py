@@ -258,8 +258,7 @@ class Pipeline:
         Args:
             image: any size; squashed to the square.
             mask: (H, W) bool, any size, True where the picture is drawn anew. A token is drawn when any of
-                its
-                pixels is.
+                its pixels is.
             prompt: what the whole picture shows.
             seeds: one picture each.
         """

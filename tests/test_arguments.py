@@ -70,6 +70,17 @@ def test_debug_shows_the_traceback():
         entry(["--debug"])
 
 
+@pytest.mark.parametrize(("code", "expected"), [("exit 3", 3), ("kill -TERM $$", 143)])
+def test_a_command_that_fails_ends_the_one_that_ran_it(code, expected):
+    @run_main
+    def entry(argv=None):
+        subprocess.run(["sh", "-c", code], check=True)
+
+    with pytest.raises(SystemExit) as stopped:
+        entry([])
+    assert stopped.value.code == expected
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stopped:

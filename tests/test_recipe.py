@@ -5,8 +5,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
-from tavq.eval.results import read_results, write_results
+import numpy as np
+
+from tavq.eval.results import measured, read_results, write_results
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -17,6 +20,14 @@ def recipe(run: Path) -> str:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
+
+
+def load(name: str) -> ModuleType:
+    place = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
+    module = importlib.util.module_from_spec(place)
+    sys.modules[name] = module  # where dataclasses looks its fields up
+    place.loader.exec_module(module)
+    return module
 
 
 def test_the_recipe_trains_and_measures_everything_once(tmp_path):
@@ -31,10 +42,7 @@ def test_the_recipe_trains_and_measures_everything_once(tmp_path):
 
 
 def test_the_ablation_table_is_made_from_the_results_that_are_there(tmp_path):
-    place = importlib.util.spec_from_file_location("ablation", ROOT / "recipes" / "ablation.py")
-    ablation = importlib.util.module_from_spec(place)
-    sys.modules["ablation"] = ablation  # where dataclasses looks its fields up
-    place.loader.exec_module(ablation)
+    ablation = load("ablation")
     run = ablation.Ablation(data="shapes", seeds=(0, 1), runs=tmp_path)
     values = {"ot": ((0.10, 300.0), (0.20, 280.0)), "none": ((0.05, 310.0),)}
     for name, seeds in values.items():
@@ -50,3 +58,24 @@ def test_the_ablation_table_is_made_from_the_results_that_are_there(tmp_path):
     ot = next(line for line in lines if line.startswith("| ot |"))
     assert ot.startswith("| ot | 2 | 15.0 (10.0 to 20.0) |") and "290.0 (280.0 to 300.0)" in ot
     assert not any(line.startswith("| gaussian |") for line in lines)
+
+
+def test_the_comparison_of_captions_shows_each_seed_with_its_interval(tmp_path):
+    captions = load("captions")
+    run = captions.CaptionComparison(data="shapes", seeds=(0, 1), runs=tmp_path)
+    plain, ids = np.random.default_rng(0).uniform(0, 1, size=60), [f"{i}.jpg" for i in range(60)]
+    gain = {0: np.full(60, 0.1), 1: np.random.default_rng(1).normal(0, 1, size=60)}
+    for seed in run.seeds:
+        for codebook, scores in (("none", plain), ("ot", plain + gain[seed])):
+            for stage in captions.STAGES:
+                for beam in captions.BEAMS:
+                    path = captions.result_of(run, codebook, seed, stage, beam)
+                    decoding = {"temperature": 0.0, "beam": beam}
+                    protocol = {"task": "captions", "decoding": decoding, "ids": ids}
+                    metrics = {"CIDEr": measured(float(scores.mean()), 60)}
+                    write_results(path, metrics, protocol, per_image={"CIDEr": scores}, ids=ids)
+    lines = captions.document(run).splitlines()
+    assert "| greedy, cross-entropy, seed 0 | **+10.0 [+10.0, +10.0]** | - | - | - |" in lines
+    unclear = next(line for line in lines if line.startswith("| beam 5, self-critical, seed 1 |"))
+    assert "**" not in unclear
+    assert sum(line.startswith("| aligned - plain |") for line in lines) == 1

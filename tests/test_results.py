@@ -224,6 +224,8 @@ def test_table(tmp_path, pair, capsys):
     table.main([*arguments, "--check"])
     with pytest.raises(ValueError, match="speed: begin"):
         table.write_block(readme, "speed", "| fast |")
+    with pytest.raises(FileNotFoundError, match="no file"):
+        table.write_block(tmp_path / "nowhere.md", "speed", "| fast |")
     assert readme.read_text() == text
 
 

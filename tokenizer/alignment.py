@@ -120,7 +120,7 @@ class TextAligner(nn.Module):
         text_dim: int,
         *,
         projections: TextProjections | None = None,
-        projection_width: int = 256,
+        projection_width: int = 192,
     ):
         super().__init__()
         self.config = config

@@ -29,13 +29,13 @@ WARMUP_STEPS = 20
 
 
 def codes_of_photos(tokenizer: TAVQTokenizer, dataset: ImageTextDataset) -> tuple[Tensor, list[int]]:
-    """Ids of all levels of each photo and of its mirror image (n, 2, 3, N) int16, and the photos' indices."""
+    """Ids of all levels of each photo and of its mirror image (n, 2, 3, N) int32, and the photos' indices."""
     device, found, indices = next(tokenizer.parameters()).device, [], []
     bar = tqdm(total=len(dataset), desc="encoding", unit="photo", disable=None)
     for images, rows in photo_batches(dataset, tokenizer.image_size_px):
         images = images.to(device)
         views = [tokenizer.encode_levels(view).flatten(2) for view in (images, images.flip(-1))]
-        found.append(torch.stack(views, dim=1).to("cpu", torch.int16))
+        found.append(torch.stack(views, dim=1).to("cpu", torch.int32))
         indices += rows
         bar.update(len(rows))
     bar.close()

@@ -43,9 +43,11 @@ CRITIC_LEAD = 0.1  # share of the steps in which the discriminator trains before
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Weights of the losses. Those of `align`, `distill` and `adversarial` are shares of the reconstruction's
-    gradient
-    norm, not factors (see GradientBalance)."""
+    """Weights of the losses.
+
+    Those of `align`, `distill` and `adversarial` are shares of the reconstruction's gradient norm, no factors
+    (see GradientBalance).
+    """
 
     l1: float = 1.0
     perceptual: float = 1.5
@@ -87,8 +89,7 @@ class TokenizerRun:
     alignment: AlignmentConfig = AlignmentConfig()
     """Of ot and gaussian."""
     fit_steps: int = 500
-    """After the last step, fit the way from codes to text once more in so many steps; 0 leaves it as it
-    is."""
+    """After the last step, fit the way from codes to text once more in so many steps; 0 does not."""
     lgvq: LGVQConfig = LGVQConfig()
     losses: LossConfig = LossConfig()
     training: TrainingConfig = TrainingConfig(
