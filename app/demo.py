@@ -13,8 +13,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tavq.arguments import parse, run_main
-from tavq.commands import CHECKPOINT, Device, choose_device
+from tavq.arguments import Device, choose_device, parse, run_main
+from tavq.commands import CHECKPOINT
 from tavq.pipeline import Pipeline
 
 

@@ -86,6 +86,16 @@ def table(own: dict[str, Tensor], measured: dict[str, Tensor], counts: Sequence[
     return "\n".join(lines)
 
 
+TEXT = """# Choosing among candidates
+
+Written by `python benchmarks/best_of.py`: {prompts} prompts of {split}, {seconds:.2f} s a candidate.
+The best of so many pictures of a prompt, chosen by the captioner's likelihood of the prompt, by the alignment
+score, or by their sum; measured by {measured}. Lower nats: the captioner finds the prompt likelier.
+
+{table}
+"""
+
+
 @run_main
 @torch.inference_mode()
 def main(argv: Sequence[str] | None = None) -> None:
@@ -104,11 +114,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     if judge is not pipeline:
         seen = [judge.encode(pipeline.decode(candidates)) for candidates in drawn]
         measured = scores_of(judge, torch.stack(seen), prompts)
-    text = table(own, measured, run.counts)
-    text += f"\n\n{len(prompts)} prompts of {run.split}, {seconds:.2f} s a candidate"
+    text = TEXT.format(
+        table=table(own, measured, run.counts),
+        prompts=len(prompts),
+        split=run.split,
+        seconds=seconds,
+        measured="another checkpoint, which drew and chose nothing"
+        if judge is not pipeline
+        else "the checkpoint itself: a score that chose also measures itself, in brackets",
+    )
     print(text)
     if run.out:
-        run.out.write_text(text + "\n")
+        run.out.write_text(text)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from tavq.data.text_encoder import TextEncoder, TokenStates
 from tavq.eval.table import with_block, write_block
 from tavq.generator.decoding import Decoder
 from tavq.generator.linear import Precision
-from tavq.generator.model import PRESETS, Prior
+from tavq.generator.model import PRESETS, Prior, PriorConfig
 from tavq.generator.noise import gumbel_rows
 from tavq.generator.sampling import sample
 from tavq.generator.settings import SamplingConfig
@@ -34,6 +34,7 @@ from tavq.torchvision_ops import ensure_torchvision
 PRECISIONS: tuple[Precision, ...] = ("float32", "int8", "bfloat16")
 WAYS = ((1, 1, 1), (1, 8, 1), (8, 1, 4), (8, 4, 4))
 """Images at a time, tokens of a draft, images of a micro-batch."""
+GRIDS = {"flickr8k": (8, 8), "base": (16, 16)}
 PROMPTS = (
     "a brown dog runs through the grass",
     "two children play football on a beach",
@@ -77,7 +78,7 @@ class Row:
 def random_prior(preset: str) -> Prior:
     """A prior none of whose weights is zero, as after training."""
     torch.manual_seed(0)
-    prior = Prior(PRESETS[preset]).eval()
+    prior = Prior(PriorConfig.of(PRESETS[preset], grid_size=GRIDS[preset])).eval()
     for parameter in prior.parameters():
         torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     return prior

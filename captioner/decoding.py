@@ -41,6 +41,8 @@ class DecodingConfig:
     """Captions, or long descriptions where the captioner was trained on dense text."""
     temperature: float = 0.0
     """Above 0 samples instead of searching."""
+    seed: int = 0
+    """Of the samples."""
     top_p: float = 1.0
     """Samples come from the likeliest words that hold this much probability."""
 
@@ -102,7 +104,7 @@ def caption_ids(
         captioner: in eval mode.
         ids: (B, N) or (B, h, w) int64.
         settings: beam search of width 5 by default.
-        seeds: B seeds for sampling; 0 for every image by default.
+        seeds: B seeds for sampling; `settings.seed` for every image by default.
         with_patches: give each word the map of the image tokens behind it (a slower attention).
 
     Returns:
@@ -186,7 +188,7 @@ def search(
             no_repeat_ngram_size=settings.no_repeat_ngram,
             eos_token_id=captioner.text.end_id,
             pad_token_id=captioner.text.pad_id,
-            **(_sampling(settings, seeds or [0] * len(ids)) if samples else _beams(settings)),
+            **(_sampling(settings, seeds or [settings.seed] * len(ids)) if samples else _beams(settings)),
         ).tolist()
     captions = [_until_end(row, captioner.text.end_id) for row in rows]
     return [captions[i : i + settings.n_best] for i in range(0, len(captions), settings.n_best)]

@@ -6,6 +6,7 @@ images are journaled as lines of JSON, whatever the kind; a half-written last li
 
 from __future__ import annotations
 
+import collections
 import csv
 import itertools
 import json
@@ -32,7 +33,8 @@ def caption_folder(folder: str | Path, out: str | Path, describe: Describe, *, b
 
     Args:
         folder: searched for image files of any usual kind.
-        out: `.jsonl`, `.json` or `.csv` file, or a directory of `.txt` files with the names of the images.
+        out: `.jsonl`, `.json` or `.csv` file, or a directory of `.txt` files with the names of the images
+            (`a.jpg.txt` and `a.png.txt` where both lie there, else `a.txt`).
         describe: RGB images -> captions of each, the best first.
         batch_size: images handed to `describe` at once.
 
@@ -50,7 +52,8 @@ def caption_folder(folder: str | Path, out: str | Path, describe: Describe, *, b
         )
     names = _images(folder)
     journal = out if out.suffix == ".jsonl" else out.with_name(f"{out.name}.unfinished.jsonl")
-    done = _finished(out, names) | {row["image"] for row in _mended(journal)}
+    side_cars = _side_cars(out, names)
+    done = _finished(out, side_cars) | {row["image"] for row in _mended(journal)}
     left = [name for name in names if name not in done]
     dataset = ImageTextDataset(str(folder), [Example(name, folder / name, (), None, "") for name in left])
     count = 0
@@ -58,7 +61,7 @@ def caption_folder(folder: str | Path, out: str | Path, describe: Describe, *, b
         journal.open("a", encoding="utf-8") as file,
         tqdm(total=len(names), initial=len(names) - len(left), unit="image", disable=None) as bar,
     ):
-        for batch in _batches(dataset, batch_size):
+        for batch in _batches(dataset, batch_size, len(names)):
             described = describe([image for _, image in batch])
             for (name, _), captions in zip(batch, described, strict=True):
                 file.write(json.dumps(_row(name, captions), ensure_ascii=False) + "\n")
@@ -66,7 +69,7 @@ def caption_folder(folder: str | Path, out: str | Path, describe: Describe, *, b
             count += len(batch)
             bar.update(len(batch))
     if journal != out:
-        _write(out, _mended(journal))
+        _write(out, _mended(journal), side_cars)
         journal.unlink()
     return count
 
@@ -81,8 +84,8 @@ def _images(folder: Path) -> list[str]:
     return [file.relative_to(folder).as_posix() for file in files]
 
 
-def _batches(dataset: ImageTextDataset, size: int) -> Iterator[list[tuple[str, Image.Image]]]:
-    named = ((dataset[index].id, image) for index, image in readable_images(dataset))
+def _batches(dataset: ImageTextDataset, size: int, total: int) -> Iterator[list[tuple[str, Image.Image]]]:
+    named = ((dataset[index].id, image) for index, image in readable_images(dataset, total=total))
     while batch := list(itertools.islice(named, size)):
         yield batch
 
@@ -101,22 +104,27 @@ def _mended(journal: Path) -> list[dict[str, Any]]:
     if not journal.exists():
         journal.parent.mkdir(parents=True, exist_ok=True)
         return []
-    whole, _, broken = journal.read_text(encoding="utf-8").rpartition("\n")
+    whole, _, broken = journal.read_bytes().rpartition(b"\n")  # the break may lie within a character
     if broken:
         with written_aside(journal) as path:
-            path.write_text(whole + "\n" if whole else "", encoding="utf-8")
-    return [json.loads(line) for line in whole.split("\n") if line]
+            path.write_bytes(whole + b"\n" if whole else b"")
+    return [json.loads(line) for line in whole.split(b"\n") if line]
 
 
-def _finished(out: Path, names: list[str]) -> set[str]:
+def _finished(out: Path, side_cars: dict[str, Path]) -> set[str]:
     """The images that a finished output holds (the journal of an unfinished one is read apart)."""
     if out.suffix == "":
-        return {name for name in names if _side_car(out, name).exists()}
+        return {name for name, path in side_cars.items() if path.exists()}
     return {row["image"] for row in _read(out)} if out.exists() and out.suffix != ".jsonl" else set()
 
 
-def _side_car(out: Path, name: str) -> Path:
-    return (out / name).with_suffix(".txt")
+def _side_cars(out: Path, names: list[str]) -> dict[str, Path]:
+    """Image -> its text file."""
+    stems = collections.Counter(Path(name).with_suffix("") for name in names)
+    return {
+        name: out / (f"{name}.txt" if stems[stem] > 1 else stem.with_name(f"{stem.name}.txt"))
+        for name, stem in ((name, Path(name).with_suffix("")) for name in names)
+    }
 
 
 def _read(out: Path) -> list[dict[str, Any]]:
@@ -126,14 +134,15 @@ def _read(out: Path) -> list[dict[str, Any]]:
         return list(csv.DictReader(file))
 
 
-def _write(out: Path, rows: list[dict[str, Any]]) -> None:
-    """Add `rows` to a finished output of another kind than the journal."""
+def _write(out: Path, rows: list[dict[str, Any]], side_cars: dict[str, Path]) -> None:
+    """Add `rows` to a finished output of another kind than the journal; doing it again changes nothing."""
     if out.suffix == "":
         for row in rows:
-            with written_aside(_side_car(out, row["image"])) as path:
+            with written_aside(side_cars[row["image"]]) as path:
                 path.write_text(row["caption"] + "\n", encoding="utf-8")
         return
-    rows = (_read(out) if out.exists() else []) + rows
+    there = _read(out) if out.exists() else []
+    rows = list({row["image"]: row for row in there + rows}.values())
     with written_aside(out) as path, path.open("w", newline="", encoding="utf-8") as file:
         if out.suffix == ".json":
             json.dump(rows, file, indent=1, ensure_ascii=False)

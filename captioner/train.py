@@ -169,6 +169,7 @@ class CaptionerTask(Task):
         tokens, self.val = open_tokens(run.tokens, "train"), open_tokens(run.tokens, "val")
         torch.manual_seed(run.training.seed)
         captioner = _captioner(run, tokens, codebook)
+        self.earlier_card = captioner.card
         buckets, count = None, captioner.config.shape.quality_buckets
         if count and run.stage == "cross-entropy":
             if agreement is None:
@@ -203,6 +204,9 @@ class CaptionerTask(Task):
         }
 
     def save(self, model: CaptionerTrainee, directory: Path, card: str) -> None:
+        if self.earlier_card:
+            _, _, earlier = self.earlier_card.partition("\n# ")
+            card += f"\n# What it went on from: {earlier}"
         model.captioner.card = card
         model.captioner.save_pretrained(directory)
 

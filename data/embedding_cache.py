@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sqlite3
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -19,6 +20,7 @@ from .text_encoder import TextEncoder
 
 _COMMIT_EVERY = 2048
 _QUERY_SIZE = 500
+_ATTEMPTS = 8
 
 
 def default_cache_directory() -> Path:
@@ -39,11 +41,14 @@ class EmbeddingCache:
         self.encoder = encoder
         self.file = Path(directory or default_cache_directory()) / "text_vectors.sqlite"
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        with closing(self._connect()) as connection, connection:
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute(
-                "CREATE TABLE IF NOT EXISTS vectors (key BLOB PRIMARY KEY, value BLOB) WITHOUT ROWID"
-            )
+        for attempt in range(_ATTEMPTS):  # the mode's change waits for no lock of another process
+            try:
+                self._create()
+                break
+            except sqlite3.OperationalError:
+                if attempt == _ATTEMPTS - 1:
+                    raise
+                time.sleep(0.05 * 2**attempt)
 
     @property
     def dim(self) -> int:
@@ -83,6 +88,13 @@ class EmbeddingCache:
 
     def _key(self, text: str) -> bytes:
         return hashlib.sha256(f"{self.encoder.hash}\n{text}".encode()).digest()
+
+    def _create(self) -> None:
+        with closing(self._connect()) as connection, connection:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute(
+                "CREATE TABLE IF NOT EXISTS vectors (key BLOB PRIMARY KEY, value BLOB) WITHOUT ROWID"
+            )
 
     def _connect(self) -> sqlite3.Connection:
         return sqlite3.connect(self.file, timeout=120)

@@ -87,19 +87,21 @@ class ImageTextDataset:
 
 
 def readable_images(
-    dataset: ImageTextDataset, indices: Sequence[int] | None = None
+    dataset: ImageTextDataset, indices: Sequence[int] | None = None, *, total: int | None = None
 ) -> Iterator[tuple[int, Image.Image]]:
     """Yield (index, image) for every image that can be read; name the others in one warning at the end.
 
     Args:
         dataset: whose images to read.
         indices: which, in this order; all by default.
+        total: images of which 1 % may be unreadable, where these are what an earlier call has left.
 
     Raises:
         ValueError: more than one image, and more than 1 %, cannot be read.
     """
     indices = range(len(dataset)) if indices is None else indices
-    allowed = max(1, int(MAX_UNREADABLE_SHARE * len(indices)))
+    total = total or len(indices)
+    allowed = max(1, int(MAX_UNREADABLE_SHARE * total))
     reasons: list[str] = []
     for seen, index in enumerate(indices, start=1):
         try:
@@ -109,7 +111,7 @@ def readable_images(
             if len(reasons) > allowed:
                 raise ValueError(
                     f"{dataset.name}: {len(reasons)} of the first {seen} images cannot be read, at most "
-                    f"{allowed} of {len(indices)} may be so; repair or remove them: {_first(reasons)}"
+                    f"{allowed} of {total} may be so; repair or remove them: {_first(reasons)}"
                 ) from error
             continue
         yield index, image

@@ -66,6 +66,21 @@ class TextEncoder:
         self._pooled = self._model.config.model_type in _POOLED_TYPES
         self.max_tokens = _max_tokens(self._tokenizer, self._model.config, Path(source))
 
+    @classmethod
+    def checked(cls, name: str, expected_hash: str, device: str | torch.device = "cpu") -> TextEncoder:
+        """The encoder that some weights were trained with.
+
+        Raises:
+            ValueError: the one of this name is another one now.
+        """
+        encoder = cls(name, device)
+        if encoder.hash != expected_hash:
+            raise ValueError(
+                f"text encoder {name} has hash {encoder.hash[:16]}, the weights were trained with "
+                f"{expected_hash[:16]}; install the one named in the model card"
+            )
+        return encoder
+
     @cached_property
     def dim(self) -> int:
         return self.encode(["a"]).shape[1]

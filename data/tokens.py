@@ -32,7 +32,6 @@ class TokenMeta:
     tokenizer: str
     """Hash of the tokenizer's weights."""
     data: str
-    variants: int
     image_size_px: int
 
 

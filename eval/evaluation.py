@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tavq.arguments import Device, choose_device
 from tavq.data.examples import ImageTextDataset, readable_images
 from tavq.data.images import to_tensor, to_uint8
 from tavq.data.layouts import open_dataset
@@ -40,7 +41,7 @@ class EvaluationRun:
     """JSON to write; by default CHECKPOINT/results/NAME.json."""
     label: str | None = None
     """What tables call this row; the checkpoint's name if not given."""
-    device: str = "cpu"
+    device: Device = "auto"
     compare: Path | None = None
     """Another result file: print both with the difference and its interval; unlike protocols are refused."""
 
@@ -61,7 +62,8 @@ class EvaluationRun:
                 f"{directory} has no {absent[0]}/{CONFIG_FILE}; expected a directory that holds "
                 f"{', '.join(f'{part}/' for part in needs)}"
             )
-        return Pipeline(directory, self.device), open_dataset(self.data, self.split).head(self.limit)
+        dataset = open_dataset(self.data, self.split).head(self.limit)
+        return Pipeline(directory, choose_device(self.device)), dataset
 
     def result_path(self, name: str) -> Path:
         return self.out or Path(self.checkpoint) / "results" / f"{name}.json"

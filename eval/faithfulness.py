@@ -61,7 +61,7 @@ def prompt_hits(judge: Pipeline, images: Tensor, prompts: list[str]) -> np.ndarr
 
     None where the judge's codes are not aligned with text.
     """
-    if NUM_LEVELS not in aligned_levels(judge.tokenizer):
+    if NUM_LEVELS not in aligned_levels(judge.tokenizer).values():
         return None
     ids = judge.encode(pictures_of(images))
     scores = alignment_scores(judge.tokenizer, ids, judge.alignment_encoder.encode(prompts))

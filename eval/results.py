@@ -33,6 +33,7 @@ OTHER_LIBRARIES = ("ta-vq", "torch", "numpy", "transformers")  # recorded, free 
 FREE_FIELDS = frozenset(
     [
         "label",
+        "data",
         "command",
         "seconds",
         "date",
@@ -42,9 +43,13 @@ FREE_FIELDS = frozenset(
         "backend",
         "skipped",
         "floors",
+        "sampling.micro_batch",
+        "sampling.draft_tokens",
+        "sampling.compile",
     ]
 )
-"""Protocol fields that say what was measured, where and when, not how; all others must be alike."""
+"""Protocol fields that say what was measured, where and when, not how; all others must be alike. The name of
+the data set is free, its ids are not; how tokens are computed is free, as they stay the same."""
 RESAMPLES, BOOTSTRAP_SEED, LEVEL = 1000, 0, 0.95
 
 
@@ -219,7 +224,7 @@ def read_results(path: str | Path) -> Results:
 def protocol_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return dotted field -> its two values, for the fields that define a protocol and differ."""
     flat_a, flat_b = dict(_flatten(a)), dict(_flatten(b))
-    fields = [name for name in {**flat_a, **flat_b} if name.split(".")[0] not in FREE_FIELDS]
+    fields = [name for name in {**flat_a, **flat_b} if not {name, name.split(".")[0]} & FREE_FIELDS]
     return {
         name: (flat_a.get(name), flat_b.get(name)) for name in fields if flat_a.get(name) != flat_b.get(name)
     }

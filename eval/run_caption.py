@@ -71,6 +71,24 @@ def captions_of(pipeline: Pipeline, dataset: ImageTextDataset, settings: Decodin
     return found
 
 
+def human_scores(references: dict[str, list[str]]) -> dict[str, float]:
+    """CIDEr of what people wrote, to frame that of a model: each image's first caption against its others,
+    and the next image's against the same."""
+    ids = [name for name, texts in references.items() if len(texts) > 1]
+    others = {name: references[name][1:] for name in ids}
+    firsts = [references[name][0] for name in ids]
+    candidates = {
+        "human captions, against the image's others": dict(zip(ids, firsts, strict=True)),
+        "human captions of the next image": dict(zip(ids, firsts[1:] + firsts[:1], strict=True)),
+    }
+    return {
+        f"CIDEr of {name}": caption_metrics(chosen, others, metrics=("CIDEr",), backend="python").values[
+            "CIDEr"
+        ]
+        for name, chosen in (candidates.items() if len(ids) > 1 else ())
+    }
+
+
 @run_main
 def main(argv: Sequence[str] | None = None) -> None:
     run = parse(CaptionEvaluation, argv, prog="python eval/run_caption.py")
@@ -93,6 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         decoding=dataclasses.asdict(run.decoding),
         backend=scores.backend,
         skipped=scores.skipped,
+        floors=human_scores(references),
     )
     path = run.result_path("caption")
     with written_aside(path.with_suffix("") / "captions.json") as aside:
@@ -100,6 +119,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         aside.write_text(json.dumps(rows, indent=0, ensure_ascii=False) + "\n")
     write_results(path, metrics, protocol, per_image=per_image, ids=scores.ids)
     print_metrics(metrics, path)
+    for name, value in protocol["floors"].items():
+        print(f"beside it: {name} {value:.3f}")
     for metric, reason in scores.skipped.items():
         print(f"{metric} was left out: {reason}")
     if run.compare is not None:

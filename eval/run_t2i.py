@@ -132,7 +132,7 @@ def worst_and_best(
         ).byte(),
         "noise": _noise(len(reference), size),
     }
-    options = {"cache_dir": FEATURE_CACHE, "device": run.device} | kid_options(len(reference))
+    options = {"cache_dir": FEATURE_CACHE, "device": str(pipeline.device)} | kid_options(len(reference))
     scores = {}
     for name, images in sets.items():
         if len(images) == len(reference):
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = run.result_path("t2i")
     prompts = [example.captions[0] for example in dataset.examples]
     reference, _ = reference_set(dataset)
-    options = {"cache_dir": FEATURE_CACHE, "device": run.device} | kid_options(len(reference))
+    options = {"cache_dir": FEATURE_CACHE, "device": str(pipeline.device)} | kid_options(len(reference))
     drawn, scores = [], []
     for seed in range(run.seeds):
         drawn.append(draw(pipeline, prompts, seed, path.with_suffix("") / f"seed{seed}", run.sampling))

@@ -19,7 +19,6 @@ from tqdm.auto import tqdm
 from tavq.arguments import parse, run_main
 from tavq.data.examples import ImageTextDataset
 from tavq.data.images import to_uint8
-from tavq.data.text_encoder import TextEncoder
 from tavq.eval.evaluation import (
     FEATURE_CACHE,
     EvaluationRun,
@@ -60,12 +59,13 @@ class TokenizerEvaluation(EvaluationRun):
 
 
 def reconstruct(pipeline: Pipeline, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Photos (n, 3, S, S) uint8 -> ids (n, h, w) and reconstructions (n, 3, S, S) uint8, one at a time."""
+    """Photos (n, 3, S, S) uint8 -> ids of all levels (n, 3, h, w) and reconstructions (n, 3, S, S) uint8, one
+    at a time."""
     tokenizer, ids, rebuilt = pipeline.tokenizer, [], []
     for image in tqdm(images, desc="reconstructing", unit="image", disable=None):
-        code = tokenizer.encode((image[None].float() / 127.5 - 1).to(pipeline.device))
-        ids.append(code.cpu())
-        rebuilt.append(to_uint8(tokenizer.decode(code)).cpu())
+        levels = tokenizer.encode_levels((image[None].float() / 127.5 - 1).to(pipeline.device))
+        ids.append(levels)
+        rebuilt.append(to_uint8(tokenizer.decode(levels[:, -1])).cpu())
     return torch.cat(ids), torch.cat(rebuilt)
 
 
@@ -79,19 +79,26 @@ def codebook_use(ids: Tensor, num_codes: int) -> dict[str, dict[str, Any]]:
 
 def retrieval(pipeline: Pipeline, dataset: ImageTextDataset, ids: Tensor) -> dict[str, np.ndarray]:
     """Hits (n, 1) a query by metric: the first caption against all photos, and each photo against all
-    captions."""
-    tokenizer = pipeline.tokenizer
-    encoder = TextEncoder(tokenizer.config.provenance["text_encoder"], device=pipeline.device)
+    captions.
+
+    Args:
+        ids: (n, 3, h, w). Those of the last level are the tokens; the others' recall is reported apart.
+    """
+    tokenizer, hits = pipeline.tokenizer, {}
     owners = [row for row, example in enumerate(dataset.examples) for _ in example.captions]
-    vectors = encoder.encode([caption for example in dataset.examples for caption in example.captions])
-    scores, own_image = alignment_scores(tokenizer, ids, vectors), torch.tensor(owners)
+    captions = [caption for example in dataset.examples for caption in example.captions]
+    vectors = pipeline.alignment_encoder.encode(captions)
     first = torch.tensor([owners.index(row) for row in range(len(ids))])
-    t2i = text_to_image_ranks(scores[:, first], torch.arange(len(ids)))
-    i2t = image_to_text_ranks(scores, own_image)
-    ranks = {"t2i": t2i, "i2t": i2t}
-    return {
-        f"{way}_R@{k}": (found < k).double().numpy()[:, None] for way, found in ranks.items() for k in RECALLS
-    }
+    for level in sorted(set(aligned_levels(tokenizer).values()), reverse=True):
+        scores = alignment_scores(tokenizer, ids[:, level - 1], vectors, level).cpu()
+        ranks = {"t2i": text_to_image_ranks(scores[:, first], torch.arange(len(ids)))}
+        if level == NUM_LEVELS:
+            ranks["i2t"] = image_to_text_ranks(scores, torch.tensor(owners))
+        for way, found in ranks.items():
+            for k in RECALLS if level == NUM_LEVELS else RECALLS[-1:]:
+                name = f"{way}_R@{k}" if level == NUM_LEVELS else f"{way}_R@{k} of Z_{level}"
+                hits[name] = (found < k).double().numpy()[:, None]
+    return hits
 
 
 @run_main
@@ -105,14 +112,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     evaluated = readable_part(dataset, indices)
     ids, rebuilt = reconstruct(pipeline, originals)
     per_image = {"PSNR": psnr(rebuilt, originals)[:, None], "SSIM": ssim(rebuilt, originals)[:, None]}
-    aligned = NUM_LEVELS in aligned_levels(pipeline.tokenizer)
+    aligned = bool(aligned_levels(pipeline.tokenizer))
     if run.retrieval and aligned:
         per_image |= retrieval(pipeline, evaluated, ids)
     metrics: dict[str, Any] = {}
     protocol = run.protocol_fields(pipeline, evaluated, "tokenizer") | {"image_size_px": size}
     if network is not None:
         reference, _ = reference_set(evaluated)
-        options = {"cache_dir": FEATURE_CACHE, "device": run.device} | kid_options(len(reference))
+        options = {"cache_dir": FEATURE_CACHE, "device": str(pipeline.device)} | kid_options(len(reference))
         rebuilt_scores = image_metrics(ImageSet(at_reference_size(rebuilt)), reference, network, **options)
         shrunk_scores = image_metrics(ImageSet(at_reference_size(originals)), reference, network, **options)
         name = network.frechet_name
@@ -120,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         protocol |= network_fields(network, len(reference)) | {
             "floors": {f"{name} of photos at {size} px": shrunk_scores.values[name]}
         }
-    metrics |= with_intervals(per_image) | codebook_use(ids, pipeline.tokenizer.num_codes)
+    metrics |= with_intervals(per_image) | codebook_use(ids[:, -1].cpu(), pipeline.tokenizer.num_codes)
     path = run.result_path("tokenizer")
     result = make_protocol(task="tokenizer", ids=evaluated.ids, started=started, **protocol)
     write_results(path, metrics, result, per_image=per_image, ids=evaluated.ids)

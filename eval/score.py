@@ -17,7 +17,7 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from tavq.arguments import parse, run_main
+from tavq.arguments import Device, choose_device, parse, run_main
 from tavq.eval.results import (
     caption_fields,
     file_sha256,
@@ -75,8 +75,8 @@ class ScoreImages:
     """Images in each of them."""
     seed: int = 2020
     """Of KID's subsets and of IS's shuffle."""
-    device: str = "cpu"
-    """Where the feature network runs: cpu or cuda."""
+    device: Device = "auto"
+    """Where the feature network runs."""
     label: str | None = None
     """What tables call this row; the name of the folder if not given."""
     compare: Path | None = None
@@ -136,7 +136,7 @@ def score_images(config: ScoreImages) -> None:
     network = load_network(config.features)
     kid = {"kid_subsets": config.kid_subsets, "kid_subset_size": config.kid_subset_size, "seed": config.seed}
     scores = image_metrics(
-        generated, reference, network, device=config.device, cache_dir=FEATURE_CACHE, **kid
+        generated, reference, network, device=choose_device(config.device), cache_dir=FEATURE_CACHE, **kid
     )
     metrics = {
         name: measured(value, scores.n_generated, deviation=scores.deviations.get(name))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +20,9 @@ from .attention import Attention, attend
 
 
 @dataclasses.dataclass(frozen=True)
-class PriorConfig:
-    """Shape of the prior, and what it was trained with."""
+class PriorShape:
+    """Size of the prior, and the text that it reads."""
 
-    num_codes: int = 1024
-    """Codes of the tokenizer (K)."""
-    grid_size: tuple[int, int] = (8, 8)
-    """(h, w) of the token grid."""
     width: int = 256
     num_layers: int = 5
     num_heads: int = 4
@@ -33,16 +30,11 @@ class PriorConfig:
     """Of the gated feed-forward layer."""
     max_text_tokens: int = 32
     """T; every text takes so many slots, whatever its length, so that other prompts never matter."""
-    text_dim: int = 384
-    """E; width of the text encoder's token states."""
     dropout: float = 0.1
     attention: Attention = "auto"
     """auto, sdpa, or xformers (CUDA)."""
     text_encoder: str = "minilm"
-    text_encoder_hash: str = ""
-    codebook_hash: str = ""
-    """Of the tokenizer whose ids it learned."""
-    provenance: dict[str, str] = dataclasses.field(default_factory=dict)
+    """minilm, or a directory or hub id of a transformers text model."""
 
     def __post_init__(self) -> None:
         if self.width % (4 * self.num_heads):
@@ -52,6 +44,27 @@ class PriorConfig:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, expected 0 <= dropout < 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class PriorConfig(PriorShape):
+    """Everything that a prior is built from: its shape, the tokens it draws and what it was trained with."""
+
+    num_codes: int = 1024
+    """Codes of the tokenizer (K)."""
+    grid_size: tuple[int, int] = (8, 8)
+    """(h, w) of the token grid."""
+    text_dim: int = 384
+    """E; width of the text encoder's token states."""
+    text_encoder_hash: str = ""
+    codebook_hash: str = ""
+    """Of the tokenizer whose ids it learned."""
+    provenance: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, shape: PriorShape, **known: Any) -> Self:
+        """A prior of `shape`, with the fields that data and text encoder decide."""
+        return cls(**vars(shape), **known)
 
     @property
     def num_tokens(self) -> int:
@@ -64,19 +77,10 @@ class PriorConfig:
         return self.max_text_tokens + self.num_tokens
 
 
-PRESETS: dict[str, PriorConfig] = {
-    "flickr8k": PriorConfig(),
-    "tiny": PriorConfig(
-        num_codes=64,
-        grid_size=(4, 4),
-        width=32,
-        num_layers=2,
-        num_heads=2,
-        hidden_width=64,
-    ),
-    "base": PriorConfig(
-        grid_size=(16, 16), width=768, num_layers=14, num_heads=12, hidden_width=2048, max_text_tokens=64
-    ),
+PRESETS: dict[str, PriorShape] = {
+    "flickr8k": PriorShape(),
+    "tiny": PriorShape(width=32, num_layers=2, num_heads=2, hidden_width=64),
+    "base": PriorShape(width=768, num_layers=14, num_heads=12, hidden_width=2048, max_text_tokens=64),
 }
 
 

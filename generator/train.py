@@ -25,7 +25,7 @@ from tavq.training.checkpoint import tensor_hash
 from tavq.training.loop import StepOutput, Task, TrainingConfig, train
 from tavq.training.stream import mixed_seed
 
-from .model import PRESETS, Prior, PriorConfig
+from .model import PRESETS, Prior, PriorConfig, PriorShape
 from .sampling import sample
 from .settings import SamplingConfig
 from .text_states import pack_states
@@ -60,8 +60,7 @@ class PriorRun:
     """Share of captions replaced by the learned null text, for guidance."""
     sampling: SamplingConfig = SamplingConfig()
     """Of the sample grids."""
-    model: PriorConfig = PRESETS["flickr8k"]
-    """Codes, grid and hashes are taken from the token set."""
+    model: PriorShape = PRESETS["flickr8k"]
     training: TrainingConfig = TrainingConfig(
         steps=1600,
         batch_size=16,
@@ -196,7 +195,7 @@ class PriorTask(Task):
 def _resolved(run: PriorRun, meta: TokenMeta, encoder: TextEncoder) -> PriorConfig:
     """The configuration of the model with all that data and encoder decide."""
     provenance = {"data": meta.data, "tokenizer": meta.tokenizer}
-    return dataclasses.replace(
+    return PriorConfig.of(
         run.model,
         num_codes=meta.num_codes,
         grid_size=meta.grid_size,

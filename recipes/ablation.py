@@ -24,6 +24,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "gaussian": ("--align", "gaussian"),
     "ot": ("--align", "ot"),
     "ot, sentences alone": ("--align", "ot", "--alignment.level-weights", "0", "0", "3"),
+    "ot, levels reversed": ("--align", "ot", "--alignment.pairing", "3", "2", "1"),
 }
 TUNING: dict[str, tuple[str, ...]] = {
     "lgvq, ten times its weights": (
@@ -148,7 +149,15 @@ def document(run: Ablation) -> str:
         if found:
             cells = [cell(found, *column) for column in COLUMNS.values()]
             lines.append(f"| {name} | {len(found)} | " + " | ".join(cells) + " |")
-    return TEXT.format(table="\n".join(lines), tuning=1, **dataclasses.asdict(run))
+    return TEXT.format(table="\n".join(lines), tuning=tuning_runs(), **dataclasses.asdict(run))
+
+
+def tuning_runs() -> int:
+    """Tuning runs of each method; the same for all, or the comparison is not fair."""
+    counts = {sum(name.startswith(f"{method},") for name in TUNING) for method in ("lgvq", "gaussian", "ot")}
+    if len(counts) != 1:
+        raise ValueError(f"methods have {sorted(counts)} tuning runs, expected equally many")
+    return counts.pop()
 
 
 def results_of(run: Ablation, name: str, seed: int) -> dict[str, Results]:
@@ -182,8 +191,8 @@ Written by `python recipes/ablation.py` from result files; do not edit. Validati
 `{data}`, {image_size_px} px, {images} images a tokenizer, batch {batch_size}, perceptual loss, no
 discriminator, nothing distilled. A captioner of {captioner_steps} steps reads the tokens of each. "Own heads"
 are those trained with the codes; the probe is trained for {probe_steps} steps on frozen codes, alike for all.
-Recall in per cent (chance 1 %), CIDEr times 100 (greedy). Mean over seeds, and the range. Tuning runs a
-method beside its default: {tuning}.
+Recall in per cent (chance 1 %), CIDEr times 100 (greedy). Mean over seeds, and the range. Beside its default
+setting, each method had {tuning} tuning run, of one seed.
 
 {table}
 """

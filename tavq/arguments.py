@@ -17,13 +17,14 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import dacite
 import tyro
 import yaml
 
 Config = TypeVar("Config")
+Device = Annotated[str, tyro.conf.arg(metavar="auto|cpu|cuda|mps")]
 USER_ERRORS = (
     ValueError,
     TypeError,
@@ -119,6 +120,21 @@ def from_dict(config_class: type[Config], values: Mapping[str, Any], *, source: 
         raise ValueError(f"{source}: {error}; the fields are those of {config_class.__name__}") from error
 
 
+def choose_device(name: str) -> str:
+    """`auto` takes a GPU where there is one; a device that is asked for and absent is an error, never a
+    fallback."""
+    import torch
+
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return next(device for device in ("cuda", "mps", "cpu") if available[device])
+    if not available.get(name.split(":")[0], False):
+        raise ValueError(
+            f"no device {name} here; choose one of: {', '.join(d for d, ok in available.items() if ok)}"
+        )
+    return name
+
+
 def to_plain(config: Any) -> dict[str, Any]:
     """The dataclass `config` as values that YAML and JSON can hold (paths as strings, tuples as lists)."""
 
@@ -152,6 +168,10 @@ def run_main(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence
                 if debug:
                     raise
                 sys.exit(_complain(error))
+            except ModuleNotFoundError as error:
+                if debug:
+                    raise
+                sys.exit(_complain(f"{error}; install it, or all optional packages: pip install -e '.[all]'"))
             except subprocess.CalledProcessError as error:  # the child has said why
                 sys.exit(error.returncode if error.returncode >= 0 else 128 - error.returncode)
             except BrokenPipeError:  # `tavq ... | head`

@@ -11,16 +11,14 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import torch
-import tyro
 from PIL import Image
 from tqdm.auto import tqdm
 from tyro.conf import OmitArgPrefixes, Positional
 
-from tavq.arguments import from_dict, parse, run_main
+from tavq.arguments import Device, choose_device, from_dict, parse, run_main
 from tavq.captioner.decoding import DecodingConfig
 from tavq.captioner.folder import caption_folder
 from tavq.captioner.model import Captioner
@@ -29,7 +27,6 @@ from tavq.captioner.train import CaptionerRun
 from tavq.captioner.train import train_captioner as run_captioner_training
 from tavq.data.embedding_cache import EmbeddingCache
 from tavq.data.images import grid, load_image
-from tavq.data.text_encoder import TextEncoder
 from tavq.data.tokens import open_tokens
 from tavq.data.units import split_units
 from tavq.generator.model import Prior
@@ -39,26 +36,11 @@ from tavq.generator.train import PriorRun, train_prior
 from tavq.pipeline import Pipeline, RankBy, check_prompts, read_recipe
 from tavq.tokenizer.heatmaps import check_aligned
 from tavq.tokenizer.model import TAVQTokenizer
-from tavq.tokenizer.retrieval import alignment_scores
+from tavq.tokenizer.retrieval import alignment_scores, text_encoder_of
 from tavq.training.checkpoint import CONFIG_FILE, local_directory, written_aside
 
 CHECKPOINT = "checkpoints/flickr8k"
 PROMPTS_AT_ONCE = 16
-
-Device = Annotated[str, tyro.conf.arg(metavar="auto|cpu|cuda|mps")]
-
-
-def choose_device(name: str) -> str:
-    """`auto` takes a GPU where there is one; a device that is asked for and absent is an error, never a
-    fallback."""
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        return next(device for device in ("cuda", "mps", "cpu") if available[device])
-    if not available.get(name.split(":")[0], False):
-        raise ValueError(
-            f"no device {name} here; choose one of: {', '.join(d for d, ok in available.items() if ok)}"
-        )
-    return name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,9 +169,9 @@ class CaptionRun:
     out: Path | None = None
     """.jsonl, .json or .csv file, or a directory for .txt side-cars; a folder's captions go there."""
     show_scores: bool = False
-    """Print the score of each caption and the probability of each word."""
+    """Print the score of each caption and the probability of each word (a folder's file holds them)."""
     unsure_below: float = 0.0
-    """Mark words less probable than this as [word?]."""
+    """Mark words less probable than this as [word?], where captions are printed."""
     checkpoint: str = CHECKPOINT
     """Directory or hub id that holds tokenizer/ and captioner/."""
     device: Device = "auto"
@@ -206,11 +188,16 @@ def caption(argv: Sequence[str] | None = None) -> None:
         raise FileNotFoundError(f"no photo {missing[0]}; check the path")
     pipeline = Pipeline.from_pretrained(run.checkpoint, choose_device(run.device))
     if any(path.is_dir() for path in run.images):
-        if len(run.images) > 1 or run.out is None:
-            raise ValueError("a folder is described into a file: tavq caption photos/ --out captions.jsonl")
+        if len(run.images) > 1 or run.out is None or run.show_scores or run.unsure_below:
+            raise ValueError(
+                "a folder is described into a file, with the probability of each word: tavq caption photos/ "
+                "--out captions.jsonl"
+            )
         count = caption_folder(run.images[0], run.out, lambda images: pipeline.caption(images, run.decoding))
         print(f"{count} photos described in {run.out}")
         return
+    if run.out is not None:
+        raise ValueError("captions of photos are printed; give a folder, or leave out --out")
     for path in run.images:
         for found in pipeline.caption([load_image(path)], run.decoding)[0]:
             text = found.marked(run.unsure_below) if run.unsure_below else found.text
@@ -342,7 +329,7 @@ def caption_agreement(tokenizer: TAVQTokenizer, tokens: Path) -> list[np.ndarray
     Raises ValueError for a plain tokenizer.
     """
     check_aligned(tokenizer)
-    cache = EmbeddingCache(TextEncoder(tokenizer.config.provenance["text_encoder"]))
+    cache = EmbeddingCache(text_encoder_of(tokenizer))
     found = open_tokens(tokens, "train")
     vectors = cache.encode([caption for captions in found.captions for caption in captions])
     parts = vectors.split([len(captions) for captions in found.captions])

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from tyro.conf import OmitArgPrefixes, Positional
 
-from tavq.arguments import parse, run_main
-from tavq.commands import CHECKPOINT, Device, choose_device, free_names
+from tavq.arguments import Device, choose_device, parse, run_main
+from tavq.commands import CHECKPOINT, free_names
 from tavq.data.images import load_image
 from tavq.generator.sampling import SamplingConfig
 from tavq.pipeline import Pipeline

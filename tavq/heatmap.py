@@ -14,8 +14,8 @@ from pathlib import Path
 from PIL import Image
 from tyro.conf import Positional
 
-from tavq.arguments import parse, run_main
-from tavq.commands import CHECKPOINT, Device, choose_device
+from tavq.arguments import Device, choose_device, parse, run_main
+from tavq.commands import CHECKPOINT
 from tavq.data.examples import readable_images
 from tavq.data.images import load_image
 from tavq.data.layouts import open_dataset
@@ -82,7 +82,7 @@ def _pairs(run: HeatmapRun) -> Iterator[tuple[str, Image.Image, str]]:
 def write_maps(folder: Path, photo: Image.Image, maps: Sequence[UnitMap]) -> Path:
     """Write one picture a unit, and overview.png; gives the path of the latter."""
     for number, found in enumerate(maps, 1):
-        kind = LEVEL_NAMES[found.level - 1].removesuffix("s")
+        kind = LEVEL_NAMES[found.kind - 1].removesuffix("s")
         title = re.sub(r"[^a-z0-9]+", "-", found.unit.lower()).strip("-")[:40]
         _save(heat_overlay(photo, found.map), folder / f"{number:02d}-{kind}-{title}.png")
     _save(overview(photo, maps), folder / "overview.png")

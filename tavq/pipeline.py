@@ -30,7 +30,7 @@ from tavq.generator.model import Prior
 from tavq.generator.sampling import SamplingConfig, sample, stream
 from tavq.tokenizer.heatmaps import UnitMap, check_aligned, unit_maps
 from tavq.tokenizer.model import TAVQTokenizer
-from tavq.tokenizer.retrieval import alignment_scores
+from tavq.tokenizer.retrieval import alignment_scores, text_encoder_of
 from tavq.training.checkpoint import WEIGHTS_FILE, file_hash, local_directory, written_aside
 from tavq.training.stream import mixed_seed
 
@@ -102,23 +102,14 @@ class Pipeline:
     @functools.cached_property
     def text_encoder(self) -> TextEncoder:
         """The text encoder that the prior reads."""
-        return self._encoder(self.prior.config.text_encoder, self.prior.config.text_encoder_hash, "prior")
+        config = self.prior.config
+        return TextEncoder.checked(config.text_encoder, config.text_encoder_hash, self.device)
 
     @functools.cached_property
     def alignment_encoder(self) -> TextEncoder:
         """The text encoder that the codes are aligned with. Raises ValueError where they are not."""
         check_aligned(self.tokenizer)
-        provenance = self.tokenizer.config.provenance
-        return self._encoder(provenance["text_encoder"], provenance["text_encoder_hash"], "tokenizer")
-
-    def _encoder(self, name: str, expected_hash: str, part: str) -> TextEncoder:
-        encoder = TextEncoder(name, device=self.device)
-        if encoder.hash != expected_hash:
-            raise ValueError(
-                f"text encoder {encoder.name} has hash {encoder.hash[:16]}, the {part} was trained "
-                f"with {expected_hash[:16]}; install the one named in the model card"
-            )
-        return encoder
+        return text_encoder_of(self.tokenizer)
 
     @functools.cached_property
     def hashes(self) -> dict[str, str]:

@@ -95,6 +95,49 @@ def test_half_written_last_line_is_dropped(photos: Path, tmp_path: Path):
     assert rows_of(out) == EXPECTED
 
 
+@pytest.mark.parametrize("name", ["out.json", "out.csv", "texts"])
+def test_a_kill_between_output_and_journal_doubles_nothing(photos: Path, tmp_path: Path, name: str):
+    out, journal = tmp_path / name, tmp_path / f"{name}.unfinished.jsonl"
+    caption_folder(photos, tmp_path / "rows.jsonl", Describer())
+    caption_folder(photos, out, Describer())
+    journal.write_bytes((tmp_path / "rows.jsonl").read_bytes())  # as if it had not been removed yet
+    assert caption_folder(photos, out, Describer()) == 0
+    assert rows_of(out) == EXPECTED and not journal.exists()
+
+
+def test_a_line_cut_within_a_character_is_dropped(tmp_path: Path):
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (16, 16), (3, 0, 0)).save(tmp_path / "photos" / "é.png")
+    out = tmp_path / "out.jsonl"
+    caption_folder(tmp_path / "photos", out, Describer())
+    whole = out.read_bytes()
+    out.write_bytes(whole[: whole.index("é".encode()) + 1])
+    assert caption_folder(tmp_path / "photos", out, Describer()) == 1
+    assert rows_of(out) == {"é.png": "red, 3"}
+
+
+def test_photos_of_one_name_have_side_cars_of_their_own(photos: Path, tmp_path: Path):
+    Image.new("RGB", (16, 16), (200, 0, 0)).save(photos / "0.bmp")
+    assert caption_folder(photos, tmp_path / "texts", Describer()) == 8
+    found = {path.name: path.read_text().strip() for path in (tmp_path / "texts").glob("*.txt")}
+    assert found["0.bmp.txt"] == "red, 200" and found["0.png.txt"] == "red, 0" and found["1.txt"] == "red, 1"
+    again = Describer()
+    assert caption_folder(photos, tmp_path / "texts", again) == 0 and not again.seen
+
+
+def test_a_few_unreadable_photos_do_not_stop_the_second_call(tmp_path: Path):
+    folder, out = tmp_path / "photos", tmp_path / "out.json"
+    folder.mkdir()
+    for i in range(200):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(folder / f"{i:03d}.png")
+    for i in (3, 150):
+        (folder / f"{i:03d}.png").write_bytes(b"no picture")
+    for expected in (198, 0):
+        with pytest.warns(UserWarning, match="skipped 2 of"):
+            assert caption_folder(folder, out, Describer()) == expected
+    assert len(rows_of(out)) == 198
+
+
 def test_lines_hold_words_and_other_captions(photos: Path, tmp_path: Path):
     caption_folder(photos, tmp_path / "out.jsonl", Describer())
     row = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])

@@ -38,7 +38,7 @@ def tokens_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         records.append(TokenRecord(f"{i}.jpg", "train" if i < 60 else "val", ids, captions))
     folder = tmp_path_factory.mktemp("captioner") / "tokens"
-    write_tokens(folder, records, TokenMeta(8, (2, 4), "abc", "def", "made up", 2, 16))
+    write_tokens(folder, records, TokenMeta(8, (2, 4), "abc", "def", "made up", 16))
     return folder
 
 
@@ -118,7 +118,7 @@ def test_tokens_of_another_codebook_are_refused(trained_dir: Path, tokens_dir: P
     records = [
         TokenRecord("0.jpg", split, np.zeros((1, 2, 4), int), ("a dog",)) for split in ("train", "val")
     ]
-    write_tokens(tmp_path / "other", records, TokenMeta(8, (2, 4), "xyz", "def", "made up", 1, 16))
+    write_tokens(tmp_path / "other", records, TokenMeta(8, (2, 4), "xyz", "def", "made up", 16))
     run = CaptionerRun(tokens=tmp_path / "other", start=trained_dir, stage="self-critical")
     with pytest.raises(ValueError, match="of codebook xyz, the captioner was trained on abc"):
         CaptionerTask(run)
@@ -151,7 +151,7 @@ def test_long_text_is_a_style_of_its_own(tmp_path: Path):
     dense = "a dog sits in the snow and looks at a red ball that lies before it on the white ground"
     ids = np.arange(8).reshape(1, 2, 4)
     records = [TokenRecord(f"{s}.jpg", s, ids, ("a dog in the snow",), dense) for s in ("train", "val")]
-    write_tokens(tmp_path / "tokens", records, TokenMeta(8, (2, 4), "abc", "def", "made up", 1, 16))
+    write_tokens(tmp_path / "tokens", records, TokenMeta(8, (2, 4), "abc", "def", "made up", 16))
     model = dataclasses.replace(PRESETS["tiny"], long_words=24, dropout=0.0, token_dropout=0.0)
     training = dataclasses.replace(RUN_PRESETS["tiny"].training, steps=150, batch_size=4, evaluate_every=150)
     folders = {"tokens": tmp_path / "tokens", "out": tmp_path / "out"}
@@ -179,7 +179,7 @@ def test_a_captioner_learns_a_word_for_how_well_a_caption_fits(tmp_path, tiny_ch
         )
         for number, split in enumerate(["train"] * 6 + ["val"] * 2)
     ]
-    write_tokens(tmp_path / "tokens", records, TokenMeta(64, grid, *hashes, "made up", 1, 32))
+    write_tokens(tmp_path / "tokens", records, TokenMeta(64, grid, *hashes, "made up", 32))
     flags = [
         "--preset",
         "tiny",

@@ -272,6 +272,10 @@ def test_bad_photos_are_refused_and_nothing_is_written(tmp_path, checkpoint, ref
         assert expected in refused("reconstruct", PHOTO, photo, *out)
         assert expected in refused("complete", photo, "a cat", "--keep", "top", *out)
     assert "no photo; name one" in refused("caption", *checkpoint)
+    out = ["--out", tmp_path / "captions.jsonl"]
+    assert "give a folder, or leave out --out" in refused("caption", PHOTO, *out, *checkpoint)
+    flags = ["--show-scores", *out]
+    assert "with the probability of each word" in refused("caption", PHOTO.parent, *flags, *checkpoint)
     assert not (tmp_path / "out").exists()
 
 

@@ -155,6 +155,8 @@ def test_caption_evaluation_writes_coco_results_and_metrics(checkpoint, tmp_path
     rows = json.loads((tmp_path / "caption" / "captions.json").read_text())
     assert len(rows) == 12 and set(rows[0]) == {"image_id", "caption"}
     assert results.protocol["decoding"]["beam"] == 2
+    own, strangers = results.protocol["floors"].values()
+    assert own > 2 * strangers
 
 
 def test_a_part_that_is_missing_is_named(checkpoint, capsys):

@@ -12,12 +12,12 @@ import torch
 from tavq.data.text_encoder import TokenStates
 from tavq.generator.decoding import Decoder
 from tavq.generator.drawing import choose, cut
-from tavq.generator.model import PRESETS, Prior
+from tavq.generator.model import PRESETS, Prior, PriorConfig
 from tavq.generator.noise import gumbel_noise
 from tavq.generator.sampling import sample, stream
 from tavq.generator.settings import SamplingConfig
 
-TINY = PRESETS["tiny"]
+TINY = PriorConfig.of(PRESETS["tiny"], num_codes=64, grid_size=(4, 4))
 SETTINGS = SamplingConfig(guidance=2.0, micro_batch=4, draft_tokens=1)
 PINNED_TOKENS = [21, 47, 27, 42, 51, 13, 61, 57, 43, 4, 3, 20, 48, 28, 54, 46]
 

@@ -36,7 +36,7 @@ def tokens(tmp_path_factory):
         return TokenRecord(f"{split}{number}", split, ids, captions)
 
     records = [record(n, "train") for n in range(32)] + [record(n, "val") for n in range(8)]
-    meta = TokenMeta(64, (4, 4), tensor_hash(CODEBOOK), "tokenizer-hash", "made-up", 2, 32)
+    meta = TokenMeta(64, (4, 4), tensor_hash(CODEBOOK), "tokenizer-hash", "made-up", 32)
     write_tokens(directory, records, meta)
     return directory
 

@@ -8,8 +8,11 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import torch
 
 from tavq.eval.results import measured, read_results, write_results
+from tavq.metrics.features import ImageSet, extract_features, load_network
+from tavq.tokenizer.losses import FeaturePerceptual
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -79,3 +82,16 @@ def test_the_comparison_of_captions_shows_each_seed_with_its_interval(tmp_path):
     unclear = next(line for line in lines if line.startswith("| beam 5, self-critical, seed 1 |"))
     assert "**" not in unclear
     assert sum(line.startswith("| aligned - plain |") for line in lines) == 1
+
+
+def test_the_networks_of_the_recipes_teach_and_measure(tmp_path):
+    load("networks").main(["--out", str(tmp_path), "--no-pretrained"])
+    perceptual = FeaturePerceptual(tmp_path / "squeezenet_layers.pt")
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    images.requires_grad_()
+    distance = perceptual.distance(images, images.detach().flip(0))
+    distance.backward()
+    assert len(perceptual(images)) == 7 and 0 < distance < 4 and images.grad.norm() > 0
+    network = load_network(tmp_path / "mobilenet_v2_features.pt")
+    features = extract_features(ImageSet((images.detach() * 127 + 127).byte()), network)
+    assert network.name == "mobilenet_v2" and [f.shape for f in features.values()] == [(2, 1280)]

@@ -340,7 +340,7 @@ def test_a_probe_learns_to_read_a_tokenizer_of_ours_and_changes_no_code(
         if not torch.equal(weights, before.state_dict()[name])
     }
     assert changed == {"projections"}
-    assert after.config.provenance["probe"] == "ot" and aligned_levels(after) == (1, 2, 3)
+    assert after.config.provenance["probe"] == "ot" and aligned_levels(after) == {1: 1, 2: 2, 3: 3}
     assert "after" not in json.loads((out / "report.json").read_text())
 
 

@@ -11,6 +11,7 @@ from tavq.data.layouts import open_dataset
 from tavq.data.text_encoder import TextEncoder
 from tavq.data.text_index import UnitIndex
 from tavq.tokenizer.alignment import AlignmentConfig, TextAligner, TextBank, TextUnits, differentiable_lookup
+from tavq.tokenizer.heatmaps import aligned_levels_field
 from tavq.tokenizer.model import PRESETS, TAVQTokenizer
 from tavq.tokenizer.reading import codes_of_photos, fit_projections
 from tavq.tokenizer.retrieval import alignment_scores, text_to_image_ranks
@@ -83,6 +84,55 @@ def test_a_level_of_weight_zero_is_left_out_and_a_text_without_units_counts_noth
     assert torch.isfinite(aligner(features, codebook, [empty] * 3, banks).loss)
 
 
+@pytest.mark.parametrize("method", ["ot", "gaussian"])
+def test_places_without_a_unit_change_nothing(method):
+    features, codebook, texts, banks = made_up()
+    aligner = TextAligner(dataclasses.replace(CONFIG, method=method, samples=9), 20, 5, 12)
+    empty, no = torch.zeros(6, 12, 12), torch.zeros(6, 12).bool()
+    wide = [TextUnits(torch.cat([t.vectors, empty], 1), torch.cat([t.mask, no], 1)) for t in texts]
+    alone = float(aligner(features, codebook, texts, banks).loss)
+    assert float(aligner(features, codebook, wide, banks).loss) == pytest.approx(alone, rel=1e-5)
+
+
+def test_pairing_says_which_level_each_kind_of_unit_moves():
+    features, codebook, texts, banks = made_up()
+    features = [level.requires_grad_() for level in features]
+    config = dataclasses.replace(CONFIG, pairing=(3, 2, 1), level_weights=(1.0, 0.0, 0.0))
+    aligner = TextAligner(config, 20, 5, 12)
+    result = aligner(features, codebook, texts, banks)
+    result.loss.backward()
+    assert {name.split("/")[1].split("_")[0] for name in result.report} == {"words"}
+    assert features[2].grad.norm() > 0 and features[0].grad is None and features[1].grad is None
+    assert aligned_levels_field(config) == "3 - -"
+
+
+def test_alignment_and_ids_are_the_same_under_mixed_precision(tiny_tokenizer):
+    features, codebook, texts, banks = made_up()
+    aligner = TextAligner(dataclasses.replace(CONFIG, samples=9), 20, 5, 12)
+    alone = float(aligner(features, codebook, texts, banks).loss)
+    latents = F.normalize(torch.randn(500, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert float(aligner(features, codebook, texts, banks).loss) == pytest.approx(alone, rel=1e-5)
+        ids = tiny_tokenizer._ids(latents.T.reshape(1, 16, 25, 20).expand(1, -1, -1, -1)[..., :4, :4])
+    assert torch.equal(ids, tiny_tokenizer._ids(latents.T.reshape(1, 16, 25, 20)[..., :4, :4]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epsilon": 0.0}, "epsilon is 0.0, expected above 0"),
+        ({"lookup_temperature": 0.0}, "lookup_temperature is 0.0"),
+        ({"samples": 0}, "samples is 0"),
+        ({"relaxation": -1.0}, "relaxation is -1.0, expected 0 or more"),
+        ({"level_weights": (0.0, 0.0, 0.0)}, "level_weights"),
+        ({"pairing": (1, 2, 4)}, "expected levels from 1 to 3"),
+    ],
+)
+def test_impossible_settings_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **change)
+
+
 @pytest.fixture(scope="module")
 def shapes_batch():
     """32 shapes images at 32 px, with their units."""
@@ -132,6 +182,7 @@ def test_the_way_to_text_is_fitted_to_codes_that_stay():
 
     before = mean_rank()
     with torch.inference_mode():  # as in an evaluation
-        fit_projections(tokenizer, dataset, UnitIndex.build(dataset, encoder), steps=60)
+        texts = UnitIndex.build(dataset, encoder)
+        fit_projections(tokenizer, dataset, texts, {1: 1, 2: 2, 3: 3}, steps=60)
     assert mean_rank() < 0.5 * before
     assert torch.equal(codes_of_photos(tokenizer, dataset)[0], codes)

@@ -92,7 +92,7 @@ def test_the_matched_cost_is_lower_where_codes_know_the_text(shapes):
         def project(self, ids, level=3):
             return torch.nn.functional.normalize(centres[level - 1][ids], dim=-1)
 
-    tokenizer = Knowing(PRESETS["tiny"])
+    tokenizer = Knowing(dataclasses.replace(PRESETS["tiny"], provenance={"align": "ot"}))
     ids = torch.arange(len(shapes)).view(-1, 1, 1).expand(-1, 3, 16)
     found = level_costs(tokenizer, ids, texts, range(len(shapes)))
     assert all(found[f"{name}_gap"] > 0.02 for name in ("words", "phrases", "sentences")), found

@@ -70,7 +70,7 @@ def test_the_plan_places_every_unit_whole_and_leaves_positions_free(tiny_tokeniz
 
 def test_known_words_are_found_at_their_places(known):
     maps = unit_maps(known, Image.new("RGB", (32, 32)), TEXT, by_word)
-    assert [found.unit for found in maps] == list(WORDS) and {found.level for found in maps} == {1}
+    assert [found.unit for found in maps] == list(WORDS) and {found.kind for found in maps} == {1}
     for number, found in enumerate(maps):
         inside = known.ids.numpy() == number
         assert found.map.shape == (4, 4) and found.map.sum() == pytest.approx(1, abs=1e-5)
@@ -88,7 +88,7 @@ def test_an_unnamed_patch_stays_empty(known):
 def test_levels_carry_words_phrases_and_sentences(aligned_folder):
     pipeline = Pipeline.from_pretrained(aligned_folder)
     maps = pipeline.heatmaps(Image.open(aligned_folder / "photo.png"), TEXT)
-    assert [(found.level, found.unit) for found in maps] == [
+    assert [(found.kind, found.unit) for found in maps] == [
         (1, "black"), (1, "dog"), (1, "jump"), (1, "log"), (2, "black dog jumps"), (2, "log"), (3, TEXT),
     ]  # fmt: skip
     assert all(found.map.sum() == pytest.approx(1, abs=1e-4) for found in maps)
@@ -99,7 +99,7 @@ def test_a_plain_tokenizer_an_untrained_level_and_an_empty_text_are_told(known, 
     plain = KnownTokenizer(known.ids, {"align": "none"})
     with pytest.raises(ValueError, match=r"trained with --align none.*use one"):
         unit_maps(plain, picture, TEXT, by_word)
-    assert aligned_levels(known) == (1,) and aligned_levels(plain) == ()
+    assert aligned_levels(known) == {1: 1} and aligned_levels(plain) == {}
     with pytest.raises(ValueError, match="empty text"):
         unit_maps(known, picture, "  ", by_word)
     with pytest.raises(ValueError, match="holds no word"):

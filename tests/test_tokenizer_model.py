@@ -59,6 +59,15 @@ def test_a_checkpoint_comes_back_bit_for_bit(tiny_tokenizer, images, tmp_path):
     assert loaded.codebook_hash == tiny_tokenizer.codebook_hash
 
 
+@pytest.mark.parametrize("name", ["nearest", "cvq", "simvq", "ibq"])
+def test_half_precision_keeps_the_ids_of_every_quantiser(name, tmp_path):
+    config = PRESETS["tiny"]
+    quantizer = dataclasses.replace(config.quantizer, name=name)
+    tokenizer = TAVQTokenizer(dataclasses.replace(config, quantizer=quantizer)).eval()
+    tokenizer.save_pretrained(tmp_path, half=True)
+    assert TAVQTokenizer.from_pretrained(tmp_path).codebook_hash == tokenizer.codebook_hash
+
+
 def test_half_precision_keeps_the_codebook_in_full(tiny_tokenizer, tmp_path):
     tiny_tokenizer.save_pretrained(tmp_path, half=True)
     stored = load_file(tmp_path / "model.safetensors")

@@ -6,7 +6,13 @@ import ot
 import pytest
 import torch
 
-from tavq.tokenizer.transport import gaussian_cost, single_unit_cost, sinkhorn_plan, transport_cost
+from tavq.tokenizer.transport import (
+    gaussian_cost,
+    gaussian_unit_cost,
+    single_unit_cost,
+    sinkhorn_plan,
+    transport_cost,
+)
 
 
 def problem(seed: int = 0, codes: int = 7, units: int = 5) -> torch.Tensor:
@@ -48,6 +54,8 @@ def test_semi_relaxed_plan_agrees_with_pot(relaxation):
     mask = torch.ones(cost.shape[1], dtype=torch.bool)
     plan = sinkhorn_plan(cost, mask, epsilon=0.1, relaxation=relaxation, iterations=500)
     assert torch.allclose(plan.double(), expected, atol=1e-4)
+    value = transport_cost(cost, mask, epsilon=0.1, relaxation=relaxation, iterations=500)
+    assert float(value) == pytest.approx(float((expected * cost).sum()), abs=1e-4)
 
 
 def test_text_marginal_is_exact_after_any_number_of_iterations():
@@ -101,3 +109,21 @@ def test_gaussian_cost_has_a_finite_gradient_where_all_codes_agree():
     codes = torch.ones(1, 4, 3, requires_grad=True)
     gaussian_cost(codes, torch.ones(1, 2, 3), torch.ones(1, 2, dtype=torch.bool)).sum().backward()
     assert torch.isfinite(codes.grad).all()
+
+
+def test_the_gaussian_cost_of_one_unit_is_that_of_a_text_of_one_unit():
+    generator = torch.Generator().manual_seed(0)
+    codes, units = (
+        torch.nn.functional.normalize(torch.randn(3, n, 6, generator=generator), dim=-1) for n in (8, 4)
+    )
+    found = gaussian_unit_cost(codes, units)
+    for place in range(4):
+        single = gaussian_cost(codes, units[:, [place]], torch.ones(3, 1, dtype=torch.bool))
+        assert torch.allclose(found[:, place], single.diagonal(), atol=1e-5)
+    assert torch.allclose(
+        gaussian_unit_cost(codes, units[0]),
+        found[:, :0].new_tensor(
+            [[float(2 - 2 * codes[b].mean(0) @ units[0, u]) for u in range(4)] for b in range(3)]
+        ),
+        atol=1e-5,
+    )

@@ -33,7 +33,8 @@ from tavq.training.stream import mixed_seed
 
 from .adapters import Adapter, adapt
 from .alignment import AlignmentConfig, TextAligner, draw_texts, units_and_banks
-from .health import code_use
+from .health import CodebookWatch
+from .heatmaps import PROBED_LEVELS
 from .losses import GradientBalance, open_perceptual
 from .model import NUM_LEVELS, TAVQTokenizer, TokenizerConfig
 from .photos import TrainingImages, photo_batches
@@ -43,6 +44,7 @@ from .retrieval import image_to_text_ranks, recall_at, scores_of_codes, text_to_
 HEADS_FILE = "heads.safetensors"
 REPORT_FILE = "report.json"
 RECALLS = (1, 5, 10)
+IMAGE_SIZE_PX = 128  # of other bases, where none is named
 PROBE_LEARNING_RATE = 2e-3  # of fresh heads on a frozen base
 
 
@@ -65,14 +67,14 @@ class AlignRun:
     """
 
     base: str
-    """diffusers:PATH (a saved VQModel), tavq:PATH (a tokenizer of ours), or call:MODULE:FUNCTION, which
-    returns a taming, LlamaGen or vector_quantize_pytorch model with its weights."""
+    """diffusers:PATH (a saved VQModel), call:MODULE:FUNCTION, which returns a taming, LlamaGen or
+    vector_quantize_pytorch model with its weights, or tavq:PATH (a tokenizer of ours, with --probe-only)."""
     data: str
     """Data set: a directory in any known layout, or `shapes` (generated)."""
     out: Path
     """Directory of the aligned model in the format of its own library, and of report.json."""
-    image_size_px: int = 128
-    """Side that the images are squashed to."""
+    image_size_px: int | None = None
+    """Side that the images are squashed to; by default 128, or that of a tokenizer of ours."""
     stages: tuple[str, str] | None = None
     """Submodules of the base that levels 1 and 2 are read from; by default those behind its global
     attention."""
@@ -84,7 +86,8 @@ class AlignRun:
     probe_steps: int = 500
     """Steps in which the heads learn to read the frozen base."""
     probe_only: bool = False
-    """Stop there: how well codes that never saw a text can be read."""
+    """Stop there: how well codes that never saw a text can be read. With tavq:PATH, fit the way from codes to
+    text anew and save the tokenizer with it."""
     alignment: AlignmentConfig = AlignmentConfig()
     losses: AlignLosses = AlignLosses()
     training: TrainingConfig = TrainingConfig(
@@ -166,6 +169,7 @@ class AlignTask(Task):
         self.run, self.data, self.dataset = run, data, data.images
         torch.manual_seed(run.training.seed)
         self.model = AlignTrainee(run, adapter, data.text_dim, frozen)
+        self.watch_codes = CodebookWatch()
 
     def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(mixed_seed(examples[0]["draw"], len(examples)))
@@ -185,12 +189,10 @@ class AlignTask(Task):
             l1.append((rebuilt.cpu() - images).abs().flatten(1).mean(dim=1))
             ratios.append(torch.from_numpy(psnr(to_uint8(rebuilt.cpu()), to_uint8(images))))
         all_ids = torch.cat(ids)
-        use = code_use(all_ids, len(adapter.codebook))
         return {
             "l1": float(torch.cat(l1).mean()),
             "PSNR": float(torch.cat(ratios).mean()),
-            "usage": use.usage,
-            "perplexity": use.perplexity,
+            **self.watch_codes.look(all_ids, adapter.codebook, step),
             **self._retrieval(model, all_ids, torch.tensor(rows)),
         }
 
@@ -304,7 +306,9 @@ def print_table(stages: dict[str, dict[str, float]]) -> None:
 def read_own(run: AlignRun, adapter: Adapter, data: AlignData) -> dict[str, float]:
     """Fit the way from codes to text of a tokenizer of ours, which has no other heads; save and score it."""
     task = AlignTask(run, adapter, data, frozen=True)
-    fit_projections(adapter.base, data.train_set, data.texts, run.probe_steps, run.training.seed)
+    fit_projections(
+        adapter.base, data.train_set, data.texts, PROBED_LEVELS, run.probe_steps, run.training.seed
+    )
     task.save(task.model, run.out, adapter.base.card)
     return task.evaluate(task.model.eval(), run.probe_steps)
 
@@ -323,14 +327,23 @@ def report(
 @run_main
 def main(argv: Sequence[str] | None = None) -> None:
     run = parse(AlignRun, argv, prog="tavq align")
-    adapter = adapt(open_base(run.base), run.image_size_px, run.stages)
-    if isinstance(adapter.base, TAVQTokenizer) and not run.probe_only:
+    base = open_base(run.base)
+    own = isinstance(base, TAVQTokenizer)
+    if run.image_size_px is None:
+        run = dataclasses.replace(run, image_size_px=base.image_size_px if own else IMAGE_SIZE_PX)
+    adapter = adapt(base, run.image_size_px, run.stages)
+    if own and not run.probe_only:
         raise ValueError(
             "a tokenizer of ours is aligned by tavq train tokenizer; add --probe-only to learn to read its "
             "codes as they are"
         )
     data, before = AlignData(run), run.out if run.probe_only else run.out / "before"
-    if isinstance(adapter.base, TAVQTokenizer):
+    if own:
+        if data.text_dim != base.config.text_dim:
+            raise ValueError(
+                f"the codes of {run.base} lead to {base.config.text_dim} numbers, {run.text_encoder} gives "
+                f"{data.text_dim}; name another --text-encoder"
+            )
         report(run, data, {"before": read_own(run, adapter, data)})
         return
     probe = dataclasses.replace(  # evaluated and saved at its end alone

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from tavq.data.text_index import UnitIndex
 
-from .model import TextProjections
-from .transport import gaussian_cost, single_unit_cost, transport_cost
+from .model import NUM_LEVELS, TextProjections
+from .quantizer import full_precision
+from .transport import gaussian_cost, gaussian_unit_cost, single_unit_cost, transport_cost
 
 LEVEL_NAMES = ("words", "phrases", "sentences")
 MAX_LOG_SCALE = 4.6  # of the contrastive logits: a factor of 100, as in CLIP
@@ -33,7 +34,9 @@ class AlignmentConfig:
 
     method: Literal["ot", "gaussian"] = "ot"
     level_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    """Of words, phrases, sentences; 0 leaves a level out."""
+    """Of words, phrases, sentences; 0 leaves them out."""
+    pairing: tuple[int, int, int] = (1, 2, 3)
+    """The encoder's level, 1 the shallowest, that words, phrases and sentences go with."""
     samples: int = 32
     """Codes drawn from an image (S)."""
     max_units: int = 16
@@ -53,10 +56,21 @@ class AlignmentConfig:
     transport_weight: float = 1.0
     """Of the matched pairs' cost beside the contrastive term."""
 
+    def __post_init__(self) -> None:
+        positive = ("samples", "max_units", "epsilon", "iterations", "lookup_temperature")
+        for name in (*positive, "relaxation", "bank_size", "transport_weight"):
+            value, least = getattr(self, name), "above 0" if name in positive else "0 or more"
+            if value < 0 or (value == 0 and name in positive):
+                raise ValueError(f"{name} is {value}, expected {least}")
+        if min(self.level_weights) < 0 or not any(self.level_weights):
+            raise ValueError(f"level_weights are {self.level_weights}, expected none below 0 and one above")
+        if not set(self.pairing) <= set(range(1, NUM_LEVELS + 1)):
+            raise ValueError(f"pairing is {self.pairing}, expected levels from 1 to {NUM_LEVELS}")
+
 
 @dataclasses.dataclass(frozen=True)
 class TextUnits:
-    """The units of one level for a batch of texts."""
+    """Words, phrases or sentences of a batch of texts."""
 
     vectors: Tensor
     """(B, U, D), unit length."""
@@ -85,19 +99,19 @@ class Alignment:
 def draw_texts(
     index: UnitIndex, images: Sequence[int], generator: torch.Generator, config: AlignmentConfig
 ) -> dict[str, list[tuple[Tensor, Tensor]]]:
-    """Units and negatives for a batch as plain tensors, which a data loader may carry; see
-    `units_and_banks`."""
-    levels = range(1, len(LEVEL_NAMES) + 1)
+    """Words, phrases and sentences of a batch, and negatives for each, as plain tensors, which a data loader
+    may carry; see `units_and_banks`."""
+    kinds = range(1, len(LEVEL_NAMES) + 1)
     return {
-        "texts": [index.batch(images, level, generator, config.max_units) for level in levels],
-        "banks": [index.bank(images, level, generator, config.bank_size) for level in levels],
+        "texts": [index.batch(images, kind, generator, config.max_units) for kind in kinds],
+        "banks": [index.bank(images, kind, generator, config.bank_size) for kind in kinds],
     }
 
 
 def units_and_banks(
     drawn: dict[str, list[tuple[Tensor, Tensor]]],
 ) -> tuple[list[TextUnits], list[TextBank]]:
-    """What `draw_texts` drew, a level each, as `TextAligner` takes it."""
+    """What `draw_texts` drew, as `TextAligner` takes it."""
     return [TextUnits(*pair) for pair in drawn["texts"]], [TextBank(*pair) for pair in drawn["banks"]]
 
 
@@ -146,11 +160,12 @@ class TextAligner(nn.Module):
             features: one map (B, E, h, w) a level before quantisation, shallow first, as the model's look-up
                 sees them.
             codebook: (K, E), with its gradient.
-            texts: one a level; text i belongs to image i.
-            banks: optional further negatives, one a level.
+            texts: words, phrases, sentences; text i belongs to image i.
+            banks: optional further negatives, likewise.
 
         Returns:
-            Alignment with a scalar loss and, a level, the matched cost and the accuracy among the batch.
+            Alignment with a scalar loss and, for words, phrases and sentences, the matched cost and the
+            accuracy among the batch. Computed in float32, under autocast too.
 
         Raises:
             ValueError: the codebook takes no gradient, though the soft look-up would send it one.
@@ -161,18 +176,21 @@ class TextAligner(nn.Module):
                 "it; make it a parameter, or set lookup='straight-through' to align the encoder alone"
             )
         losses, report = [], {}
-        for level, weight in enumerate(self.config.level_weights):
-            if weight == 0:
-                continue
-            codes = self._sampled_codes(features[level], codebook, level)
-            bank = banks[level] if banks is not None and self.config.bank_size else None
-            loss, values = self._level_loss(codes, texts[level], bank, level)
-            losses.append(weight * loss)
-            report |= {f"align/{LEVEL_NAMES[level]}_{name}": value for name, value in values.items()}
+        with full_precision(codebook):
+            for kind, (weight, level) in enumerate(
+                zip(self.config.level_weights, self.config.pairing, strict=True)
+            ):
+                if weight == 0:
+                    continue
+                codes = self._sampled_codes(features[level - 1], codebook, level)
+                bank = banks[kind] if banks is not None and self.config.bank_size else None
+                loss, values = self._unit_loss(codes, texts[kind], bank, kind)
+                losses.append(weight * loss)
+                report |= {f"align/{LEVEL_NAMES[kind]}_{name}": value for name, value in values.items()}
         return Alignment(torch.stack(losses).sum(), report)
 
     def _sampled_codes(self, features: Tensor, codebook: Tensor, level: int) -> Tensor:
-        """(B, E, h, w) -> codes of S random positions in text space, (B, S, D), unit length."""
+        """(B, E, h, w) of `level` -> codes of S random positions in text space, (B, S, D), unit length."""
         latents = features.flatten(2).transpose(1, 2).float()
         samples = min(self.config.samples, latents.shape[1])
         chosen = torch.rand(latents.shape[:2], device=latents.device).topk(samples, dim=1).indices
@@ -184,17 +202,17 @@ class TextAligner(nn.Module):
             self.config.lookup,
             self.config.lookup_temperature,
         )
-        projected = self.projections(codes, marks, level + 1)
+        projected = self.projections(codes, marks, level)
         return F.normalize(projected, dim=-1).unflatten(0, drawn.shape[:2])
 
-    def _level_loss(
-        self, codes: Tensor, texts: TextUnits, bank: TextBank | None, level: int
+    def _unit_loss(
+        self, codes: Tensor, texts: TextUnits, bank: TextBank | None, kind: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         present = texts.mask.any(dim=1)  # a text may have no phrase
         codes, units, mask = codes[present], texts.vectors[present], texts.mask[present]
         if len(units) < 2:
             return codes.sum() * 0.0, {}
-        scale = self.log_scale[level].clamp(max=MAX_LOG_SCALE).exp()
+        scale = self.log_scale[kind].clamp(max=MAX_LOG_SCALE).exp()
         cost, regularisation = self._pair_costs(codes, units, mask)
         labels = torch.arange(len(cost), device=cost.device)
         logits = -scale * cost
@@ -210,11 +228,11 @@ class TextAligner(nn.Module):
 
     def _pair_costs(self, codes: Tensor, units: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Cost of every image-text pair of the batch (B, B), and the regularisation in units of the cost."""
-        pairwise = 1 - torch.einsum("isd,jud->ijsu", codes, units)
-        mean = float(pairwise.detach().mean())
-        regularisation = {"epsilon": self.config.epsilon * mean, "relaxation": self.config.relaxation * mean}
         if self.config.method == "gaussian":
-            return gaussian_cost(codes, units, mask), regularisation
+            return gaussian_cost(codes, units, mask), {}
+        pairwise = 1 - torch.einsum("isd,jud->ijsu", codes, units)
+        mean = float(pairwise.detach().mean(dim=(0, 2))[mask].mean())  # of the units that exist
+        regularisation = {"epsilon": self.config.epsilon * mean, "relaxation": self.config.relaxation * mean}
         cost = transport_cost(
             pairwise, mask.unsqueeze(0), iterations=self.config.iterations, **regularisation
         )
@@ -230,10 +248,12 @@ class TextAligner(nn.Module):
         scale: Tensor,
         regularisation: dict[str, float],
     ) -> Tensor:
-        """Image-to-text InfoNCE: each of an image's units against the units of the bank, each placed by
-        itself."""
-        positive = single_unit_cost(1 - codes @ units.transpose(1, 2), **regularisation)
-        negative = single_unit_cost(1 - codes @ bank.T, **regularisation)
+        """Image-to-text InfoNCE: each of an image's units against the units of the bank, each by itself."""
+        if self.config.method == "gaussian":
+            positive, negative = gaussian_unit_cost(codes, units), gaussian_unit_cost(codes, bank)
+        else:
+            positive = single_unit_cost(1 - codes @ units.transpose(1, 2), **regularisation)
+            negative = single_unit_cost(1 - codes @ bank.T, **regularisation)
         negative_logits = (-scale * negative).masked_fill(own, -torch.inf)
         total = torch.logsumexp(negative_logits, dim=1, keepdim=True)
         surprise = torch.logaddexp(total, -scale * positive) + scale * positive

@@ -19,18 +19,18 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tyro.conf import Positional
 
-from tavq.arguments import parse, run_main
+from tavq.arguments import Device, choose_device, parse, run_main
 from tavq.data.embedding_cache import EmbeddingCache
 from tavq.data.examples import ImageTextDataset, readable_images
 from tavq.data.images import to_tensor
 from tavq.data.layouts import open_dataset
-from tavq.data.text_encoder import TextEncoder
 from tavq.data.text_index import units_of
 from tavq.training.checkpoint import written_aside
 
 from .health import code_use
 from .heatmaps import aligned_levels
 from .model import NUM_LEVELS, TAVQTokenizer
+from .retrieval import text_encoder_of
 
 PATCH_PX, GAP_PX, LABEL_PX = 72, 3, 190
 RARE_WORD = 3  # photos that must name a word, lest slips of the pen stand beside a code
@@ -65,7 +65,7 @@ class CodebookRun:
     context: int = 2
     """Tokens around the patch that are shown with it; a frame marks the patch itself."""
     seed: int = 0
-    device: str = "cpu"
+    device: Device = "auto"
 
     def __post_init__(self) -> None:
         if not 1 <= self.level <= NUM_LEVELS:
@@ -87,7 +87,7 @@ class EncodedPhotos:
 @run_main
 def main(argv: Sequence[str] | None = None) -> None:
     run = parse(CodebookRun, argv, prog="tavq codebook")
-    tokenizer = TAVQTokenizer.from_pretrained(run.checkpoint).to(run.device)
+    tokenizer = TAVQTokenizer.from_pretrained(run.checkpoint).to(choose_device(run.device))
     dataset = open_dataset(run.data, run.split)
     photos = encode_split(tokenizer, dataset, run.level)
     use = code_use(photos.ids, tokenizer.num_codes)
@@ -133,13 +133,13 @@ def near_words(
     run: CodebookRun,
 ) -> dict[int, list[str]]:
     """For each code the nearest words among those of the data set; none where the level is not aligned."""
-    if run.level not in aligned_levels(tokenizer):
+    if run.level not in aligned_levels(tokenizer).values():
         return {}
     named = collections.Counter(word for row in photos.rows for word in units_of(dataset[row])[1])
     words = sorted(word for word, count in named.items() if count >= RARE_WORD)
-    encoder = TextEncoder(tokenizer.config.provenance["text_encoder"], device=run.device)
-    vectors = EmbeddingCache(encoder).encode(words).to(run.device)
-    used = photos.ids.unique().to(run.device)
+    device = next(tokenizer.parameters()).device
+    vectors = EmbeddingCache(text_encoder_of(tokenizer)).encode(words).to(device)
+    used = photos.ids.unique().to(device)
     found = nearest_words(tokenizer, codes, used, vectors, run.level, run.words)
     return {code: [words[place] for place in places] for code, places in found.items()}
 

@@ -8,6 +8,7 @@ inference never uses.
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ TEACHER_BATCH = 32
 def teacher_maps(teacher: FrozenNetwork, dataset: ImageTextDataset, grid: tuple[int, int]) -> Tensor:
     """The teacher's last map of every image, averaged to the token grid and standardised a channel.
 
-    Kept in the cache directory under the hashes of network, ids and grid: a second run reads it back.
+    Kept in the cache directory under a hash of network, grid, ids and file sizes: a second run reads it back.
 
     Args:
         teacher: gives maps (B, C, h', w') or vectors (B, C), which are spread over the grid.
@@ -38,7 +39,8 @@ def teacher_maps(teacher: FrozenNetwork, dataset: ImageTextDataset, grid: tuple[
     Returns:
         (n, C, h, w) float16, in the order of the data set; zero for an image that cannot be read.
     """
-    key = hashlib.sha256(f"{teacher.hash} {grid} {dataset.name} {dataset.ids}".encode()).hexdigest()[:24]
+    files = [(e.id, e.image.stat().st_size if isinstance(e.image, Path) else 0) for e in dataset.examples]
+    key = hashlib.sha256(f"{teacher.hash} {grid} {dataset.name} {files}".encode()).hexdigest()[:24]
     path = default_cache_directory() / "teacher_maps" / f"{key}.safetensors"
     if path.exists():
         return load_file(path)["maps"]

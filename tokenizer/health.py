@@ -18,7 +18,7 @@ from tavq.data.text_index import UnitIndex
 
 from .alignment import LEVEL_NAMES
 from .blocks import to_sequence
-from .heatmaps import text_plan
+from .heatmaps import aligned_levels, text_plan
 from .model import TAVQTokenizer
 
 SAMPLE_TOKENS = 65_536
@@ -117,7 +117,7 @@ class CodebookWatch:
 def _alarm(usage: float, step: int, min_usage: float) -> None:
     advice = (
         "lower --training.learning-rate or --losses.align, "
-        "or take --model.quantizer.name simvq or cvq, which leave no code behind"
+        "or train with --model.quantizer.name simvq or cvq, which leave no code behind"
     )
     if usage < min_usage:
         raise ValueError(
@@ -141,7 +141,8 @@ def level_ids(tokenizer: TAVQTokenizer, latents: Sequence[Tensor]) -> Tensor:
 def level_costs(
     tokenizer: TAVQTokenizer, ids: Tensor, texts: UnitIndex, rows: Sequence[int]
 ) -> dict[str, float]:
-    """Mean transport cost of images and their own units, a level; and how much more the next image's cost.
+    """Mean transport cost of images and their own words, phrases and sentences, each on its level; and how
+    much more the next image's cost.
 
     Args:
         ids: (n, 3, N), all levels.
@@ -152,9 +153,9 @@ def level_costs(
         `words_cost`, `words_gap`, and so on; a gap of 0 means codes that know nothing of the text.
     """
     found = {}
-    for level, name in enumerate(LEVEL_NAMES, 1):
-        generator = torch.Generator().manual_seed(0)
-        vectors, mask = texts.batch(rows, level, generator, MAX_UNITS)
+    for kind, level in aligned_levels(tokenizer).items():
+        name, generator = LEVEL_NAMES[kind - 1], torch.Generator().manual_seed(0)
+        vectors, mask = texts.batch(rows, kind, generator, MAX_UNITS)
         present = mask.any(dim=1)
         own_ids, vectors, mask = ids[present.to(ids.device), level - 1], vectors[present], mask[present]
         own = _mean_cost(tokenizer, own_ids, vectors, mask, level)

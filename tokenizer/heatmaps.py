@@ -1,7 +1,7 @@
 """Word-to-patch maps: where the transport plan lays each word, phrase and sentence of a text on an image.
 
 Pure arithmetic on the aligned codes, no further model. Words are laid on Z_1, phrases on Z_2, sentences on
-Z_3.
+Z_3, or on the levels that they were paired with in training.
 
 Legend: B images, N = h*w tokens an image, U text units, D text width.
 """
@@ -20,11 +20,12 @@ from tavq.data.images import grid, to_tensor
 from tavq.data.units import split_units
 
 from .alignment import LEVEL_NAMES, AlignmentConfig
-from .model import NUM_LEVELS, TAVQTokenizer
+from .model import TAVQTokenizer
 from .transport import sinkhorn_plan
 
 TRANSPORT_METHODS = ("ot", "gaussian")
-LEVELS_FIELD = "aligned_levels"  # of the provenance
+PROBED_LEVELS = {1: 1, 2: 2, 3: 3}
+LEVELS_FIELD = "aligned_levels"  # of the provenance: of words, phrases, sentences; "-" for none
 ITERATIONS = 50  # more than in training: a map is drawn once, and shall be the converged plan
 TILE_PX, CAPTION_PX = 200, 34  # width of a picture in the overview, and height of the title under it
 COLUMNS = 6
@@ -35,8 +36,8 @@ MAX_TINT = 0.7  # share of colour over the photo where a unit lies most
 class UnitMap:
     """Where one unit of a text lies on an image."""
 
-    level: int
-    """1 words, 2 phrases, 3 sentences."""
+    kind: int
+    """1 a word, 2 a phrase, 3 a sentence."""
     unit: str
     map: np.ndarray
     """(h, w) float32, sums to 1: the share of the unit's mass on each token."""
@@ -99,34 +100,39 @@ def unit_maps(
     device = next(tokenizer.parameters()).device
     ids = tokenizer.encode_levels(to_tensor(image, tokenizer.image_size_px).unsqueeze(0).to(device))
     found = []
-    for level in aligned_levels(tokenizer):
-        texts = getattr(units, LEVEL_NAMES[level - 1])
+    for kind, level in aligned_levels(tokenizer).items():
+        texts = getattr(units, LEVEL_NAMES[kind - 1])
         if not texts:
             continue
         vectors = encode(texts).to(device).unsqueeze(0)
         mask = torch.ones(1, len(texts), dtype=torch.bool, device=device)
         plan, _ = text_plan(tokenizer, ids[:, level - 1].flatten(1), vectors, mask, level)
         shares = (plan[0].T * len(texts)).view(-1, *tokenizer.grid_size).cpu().numpy()
-        found += [UnitMap(level, unit, share) for unit, share in zip(texts, shares, strict=True)]
+        found += [UnitMap(kind, unit, share) for unit, share in zip(texts, shares, strict=True)]
     if not found:
         raise ValueError(f"the text {text!r} holds no word; write what the image shows")
     return found
 
 
-def aligned_levels_field(level_weights: Sequence[float]) -> str:
-    """What a checkpoint's provenance says of its levels: "1 3" where the second was left out of alignment."""
-    return " ".join(str(level) for level, weight in enumerate(level_weights, 1) if weight)
+def aligned_levels_field(config: AlignmentConfig) -> str:
+    """What a checkpoint's provenance says of its levels: "1 - 3" where phrases were left out."""
+    pairs = zip(config.level_weights, config.pairing, strict=True)
+    return " ".join(str(level) if weight else "-" for weight, level in pairs)
 
 
-def aligned_levels(tokenizer: TAVQTokenizer) -> tuple[int, ...]:
-    """The levels whose codes can be read as text: those that transport drew there, all where it does not say;
-    none of a plain tokenizer, all where a probe (`tavq align --probe-only`) learnt to read it."""
+def aligned_levels(tokenizer: TAVQTokenizer) -> dict[int, int]:
+    """Words (1), phrases (2) and sentences (3) -> the level whose codes can be read as such.
+
+    Those that alignment drew there; none of a plain tokenizer, all where a probe (`tavq align --probe-only`)
+    learnt to read it.
+    """
     provenance = tokenizer.config.provenance
     if "probe" in provenance:
-        return tuple(range(1, NUM_LEVELS + 1))
+        return dict(PROBED_LEVELS)
     if provenance.get("align") not in TRANSPORT_METHODS:
-        return ()
-    return tuple(int(level) for level in provenance.get(LEVELS_FIELD, "1 2 3").split())
+        return {}
+    levels = provenance.get(LEVELS_FIELD, "1 2 3").split()
+    return {kind: int(level) for kind, level in enumerate(levels, 1) if level != "-"}
 
 
 def check_aligned(tokenizer: TAVQTokenizer) -> None:
@@ -164,7 +170,7 @@ def overview(photo: Image.Image, maps: Sequence[UnitMap]) -> Image.Image:
     small = photo.resize((TILE_PX, height), Image.Resampling.LANCZOS)
     tiles = [_titled(small, "the photo", "")]
     for found in maps:
-        kind = LEVEL_NAMES[found.level - 1].removesuffix("s")
+        kind = LEVEL_NAMES[found.kind - 1].removesuffix("s")
         note = f"{kind}, peak {found.peak:.1f} x even"
         tiles.append(_titled(heat_overlay(small, found.map), found.unit, note))
     return grid(tiles, columns=min(COLUMNS, len(tiles)), gap_px=6)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tavq.training.checkpoint import Checkpointed, tensor_hash
 
 from .blocks import AttentionBlock, ResidualBlock, group_norm, to_map, to_sequence
-from .quantizer import QUANTIZERS, QuantizerConfig
+from .quantizer import QUANTIZERS, QuantizerConfig, full_precision
 
 NUM_LEVELS = 3
 PIXEL_CHANNELS = 16  # of the decoder's last convolutions, at full resolution
@@ -183,7 +183,7 @@ class TAVQTokenizer(Checkpointed):
 
     config_class = TokenizerConfig
     kind = "ta-vq-tokenizer"
-    float32_weights = ("quantizer.weight",)
+    float32_weights = ("quantizer.weight", "quantizer.basis", "quantizer.transform.weight")
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
@@ -219,7 +219,8 @@ class TAVQTokenizer(Checkpointed):
     def forward(self, images: Tensor) -> Encoded:
         """Encode, quantise the last level, decode: one training pass over images (B, 3, H, W) in [-1, 1]."""
         latents = self.encoder(self._checked(images))
-        quantized = self.quantizer(to_sequence(latents[-1]).flatten(0, 1))
+        with full_precision(images):
+            quantized = self.quantizer(to_sequence(latents[-1]).flatten(0, 1).float())
         codes = to_map(quantized.codes.unflatten(0, (len(images), -1)), self.grid_size)
         ids = quantized.ids.view(len(images), *self.grid_size)
         return Encoded(latents, ids, self.decoder(codes), quantized.loss)
@@ -250,7 +251,8 @@ class TAVQTokenizer(Checkpointed):
         return F.normalize(projected, dim=-1)
 
     def _ids(self, latents: Tensor) -> Tensor:
-        ids = self.quantizer.nearest(to_sequence(latents).flatten(0, 1))
+        with full_precision(latents):
+            ids = self.quantizer.nearest(to_sequence(latents).flatten(0, 1))
         return ids.view(len(latents), *self.grid_size)
 
     def _checked(self, images: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ Legend: n images, N tokens an image, K codes, B batch, D text width.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,12 @@ def codes_of_photos(tokenizer: TAVQTokenizer, dataset: ImageTextDataset) -> tupl
 @torch.inference_mode(False)
 @torch.enable_grad()
 def fit_projections(
-    tokenizer: TAVQTokenizer, dataset: ImageTextDataset, texts: UnitIndex, steps: int, seed: int = 0
+    tokenizer: TAVQTokenizer,
+    dataset: ImageTextDataset,
+    texts: UnitIndex,
+    levels: Mapping[int, int],
+    steps: int,
+    seed: int = 0,
 ) -> None:
     """Fit the g_l of `tokenizer` to its codes, in place, contrasting each image with the others of a batch.
 
@@ -53,6 +59,7 @@ def fit_projections(
         tokenizer: nothing but its projections changes.
         dataset: a training split.
         texts: its units.
+        levels: words (1), phrases (2), sentences (3) -> the level they are read from (`aligned_levels`).
         steps: of `BATCH` images; a few hundred are enough.
         seed: of the order of images and units.
     """
@@ -67,8 +74,8 @@ def fit_projections(
         drawn = torch.randperm(len(rows), generator=generator)[:BATCH]
         views = torch.randint(2, (len(drawn),), generator=generator)
         losses = []
-        for level, log_scale_level in enumerate(log_scale, start=1):
-            unit_rows, mask = texts.sample_rows(rows[drawn], level, generator, 1)
+        for kind, level in levels.items():
+            unit_rows, mask = texts.sample_rows(rows[drawn], kind, generator, 1)
             present = mask[:, 0]
             if int(present.sum()) < 2:  # such as phrases of captions that have none
                 continue
@@ -76,7 +83,7 @@ def fit_projections(
             ids = codes[drawn, views, level - 1][present].long().to(device)
             scores = _scores(tokenizer, ids, texts.vectors[unit_rows].float().to(device), level)
             same = (unit_rows[:, None] == unit_rows).fill_diagonal_(False).to(device)
-            logits = log_scale_level.clamp(max=MAX_LOG_SCALE).exp() * scores
+            logits = log_scale[kind - 1].clamp(max=MAX_LOG_SCALE).exp() * scores
             losses.append(_contrast(logits.masked_fill(same, -math.inf)))
         optimizer.zero_grad()
         torch.stack(losses).sum().backward()

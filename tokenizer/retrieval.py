@@ -8,10 +8,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tavq.data.text_encoder import TextEncoder
+
 from .model import NUM_LEVELS, TAVQTokenizer
 from .transport import single_unit_cost
 
 IMAGES_AT_ONCE = 16
+
+
+def text_encoder_of(tokenizer: TAVQTokenizer) -> TextEncoder:
+    """The encoder whose texts the codes were drawn to, on the tokenizer's device.
+
+    Raises:
+        ValueError: the one of this name has other weights.
+    """
+    provenance, device = tokenizer.config.provenance, next(tokenizer.parameters()).device
+    return TextEncoder.checked(provenance["text_encoder"], provenance["text_encoder_hash"], device)
 
 
 @torch.inference_mode()

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tavq.arguments import parse, run_main
+from tavq.arguments import Device, choose_device, parse, run_main
 from tavq.data.examples import ImageTextDataset, readable_images
 from tavq.data.images import to_tensor
 from tavq.data.layouts import open_dataset
@@ -46,7 +46,7 @@ class TokenizeRun:
     crops: int = 2
     """Random crops of each training image, every second one mirrored, beside the photo and its mirror
     image."""
-    device: str = "cpu"
+    device: Device = "auto"
 
     def __post_init__(self) -> None:
         if self.crops < 0:
@@ -67,7 +67,7 @@ def variants(image: Image.Image, size_px: int, crops: int, seed: int) -> Tensor:
 
 
 def tokenized(
-    tokenizer: TAVQTokenizer, dataset: ImageTextDataset, split: str, crops: int, device: str
+    tokenizer: TAVQTokenizer, dataset: ImageTextDataset, split: str, crops: int
 ) -> Iterator[TokenRecord]:
     """Encode a split; only the training split has crops, the others repeat nothing but the mirror image."""
     crops = crops if split == "train" else 0
@@ -77,9 +77,9 @@ def tokenized(
         waiting.append((index, variants(image, tokenizer.image_size_px, crops, mixed_seed(index, crops))))
         bar.update(1)
         if len(waiting) == IMAGES_AT_ONCE:
-            yield from _encoded(tokenizer, dataset, split, waiting, device)
+            yield from _encoded(tokenizer, dataset, split, waiting)
             waiting = []
-    yield from _encoded(tokenizer, dataset, split, waiting, device)
+    yield from _encoded(tokenizer, dataset, split, waiting)
     bar.close()
 
 
@@ -88,10 +88,10 @@ def _encoded(
     dataset: ImageTextDataset,
     split: str,
     waiting: list[tuple[int, Tensor]],
-    device: str,
 ) -> Iterator[TokenRecord]:
     if not waiting:
         return
+    device = next(tokenizer.parameters()).device
     ids = tokenizer.encode(torch.cat([views for _, views in waiting]).to(device))
     ids_NVhw = ids.unflatten(0, (len(waiting), -1)).cpu().numpy()
     for (index, _), ids_Vhw in zip(waiting, ids_NVhw, strict=True):
@@ -103,7 +103,7 @@ def _encoded(
 def main(argv: Sequence[str] | None = None) -> None:
     run = parse(TokenizeRun, argv, prog="tavq tokenize")
     directory = local_directory(run.checkpoint)
-    tokenizer = TAVQTokenizer.from_pretrained(directory).to(run.device)
+    tokenizer = TAVQTokenizer.from_pretrained(directory).to(choose_device(run.device))
     sets = {split: open_dataset(run.data, split) for split in SPLITS}
     meta = TokenMeta(
         num_codes=tokenizer.num_codes,
@@ -111,14 +111,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         codebook_hash=tokenizer.codebook_hash,
         tokenizer=file_hash(directory / WEIGHTS_FILE),
         data=sets["train"].name,
-        variants=2,
         image_size_px=tokenizer.image_size_px,
     )
     records = (
         record
         for split, dataset in sets.items()
         if len(dataset)
-        for record in tokenized(tokenizer, dataset, split, run.crops, run.device)
+        for record in tokenized(tokenizer, dataset, split, run.crops)
     )
     write_tokens(run.out, records, meta)
     print(run.out)

@@ -28,7 +28,7 @@ from tavq.training.stream import mixed_seed
 from .alignment import AlignmentConfig, TextAligner, draw_texts, units_and_banks
 from .distillation import DistillationHead, teacher_maps
 from .health import CodebookWatch, level_costs, level_ids, perplexity, use_chart
-from .heatmaps import LEVELS_FIELD, aligned_levels_field
+from .heatmaps import LEVELS_FIELD, aligned_levels, aligned_levels_field
 from .lgvq import CaptionReader, Captions, LanguageGuidance, LGVQConfig
 from .losses import FrozenNetwork, GradientBalance, PatchDiscriminator, hinge_loss, open_perceptual
 from .model import PRESETS, Encoded, TAVQTokenizer, TokenizerConfig
@@ -101,6 +101,8 @@ class TokenizerRun:
             raise ValueError(
                 "fsq has no learned codebook to align; add --align none, or choose another quantizer"
             )
+        if self.alignment.method not in (AlignmentConfig.method, self.align):
+            raise ValueError(f"alignment.method is {self.alignment.method!r}; it follows --align, set that")
 
 
 RUN_PRESETS: dict[str, TokenizerRun] = {
@@ -140,7 +142,7 @@ class TokenizerTrainee(nn.Module):
         self.aligner = self.guidance = None
         if run.align in ("ot", "gaussian"):
             config = dataclasses.replace(run.alignment, method=run.align)
-            sizes = (*tokenizer.codebook.shape, run.model.text_dim)
+            sizes = (*tokenizer.codebook.shape, tokenizer.config.text_dim)
             self.aligner = TextAligner(config, *sizes, projections=tokenizer.projections)
         else:
             tokenizer.projections.requires_grad_(False)
@@ -259,7 +261,7 @@ class TokenizerTask(Task):
         elif run.align != "none":
             self.texts = UnitIndex.build(self.train_set, cache)
             self.val_texts = UnitIndex.build(self.val_set, cache)
-            provenance[LEVELS_FIELD] = aligned_levels_field(run.alignment.level_weights)
+            provenance[LEVELS_FIELD] = aligned_levels_field(run.alignment)
         if run.distill is not None:
             teacher = FrozenNetwork(run.distill)
             self.maps = teacher_maps(teacher, self.train_set, run.model.grid_size)
@@ -267,6 +269,8 @@ class TokenizerTask(Task):
         torch.manual_seed(run.training.seed)
         temperature = run.alignment.epsilon + run.alignment.relaxation
         config = dataclasses.replace(run.model, provenance=provenance, transport_temperature=temperature)
+        if self.texts is not None:
+            config = dataclasses.replace(config, text_dim=encoder.dim)
         tokenizer = TAVQTokenizer(config)
         teacher_dim = None if self.maps is None else self.maps.shape[1]
         self.model = TokenizerTrainee(run, tokenizer, teacher_dim, vocabulary)
@@ -305,7 +309,8 @@ class TokenizerTask(Task):
         device = next(model.parameters()).device
         tokenizer, size = model.tokenizer, self.run.model.image_size_px
         if step == self.run.training.steps and self.texts is not None and self.run.fit_steps:
-            fit_projections(tokenizer, self.train_set, self.texts, self.run.fit_steps, self.run.training.seed)
+            steps, seed = self.run.fit_steps, self.run.training.seed
+            fit_projections(tokenizer, self.train_set, self.texts, aligned_levels(tokenizer), steps, seed)
         ids, rows, l1, perceptual = [], [], [], []
         for images, indices in photo_batches(self.val_set, size):
             images = images.to(device)

@@ -88,3 +88,12 @@ def gaussian_cost(codes: Tensor, units: Tensor, unit_mask: Tensor) -> Tensor:
     moments_codes = torch.cat([mean_codes, (variance_codes + 1e-12).sqrt()], dim=-1)
     moments_units = torch.cat([mean_units, (variance_units + 1e-12).sqrt()], dim=-1)
     return torch.cdist(moments_codes, moments_units, compute_mode="donot_use_mm_for_euclid_dist").square()
+
+
+def gaussian_unit_cost(codes: Tensor, units: Tensor) -> Tensor:
+    """`gaussian_cost` of each unit by itself, a Gaussian without extent: codes (B, S, D), units (B, U, D) or
+    (U, D), all of unit length -> (B, U).
+
+    |mu_Z - t|^2 + |sigma_Z|^2 is 2 - 2 mu_Z . t there, as |mu_Z|^2 + |sigma_Z|^2 = 1.
+    """
+    return (2 - 2 * codes.mean(dim=1, keepdim=True) @ units.transpose(-2, -1)).squeeze(1)
