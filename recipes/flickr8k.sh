@@ -41,7 +41,7 @@ train() { # NAME FLAGS...
         large=(--training.precision bf16 --training.num-workers 8 --training.batch-size 128)
         case $* in
         *self-critical*) large+=(--training.steps 200) ;;
-        tokenizer*) large+=(--training.steps 8000 --training.evaluate-every 1000 --training.learning-rate 8e-4) ;;
+        tokenizer*) large+=(--training.steps 8000 --training.evaluate-every 1000) ;;
         *) large+=(--training.steps 2500 --training.evaluate-every 250 --training.patience 3) ;;
         esac
     fi
