@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tavq.training.loop import StepOutput
+from tavq.training.task import StepOutput
 
 from .decoding import word_log_probs
 from .model import Captioner

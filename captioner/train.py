@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from tavq.arguments import parse, run_main
 from tavq.data.tokens import TokenSet, open_tokens
-from tavq.training.loop import StepOutput, Task, TrainingConfig, train
+from tavq.training.loop import train
+from tavq.training.task import StepOutput, Task, TrainingConfig
 
 from .decoding import GREEDY, search
 from .examples import Agreement, TokenCaptions, caption_targets, quality_buckets
@@ -69,6 +70,7 @@ class CaptionerRun:
         learning_rate=1e-3,
         warmup_steps=120,
         weight_decay=0.05,
+        optimizer="muon",
         ema_decay=0.995,
         evaluate_every=320,
         patience=4,
@@ -163,6 +165,7 @@ class CaptionerTask(Task):
 
     name = "captioner"
     watch = ("CIDEr", "max")
+    hidden = frozenset({"blocks", "h", "layers"})  # of the image reader, of GPT-2, of Llama's likes
 
     def __init__(self, run: CaptionerRun, codebook: Tensor | None = None, agreement: Agreement | None = None):
         self.run = run

@@ -45,8 +45,9 @@ class EmbeddingCache:
             try:
                 self._create()
                 break
-            except sqlite3.OperationalError:
-                if attempt == _ATTEMPTS - 1:
+            except sqlite3.OperationalError as error:
+                busy = error.sqlite_errorcode in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+                if not busy or attempt == _ATTEMPTS - 1:
                     raise
                 time.sleep(0.05 * 2**attempt)
 

@@ -43,13 +43,15 @@ FREE_FIELDS = frozenset(
         "backend",
         "skipped",
         "floors",
+        "decoding.seed",
         "sampling.micro_batch",
         "sampling.draft_tokens",
         "sampling.compile",
     ]
 )
 """Protocol fields that say what was measured, where and when, not how; all others must be alike. The name of
-the data set is free, its ids are not; how tokens are computed is free, as they stay the same."""
+the data set is free, its ids are not; how tokens are computed is free, as they stay the same; so is the seed
+of captions, which beams never ask."""
 RESAMPLES, BOOTSTRAP_SEED, LEVEL = 1000, 0, 0.95
 
 

@@ -22,8 +22,9 @@ from tavq.data.images import grid, to_pil
 from tavq.data.text_encoder import TextEncoder
 from tavq.data.tokens import TokenMeta, TokenSet, open_tokens
 from tavq.training.checkpoint import tensor_hash
-from tavq.training.loop import StepOutput, Task, TrainingConfig, train
+from tavq.training.loop import train
 from tavq.training.stream import mixed_seed
+from tavq.training.task import StepOutput, Task, TrainingConfig
 
 from .model import PRESETS, Prior, PriorConfig, PriorShape
 from .sampling import sample
@@ -68,6 +69,7 @@ class PriorRun:
         warmup_steps=120,
         weight_decay=0.1,
         betas=(0.9, 0.95),
+        optimizer="muon",
         ema_decay=0.995,
         evaluate_every=320,
         patience=6,
@@ -143,6 +145,7 @@ class PriorTask(Task):
 
     name = "prior"
     watch = ("loss", "min")
+    hidden = frozenset({"blocks"})
 
     def __init__(self, run: PriorRun, decode: Decode | None = None, codebook: Tensor | None = None):
         self.run, self.decode = run, decode

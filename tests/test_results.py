@@ -95,6 +95,7 @@ def test_what_may_differ(tmp_path, pair):
         "backend": "python",
         "generated_sha256": "1",
         "skipped": {"a": "b"},
+        "decoding": {"seed": 3},
     }
     assert len(compare(pair[0], make(tmp_path / "free.json", np.ones(100), **free))) == 2
 

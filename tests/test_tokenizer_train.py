@@ -5,14 +5,12 @@ import json
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from tavq.data.layouts import open_dataset
 from tavq.tokenizer import distillation
 from tavq.tokenizer.distillation import teacher_maps
 from tavq.tokenizer.losses import FrozenNetwork
-from tavq.tokenizer.photos import TrainingImages, cut
 from tavq.tokenizer.train import RUN_PRESETS, TokenizerTask, main
 from tavq.training.checkpoint import file_hash
 
@@ -95,22 +93,3 @@ def test_alignment_method_follows_align():
     method = dataclasses.replace(TINY.alignment, method="gaussian")
     with pytest.raises(ValueError, match="it follows --align"):
         dataclasses.replace(TINY, alignment=method)
-
-
-def test_a_crop_of_the_photo_and_of_its_map_show_the_same_place():
-    """The map is the photo itself, so that both crops must agree."""
-    images = TrainingImages(open_dataset("shapes", "train").head(8), 32, smallest_crop=0.6)
-    whole = TrainingImages(images.dataset, images.kept_px)
-    boxes = set()
-    for draw in range(0, 16, 2):
-        item = images[(draw % 8, draw)]
-        assert item["image"].shape == (3, 32, 32)
-        again = cut(whole[(draw % 8, 0)]["image"], item["box"])
-        blurred, expected = (F.interpolate(i[None], (8, 8), mode="area") for i in (again, item["image"]))
-        assert (blurred - expected).abs().mean() < 0.05
-        left, top, width, height = item["box"]
-        assert 0.59 < width <= 1 and 0.59 < height <= 1 and left + width <= 1 and top + height <= 1
-        boxes.add(item["box"])
-    assert len(boxes) == 8
-    with pytest.raises(ValueError, match="smallest_crop is"):
-        dataclasses.replace(TINY, smallest_crop=0.0)

@@ -17,15 +17,16 @@ from torch import nn
 
 from tavq.tokenizer import train as tokenizer_train
 from tavq.training.checkpoint import written_aside
-from tavq.training.loop import StepOutput, Task, TrainingConfig, train
+from tavq.training.loop import train
 from tavq.training.run_folder import read_log
 from tavq.training.stream import ShuffledStream, mixed_seed
+from tavq.training.task import StepOutput, Task, TrainingConfig
 
 STEPS = 12
 FLAGS = [
     *("--preset", "tiny", "--align", "none", "--losses.adversarial-from", "0.3"),
     *("--training.steps", str(STEPS), "--training.evaluate-every", "100", "--training.log-every", "1"),
-    *("--training.checkpoint-minutes", "0"),
+    *("--training.checkpoint-minutes", "0", "--training.optimizer", "muon"),
 ]
 
 

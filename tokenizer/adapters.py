@@ -9,6 +9,7 @@ Legend: B batch, E code width, K codes, h w token grid, C channels of a stage.
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,7 @@ class Heard:
     """Activations of the base through which both reconstruction and alignment send their gradient."""
 
 
-class Adapter(nn.Module):
+class Adapter(nn.Module, ABC):
     """Listens to a base that calls `quant_conv` and then `quantize`, as taming-transformers' models do.
 
     Levels 1 and 2 are read from two stages of the base's encoder (by default in its last block, behind global
@@ -84,11 +85,13 @@ class Adapter(nn.Module):
             )
 
     def default_stages(self) -> tuple[str, ...]:
-        raise NotImplementedError
+        """The modules that levels 1 and 2 are read from where the user names none; here they must be
+        named."""
+        return ()
 
+    @abstractmethod
     def save(self, directory: Path) -> None:
         """Write the base as its own library does."""
-        raise NotImplementedError
 
     def images_of(self, output: Any) -> Tensor:
         """The reconstructions in what the base's forward returns."""

@@ -12,7 +12,7 @@ import importlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +27,10 @@ from tavq.data.text_encoder import TextEncoder
 from tavq.data.text_index import UnitIndex
 from tavq.metrics.image import psnr
 from tavq.training.checkpoint import written_aside
-from tavq.training.loop import StepOutput, Task, TrainingConfig, train
+from tavq.training.loop import train
 from tavq.training.run_folder import read_log
 from tavq.training.stream import mixed_seed
+from tavq.training.task import StepOutput, Task, TrainingConfig
 
 from .adapters import Adapter, adapt
 from .alignment import AlignmentConfig, TextAligner, draw_texts, units_and_banks
@@ -78,7 +79,6 @@ class AlignRun:
     stages: tuple[str, str] | None = None
     """Submodules of the base that levels 1 and 2 are read from; by default those behind its global
     attention."""
-    method: Literal["ot", "gaussian"] = "ot"
     text_encoder: str = "minilm"
     """minilm, or a directory or hub id of a transformers text model."""
     perceptual: str | None = None
@@ -102,7 +102,7 @@ class AlignTrainee(nn.Module):
         super().__init__()
         self.run, self.adapter, self.frozen = run, adapter, frozen
         lookup = "straight-through" if frozen else run.alignment.lookup
-        config = dataclasses.replace(run.alignment, method=run.method, lookup=lookup)
+        config = dataclasses.replace(run.alignment, lookup=lookup)
         self.aligner = TextAligner(config, *adapter.codebook.shape, text_dim, projections=adapter.projections)
         self.perceptual = open_perceptual(run.perceptual) if run.perceptual and not frozen else None
         self.balance = GradientBalance({"align": run.losses.align})
@@ -227,7 +227,7 @@ class AlignTask(Task):
     def _probed(self, config: TokenizerConfig) -> TokenizerConfig:
         alignment = self.run.alignment
         provenance = config.provenance | {
-            "probe": self.run.method,
+            "probe": self.run.alignment.method,
             "text_encoder": self.run.text_encoder,
             "text_encoder_hash": self.data.text_hash,
         }

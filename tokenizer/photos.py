@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -18,27 +15,17 @@ from tavq.data.images import UnreadableImageError, from_pixels, to_pixels, to_te
 EVALUATION_BATCH = 50
 CACHE_BYTES = 2**31
 
-Box = tuple[float, float, float, float]
-"""Left, top, width and height of a crop, as shares of the image."""
-
 
 class TrainingImages(Dataset):
-    """Photos as the tokenizer trains on them: cropped at random, squashed to the square, flipped half of the
-    time.
+    """Photos as the tokenizer trains on them: squashed to the square, flipped half of the time.
 
-    `self[(index, draw_seed)]` gives a dict with `image` (3, H, W), `index`, `box`, `flipped` and `draw`. An
-    image that cannot be read is named once, and the next one takes its place. Squashed photos stay in memory
-    up to `CACHE_BYTES`, so that a file is decoded once.
-
-    Args:
-        dataset: the photos.
-        size_px: side of the square.
-        smallest_crop: share of width and of height that is kept at least; 1 crops nothing.
+    `self[(index, draw_seed)]` gives a dict with `image` (3, H, W), `index`, `flipped` and `draw`. An image
+    that cannot be read is named once, and the next one takes its place. Squashed photos stay in memory up to
+    `CACHE_BYTES`, so that a file is decoded once.
     """
 
-    def __init__(self, dataset: ImageTextDataset, size_px: int, smallest_crop: float = 1.0):
-        self.dataset, self.size_px, self.smallest_crop = dataset, size_px, smallest_crop
-        self.kept_px = math.ceil(size_px / smallest_crop)  # so that no crop is enlarged
+    def __init__(self, dataset: ImageTextDataset, size_px: int):
+        self.dataset, self.size_px = dataset, size_px
         self.unreadable: set[int] = set()
         self.kept: dict[int, Tensor] = {}
 
@@ -51,32 +38,20 @@ class TrainingImages(Dataset):
         while image is None:
             index = (index + 1) % len(self.dataset)
             image = self._read(index)
-        box, flipped = (0.0, 0.0, 1.0, 1.0), draw % 2 == 1
-        if self.smallest_crop < 1:
-            image, box = self._cropped(image, draw)
+        flipped = draw % 2 == 1
         return {
             "image": image.flip(-1) if flipped else image,
             "index": index,
-            "box": box,
             "flipped": flipped,
             "draw": draw,
         }
-
-    def _cropped(self, image: Tensor, draw: int) -> tuple[Tensor, Box]:
-        random, side = np.random.default_rng(draw), self.kept_px
-        width, height = (round(side * share) for share in random.uniform(self.smallest_crop, 1, size=2))
-        left, top = int(random.integers(side - width + 1)), int(random.integers(side - height + 1))
-        part = image[None, :, top : top + height, left : left + width]
-        size = (self.size_px, self.size_px)
-        image = F.interpolate(part, size, mode="bicubic", antialias=True)[0].clamp(-1, 1)
-        return image, (left / side, top / side, width / side, height / side)
 
     def _read(self, index: int) -> Tensor | None:
         if index in self.unreadable:
             return None
         try:
             if index not in self.kept:
-                pixels = to_pixels(self.dataset.load_image(index), self.kept_px)
+                pixels = to_pixels(self.dataset.load_image(index), self.size_px)
                 if len(self.kept) * pixels.numel() >= CACHE_BYTES:
                     return from_pixels(pixels)
                 self.kept[index] = pixels
@@ -89,14 +64,6 @@ class TrainingImages(Dataset):
                     f"{len(self.unreadable)} images cannot be read; repair {self.dataset.name}"
                 ) from error
             return None
-
-
-def cut(map_CHW: Tensor, box: Box) -> Tensor:
-    """The part of a map that a crop of its image shows, at the map's own size (bilinear)."""
-    left, top, width, height = box
-    turn = torch.tensor([[width, 0.0, 2 * left + width - 1], [0.0, height, 2 * top + height - 1]])
-    grid = F.affine_grid(turn[None], [1, *map_CHW.shape], align_corners=False)
-    return F.grid_sample(map_CHW[None].float(), grid, padding_mode="border", align_corners=False)[0]
 
 
 def photo_batches(dataset: ImageTextDataset, size_px: int) -> Iterator[tuple[Tensor, list[int]]]:

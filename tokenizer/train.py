@@ -22,8 +22,9 @@ from tavq.data.images import grid, to_pil
 from tavq.data.layouts import open_dataset
 from tavq.data.text_encoder import TextEncoder
 from tavq.data.text_index import UnitIndex
-from tavq.training.loop import StepOutput, Task, TrainingConfig, train
+from tavq.training.loop import train
 from tavq.training.stream import mixed_seed
+from tavq.training.task import StepOutput, Task, TrainingConfig
 
 from .alignment import AlignmentConfig, TextAligner, draw_texts, units_and_banks
 from .distillation import DistillationHead, teacher_maps
@@ -32,7 +33,7 @@ from .heatmaps import LEVELS_FIELD, aligned_levels, aligned_levels_field
 from .lgvq import CaptionReader, Captions, LanguageGuidance, LGVQConfig
 from .losses import FrozenNetwork, GradientBalance, PatchDiscriminator, hinge_loss, open_perceptual
 from .model import PRESETS, Encoded, TAVQTokenizer, TokenizerConfig
-from .photos import TrainingImages, cut, photo_batches
+from .photos import TrainingImages, photo_batches
 from .reading import fit_projections
 from .retrieval import alignment_scores, recall_at, text_to_image_ranks
 
@@ -83,8 +84,6 @@ class TokenizerRun:
     """TorchScript vision network whose last map the latents learn to predict."""
     text_encoder: str = "minilm"
     """minilm, or a directory or hub id of a transformers text model."""
-    smallest_crop: float = 1.0
-    """Photos are cropped at random to this share of width and height at least; 1 crops nothing."""
     min_usage: float = 0.0
     """Share of codes in use on the validation split below which training ends with an error; 0 only warns."""
     model: TokenizerConfig = PRESETS["flickr8k"]
@@ -95,7 +94,14 @@ class TokenizerRun:
     lgvq: LGVQConfig = LGVQConfig()
     losses: LossConfig = LossConfig()
     training: TrainingConfig = TrainingConfig(
-        steps=3600, batch_size=16, learning_rate=1.5e-3, warmup_steps=100, betas=(0.9, 0.95), ema_decay=0.998
+        steps=2800,
+        batch_size=16,
+        learning_rate=1.5e-3,
+        warmup_steps=100,
+        betas=(0.9, 0.95),
+        optimizer="muon",
+        ema_decay=0.998,
+        evaluate_every=700,
     )
 
     def __post_init__(self) -> None:
@@ -103,8 +109,6 @@ class TokenizerRun:
             raise ValueError(
                 "fsq has no learned codebook to align; add --align none, or choose another quantizer"
             )
-        if not 0.1 <= self.smallest_crop <= 1:
-            raise ValueError(f"smallest_crop is {self.smallest_crop}, expected 0.1 to 1")
         if self.alignment.method not in (AlignmentConfig.method, self.align):
             raise ValueError(f"alignment.method is {self.alignment.method!r}; it follows --align, set that")
 
@@ -244,12 +248,13 @@ class TokenizerTask(Task):
 
     name = "tokenizer"
     watch = None  # with a discriminator that joins late, the last weights are the best ones
+    hidden = frozenset({"stages", "trunk"})
 
     def __init__(self, run: TokenizerRun):
         self.run = run
         self.train_set = open_dataset(run.data, "train")
         self.val_set = open_dataset(run.data, "val")
-        self.dataset = TrainingImages(self.train_set, run.model.image_size_px, run.smallest_crop)
+        self.dataset = TrainingImages(self.train_set, run.model.image_size_px)
         self.texts = self.captions = self.maps = vocabulary = None
         self.watch_codes = CodebookWatch(run.min_usage)
         provenance = {"align": run.align, "data": self.train_set.name}
@@ -292,18 +297,15 @@ class TokenizerTask(Task):
         if self.captions is not None:
             batch["captions"] = vars(self.captions.read(indices, generator))
         if self.maps is not None:
-            batch["teacher"] = torch.stack([self._teacher_map(example) for example in examples])
+            maps = [
+                self.maps[e["index"]].flip(-1) if e["flipped"] else self.maps[e["index"]] for e in examples
+            ]
+            batch["teacher"] = torch.stack(maps)
         return batch
 
-    def _teacher_map(self, example: dict[str, Any]) -> Tensor:
-        found = self.maps[example["index"]]
-        if self.run.smallest_crop < 1:
-            found = cut(found, example["box"])
-        return found.flip(-1) if example["flipped"] else found
-
-    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+    def parameter_groups(self, config: TrainingConfig) -> list[dict[str, Any]]:
         heads, groups = set(self.model.tokenizer.projections.parameters()), []
-        for group in super().parameter_groups(weight_decay):
+        for group in super().parameter_groups(config):
             slow = [p for p in group["params"] if p not in heads]
             fast = [p for p in group["params"] if p in heads]
             groups += [group | {"params": slow}, group | {"params": fast, "lr_scale": HEAD_RATE}]

@@ -14,123 +14,26 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from tavq.arguments import to_plain
 
 from .card import model_card
+from .optimizer import MuonAdamW
 from .run_folder import RunLog, StopRequest, claim_folder
 from .stream import ShuffledStream, mixed_seed
+from .task import StepOutput, Task, TrainingConfig
 
 ESTIMATE_AT_STEP = 20
 KEPT = "kept"  # folder of the weights of every evaluation
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingConfig:
-    """How long, how fast, how often."""
-
-    steps: int = 1000
-    """Optimiser steps."""
-    batch_size: int = 32
-    """Examples a forward pass and process."""
-    accumulation_steps: int = 1
-    """Forward passes an optimiser step."""
-    learning_rate: float = 3e-4
-    """Peak; linear warm-up, then a cosine down to a tenth."""
-    warmup_steps: int = 100
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.99)
-    grad_clip_norm: float = 1.0
-    ema_decay: float = 0.999
-    """Of the averaged weights, which are the ones evaluated and saved."""
-    precision: Literal["no", "fp16", "bf16"] = "no"
-    checkpoint_minutes: float = 10.0
-    evaluate_every: int = 1000
-    """Steps between evaluations on the validation split; the last step is always evaluated."""
-    patience: int = 0
-    """Stop after so many evaluations without a better one; 0 never stops early."""
-    keep_evaluated: bool = False
-    """Also keep the weights of every evaluation, in training/kept/step-000200 and so on."""
-    log_every: int = 50
-    num_workers: int = 0
-    """Processes that read and augment the data."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation_steps", "log_every", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay is {self.ema_decay}, expected 0 <= ema_decay < 1")
-
-    def learning_rate_at(self, step: int) -> float:
-        """The factor on the peak learning rate in step `step` (from 0)."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        progress = min(1.0, (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps))
-        return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-@dataclasses.dataclass
-class StepOutput:
-    """What a forward pass of a task's model gives the loop."""
-
-    loss: Tensor
-    report: dict[str, Tensor | float]
-    """Scalars to log."""
-    for_critic: Any = None
-    """Detached tensors that the critic's forward takes."""
-
-
-class Task:
-    """One of the three models as the loop sees it; subclasses live beside their models.
-
-    Attributes:
-        name: what is trained, as the model card calls it: "tokenizer", "prior" or "captioner".
-        model: called as `model(batch, step)`, returns StepOutput.
-        critic: optional second player, called as `critic(output.for_critic, step)`, returns StepOutput.
-        dataset: `dataset[(index, draw_seed)]` gives an example, `len(dataset)` their number.
-        watch: the metric of `evaluate` that decides which weights are best, and its direction; None keeps the
-            last.
-    """
-
-    name: str
-    model: nn.Module
-    critic: nn.Module | None = None
-    dataset: Dataset
-    watch: tuple[str, Literal["min", "max"]] | None = ("loss", "min")
-
-    def collate(self, examples: list[Any]) -> Any:
-        return torch.utils.data.default_collate(examples)
-
-    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Matrices decay, vectors (biases, norms) do not; a group may have an `lr_scale` of its own."""
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        return [
-            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-        ]
-
-    def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
-        """Metrics of `model` (the averaged weights, in eval mode) on the validation split."""
-        raise NotImplementedError
-
-    def pictures(self, model: nn.Module) -> dict[str, Any]:
-        """Named uint8 arrays (H, W, 3) to look at in TensorBoard; drawn after each evaluation."""
-        return {}
-
-    def save(self, model: nn.Module, directory: Path, card: str) -> None:
-        """Write the checkpoint that people load from the averaged weights `model`, with its model card."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass
@@ -187,9 +90,8 @@ class Trainer:
         claim_folder(self.folder, resolved, self.is_main)
         self.state = LoopState()
         torch.manual_seed(config.seed)
-        optimizer = torch.optim.AdamW(
-            task.parameter_groups(config.weight_decay), lr=config.learning_rate, betas=config.betas
-        )
+        groups = task.parameter_groups(config)
+        optimizer = MuonAdamW(groups, lr=config.learning_rate, betas=config.betas)
         self.averaged = AveragedModel(task.model, multi_avg_fn=_moving_average(config.ema_decay))
         self.averaged.to(self.accelerator.device).requires_grad_(False)
         self.model, self.optimizer = self.accelerator.prepare(task.model, optimizer)
@@ -260,7 +162,7 @@ class Trainer:
         self.averaged.update_parameters(self.accelerator.unwrap_model(self.model))
         if self.state.step % config.log_every and self.state.step + 1 != config.steps:
             return {}
-        return {name: float(value) for name, value in report.items()}
+        return {name: torch.as_tensor(value).item() for name, value in report.items()}
 
     def _update(self, module: nn.Module, optimizer: Any, batch: Any) -> StepOutput:
         output = module(batch, self.state.step)
@@ -326,9 +228,8 @@ class Trainer:
         model = self.averaged.module.eval()
         metrics = self.task.evaluate(model, state.step)
         self.log.write(state.step, {f"val/{key}": value for key, value in metrics.items()})
-        bar.write(
-            f"step {state.step}  " + "  ".join(f"val/{key} {value:.4f}" for key, value in metrics.items())
-        )
+        values = "  ".join(f"val/{key} {value:.4f}" for key, value in metrics.items())
+        bar.write(f"step {state.step}  {values}")
         for title, picture in self.task.pictures(model).items():
             self.log.board.add_image(title, picture, state.step, dataformats="HWC")
         card = model_card(self.task.name, to_plain(self.resolved), self.log.lines)
