@@ -65,9 +65,9 @@ class CaptionerRun:
     """What a sample must beat: the greedy caption (Rennie et al.), or the mean of the other samples (Luo)."""
     model: CaptionerShape = PRESETS["flickr8k"]
     training: TrainingConfig = TrainingConfig(
-        steps=1600,
+        steps=1280,
         batch_size=16,
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         warmup_steps=120,
         weight_decay=0.05,
         optimizer="muon",

@@ -63,9 +63,9 @@ class PriorRun:
     """Of the sample grids."""
     model: PriorShape = PRESETS["flickr8k"]
     training: TrainingConfig = TrainingConfig(
-        steps=1600,
+        steps=1280,
         batch_size=16,
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         warmup_steps=120,
         weight_decay=0.1,
         betas=(0.9, 0.95),

@@ -94,7 +94,7 @@ class TokenizerRun:
     lgvq: LGVQConfig = LGVQConfig()
     losses: LossConfig = LossConfig()
     training: TrainingConfig = TrainingConfig(
-        steps=2800,
+        steps=2000,
         batch_size=16,
         learning_rate=1.5e-3,
         warmup_steps=100,
