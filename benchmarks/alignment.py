@@ -272,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if bench.preset not in RUN_PRESETS:
         raise ValueError(f"unknown preset {bench.preset!r}; choose one of: {', '.join(RUN_PRESETS)}")
     lines = [
-        f"{bench.preset}, {bench.data}, {bench.threads} thread(s), torch {torch.__version__}; "
+        f"{bench.preset} on {Path(bench.data).name}, {bench.threads} thread(s), torch {torch.__version__}; "
         f"{'with' if bench.perceptual else 'without'} a perceptual loss",
         "",
         markdown("alignment", "batch", "solve s", "x sampled", "aligner s", "step s", "of a step", "memory"),

@@ -22,7 +22,7 @@ from tavq.training.checkpoint import CONFIG_FILE, local_directory
 FEATURE_CACHE = Path.home() / ".cache" / "tavq" / "features"
 REFERENCE_SIZE_PX = 224
 RESIZE = f"squashed to {REFERENCE_SIZE_PX} x {REFERENCE_SIZE_PX}, antialiased bicubic (Pillow)"
-TEACHERS = ("perceptual", "distilled_from")
+TEACHERS = ("perceptual", "distilled_from", "decoder_perceptual")
 
 
 @dataclasses.dataclass(frozen=True)

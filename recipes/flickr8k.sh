@@ -67,7 +67,9 @@ ot | gaussian) TRAINED=$RUN/tokenizer ;;
     step probe tavq align --base "tavq:$RUN/tokenizer" --probe-only --data "$DATA" --out "$TRAINED"
     ;;
 esac
-step tokenizer-export tavq export "$TRAINED" --out "$READY/tokenizer"
+step decoder train decoder --preset "$PRESET" --tokenizer "$TRAINED" --data "$DATA" --out "$RUN/decoder" \
+    ${TEACHER:+--perceptual "$TEACHER"}
+step tokenizer-export tavq export "$RUN/decoder" --out "$READY/tokenizer"
 step tokens tavq tokenize --data "$DATA" --checkpoint "$READY/tokenizer" --out "$RUN/tokens" --device "$DEVICE"
 step generator train generator --preset "$PRESET" --tokens "$RUN/tokens" --tokenizer "$READY/tokenizer" --out "$RUN/generator"
 step generator-export tavq export "$RUN/generator" --out "$READY/generator"

@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "tokenize": ("tavq.tokenizer.tokenize:main", "turn a data set into ids, to train prior and captioner on"),
     "codebook": ("tavq.tokenizer.codebook:main", "show the codes: patches that use them, words near them"),
     "train tokenizer": ("tavq.tokenizer.train:main", "train the tokenizer, aligned with text or plain"),
+    "train decoder": ("tavq.tokenizer.decoder:main", "train a tokenizer's decoder further; its ids stay"),
     "align": ("tavq.tokenizer.align:main", "align anybody's VQ model with text, and report before and after"),
     "train generator": ("tavq.commands:train_generator", "train the prior (text to ids)"),
     "train captioner": ("tavq.commands:train_captioner", "train the captioner (ids to text)"),

@@ -36,12 +36,12 @@ def load(name: str) -> ModuleType:
 def test_the_recipe_trains_and_measures_everything_once(tmp_path):
     first = recipe(tmp_path)
     steps = [line for line in first.splitlines() if line.startswith("== ")]
-    assert len(steps) == 11 and "done before" not in first
+    assert len(steps) == 12 and "done before" not in first
     weights = {path.parent.name for path in (tmp_path / "ready").glob("*/model.safetensors")}
     assert weights == {"tokenizer", "generator", "captioner"}
     assert read_results(tmp_path / "ready" / "results" / "caption.json").protocol["n"] == 60
     second = recipe(tmp_path)
-    assert second.count("done before") == 10
+    assert second.count("done before") == 11
 
 
 def test_the_ablation_table_is_made_from_the_results_that_are_there(tmp_path):

@@ -9,8 +9,10 @@ from torch import nn
 
 from tavq.data.layouts import open_dataset
 from tavq.tokenizer import distillation
+from tavq.tokenizer.decoder import main as train_decoder
 from tavq.tokenizer.distillation import teacher_maps
 from tavq.tokenizer.losses import FrozenNetwork
+from tavq.tokenizer.model import TAVQTokenizer
 from tavq.tokenizer.train import RUN_PRESETS, TokenizerTask, main
 from tavq.training.checkpoint import file_hash
 
@@ -87,6 +89,21 @@ def test_a_text_encoder_of_another_width_decides_the_width_of_the_way_to_text(tm
     assert task.model.tokenizer.config.text_dim == 16
     batch = task.collate([task.dataset[(index, index)] for index in range(4)])
     assert torch.isfinite(task.model(batch, 0).loss)
+
+
+def test_training_the_decoder_further_leaves_the_ids_alone(teacher, tmp_path):
+    before, after = TAVQTokenizer(TINY.model), tmp_path / "after"
+    before.save_pretrained(tmp_path / "before")
+    flags = ["--preset", "tiny", "--tokenizer", str(tmp_path / "before"), "--perceptual", str(teacher)]
+    train_decoder([*flags, "--training.steps", "3", "--out", str(after)])
+    after = TAVQTokenizer.from_pretrained(after)
+    changed = {
+        name
+        for name, tensor in before.state_dict().items()
+        if not torch.equal(tensor, after.state_dict()[name])
+    }
+    assert changed == {f"decoder.{name}" for name, _ in before.decoder.named_parameters()}
+    assert after.config.provenance == {"decoder_perceptual": file_hash(teacher)}
 
 
 def test_alignment_method_follows_align():

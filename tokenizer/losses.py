@@ -3,6 +3,7 @@ norm."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tavq.training.checkpoint import file_hash
+from tavq.training.task import StepOutput
 
 from .blocks import group_norm
 
 MAX_SHIFT_PX = 8  # of the random crops under the perceptual loss
+CRITIC_LEAD = 0.1  # share of the steps in which the discriminator trains before it is heard
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureLossConfig:
+    """Weights of the losses that compare a decoded picture with its photo."""
+
+    l1: float = 1.0
+    perceptual: float = 1.5
+    adversarial: float = 0.2
+    """No factor, but a share of the reconstruction's gradient norm (see GradientBalance)."""
+    adversarial_from: float = 0.75
+    """Share of the steps after which the discriminator is heard; an early one ruins the reconstruction, as
+    does one that has not learnt yet: it trains alone for the tenth of the steps before."""
 
 
 class FrozenNetwork:
@@ -126,6 +142,22 @@ def hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     return (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()) / 2
 
 
+class Critic(nn.Module):
+    """The patch discriminator as the loop's second player; idle before its start."""
+
+    def __init__(self, first_step: int):
+        super().__init__()
+        self.discriminator, self.first_step = PatchDiscriminator(), first_step
+
+    def forward(self, images: tuple[Tensor, Tensor], step: int) -> StepOutput:
+        real, fake = images
+        if step < self.first_step:
+            return StepOutput(sum(p.sum() for p in self.parameters()) * 0.0, {})
+        real_logits, fake_logits = self.discriminator(torch.cat([real, fake])).chunk(2)
+        loss = hinge_loss(real_logits, fake_logits)
+        return StepOutput(loss, {"critic/loss": loss, "critic/real": real_logits.mean()})
+
+
 class GradientBalance(nn.Module):
     """Weights that give each auxiliary loss a stated share of the reconstruction's gradient norm.
 
@@ -159,6 +191,64 @@ class GradientBalance(nn.Module):
 
     def report(self) -> dict[str, Tensor]:
         return {f"weight/{name}": getattr(self, f"weight_{name}") for name in self.shares}
+
+
+class PictureLosses(nn.Module):
+    """What is asked of decoded pictures; the base of whatever trains a decoder.
+
+    Args:
+        losses: the weights.
+        perceptual: as `open_perceptual` takes it, or None.
+        steps: of the run.
+        shares: of further losses that a subclass weighs by `self.balance`.
+    """
+
+    def __init__(
+        self,
+        losses: PictureLossConfig,
+        perceptual: str | None,
+        steps: int,
+        shares: dict[str, float] | None = None,
+    ):
+        super().__init__()
+        self.losses = losses
+        self.perceptual = open_perceptual(perceptual) if perceptual else None
+        self.balance = GradientBalance({**(shares or {}), "adversarial": losses.adversarial})
+        self.adversarial_from = round(losses.adversarial_from * steps)
+        first = max(0, round((losses.adversarial_from - CRITIC_LEAD) * steps))
+        self.critic = (
+            (Critic(first),) if losses.adversarial else ()
+        )  # in a tuple: it is no part of this module
+
+    def reconstruction(self, got: Tensor, images: Tensor, report: dict[str, Any]) -> Tensor:
+        """L1 and perceptual distance of two batches (B, 3, H, W); the parts go into `report`."""
+        report["l1"] = F.l1_loss(got, images)
+        loss = self.losses.l1 * report["l1"]
+        if self.perceptual is not None:
+            report["perceptual"] = self.perceptual.distance(got, images)
+            loss = loss + self.losses.perceptual * report["perceptual"]
+        return loss
+
+    def adversarial(
+        self, got: Tensor, reconstruction: Tensor, on: Tensor, report: dict[str, Any], step: int
+    ) -> Tensor | float:
+        """The weighed hinge loss of the decoder, 0 before its start; the critic takes no gradient.
+
+        Args:
+            on: the decoder's last weights, where its gradient is compared with that of `reconstruction`.
+        """
+        if not self.critic or step < self.adversarial_from:
+            return 0.0
+        critic = self.critic[0].requires_grad_(False)
+        report["adversarial"] = -critic.discriminator(got).mean()
+        critic.requires_grad_(True)
+        return self.balance.weigh("adversarial", report["adversarial"], reconstruction, (on,), step)
+
+    def distances(self, got: Tensor, images: Tensor) -> dict[str, float]:
+        """The sums over a batch of what `reconstruction` reports as means, for an evaluation."""
+        report: dict[str, Tensor] = {}
+        self.reconstruction(got, images, report)
+        return {name: float(value) * len(images) for name, value in report.items()}
 
 
 def _norm(loss: Tensor, on: tuple[Tensor, ...]) -> Tensor:

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from tavq.data.examples import ImageTextDataset, readable_images
-from tavq.data.images import UnreadableImageError, from_pixels, to_pixels, to_tensor
+from tavq.data.images import UnreadableImageError, from_pixels, grid, to_pil, to_pixels, to_tensor
+
+from .model import TAVQTokenizer
 
 EVALUATION_BATCH = 50
+SHEET_COLUMNS = 16
 CACHE_BYTES = 2**31
 
 
@@ -77,3 +81,12 @@ def photo_batches(dataset: ImageTextDataset, size_px: int) -> Iterator[tuple[Ten
             images, indices = [], []
     if images:
         yield torch.stack(images), indices
+
+
+@torch.inference_mode()
+def reconstruction_sheet(tokenizer: TAVQTokenizer, dataset: ImageTextDataset) -> np.ndarray:
+    """The first photos of a split above their reconstructions, (H, W, 3) uint8."""
+    images, _ = next(photo_batches(dataset, tokenizer.image_size_px))
+    images = images[:SHEET_COLUMNS].to(tokenizer.codebook.device)
+    both = to_pil(images) + to_pil(tokenizer.decode(tokenizer.encode(images)))
+    return np.asarray(grid(both, columns=len(images)))

@@ -7,18 +7,16 @@ levels, and, with --distill, the maps of a frozen vision network. The same comma
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from tavq.arguments import parse, run_main
 from tavq.data.embedding_cache import EmbeddingCache
-from tavq.data.images import grid, to_pil
 from tavq.data.layouts import open_dataset
 from tavq.data.text_encoder import TextEncoder
 from tavq.data.text_index import UnitIndex
@@ -31,34 +29,23 @@ from .distillation import DistillationHead, teacher_maps
 from .health import CodebookWatch, level_costs, level_ids, perplexity, use_chart
 from .heatmaps import LEVELS_FIELD, aligned_levels, aligned_levels_field
 from .lgvq import CaptionReader, Captions, LanguageGuidance, LGVQConfig
-from .losses import FrozenNetwork, GradientBalance, PatchDiscriminator, hinge_loss, open_perceptual
+from .losses import FrozenNetwork, PictureLossConfig, PictureLosses
 from .model import PRESETS, Encoded, TAVQTokenizer, TokenizerConfig
-from .photos import TrainingImages, photo_batches
+from .photos import TrainingImages, photo_batches, reconstruction_sheet
 from .reading import fit_projections
 from .retrieval import alignment_scores, recall_at, text_to_image_ranks
 
-PICTURES = 16
 HEAD_RATE = 5.0  # learning rate of the projections to text, relative to that of encoder and decoder
-CRITIC_LEAD = 0.1  # share of the steps in which the discriminator trains before it is heard
 
 
 @dataclasses.dataclass(frozen=True)
-class LossConfig:
-    """Weights of the losses.
+class LossConfig(PictureLossConfig):
+    """Weights of the losses; those of `align` and `distill`, too, are shares of the reconstruction's gradient
+    norm."""
 
-    Those of `align`, `distill` and `adversarial` are shares of the reconstruction's gradient norm, no factors
-    (see GradientBalance).
-    """
-
-    l1: float = 1.0
-    perceptual: float = 1.5
     quantizer: float = 1.0
     align: float = 1.0
     distill: float = 0.5
-    adversarial: float = 0.2
-    adversarial_from: float = 0.75
-    """Share of the steps after which the discriminator is heard; an early one ruins the reconstruction, as
-    does one that has not learnt yet: it trains alone for the tenth of the steps before."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +121,7 @@ RUN_PRESETS: dict[str, TokenizerRun] = {
 }
 
 
-class TokenizerTrainee(nn.Module):
+class TokenizerTrainee(PictureLosses):
     """Tokenizer, aligner and distillation head with the losses that train them."""
 
     def __init__(
@@ -144,7 +131,8 @@ class TokenizerTrainee(nn.Module):
         teacher_dim: int | None = None,
         vocabulary: Tensor | None = None,
     ):
-        super().__init__()
+        shares = {"align": run.losses.align, "distill": run.losses.distill}
+        super().__init__(run.losses, run.perceptual, run.training.steps, shares)
         self.run, self.tokenizer = run, tokenizer
         code_dim = run.model.code_dim
         self.aligner = self.guidance = None
@@ -158,27 +146,14 @@ class TokenizerTrainee(nn.Module):
             h, w = tokenizer.grid_size
             self.guidance = LanguageGuidance(run.lgvq, code_dim, h * w, vocabulary)
         self.head = DistillationHead(code_dim, teacher_dim) if teacher_dim else None
-        self.perceptual = open_perceptual(run.perceptual) if run.perceptual else None
-        shares = {
-            "align": run.losses.align,
-            "distill": run.losses.distill,
-            "adversarial": run.losses.adversarial,
-        }
-        self.balance = GradientBalance(shares)
-        self.adversarial_from = round(run.losses.adversarial_from * run.training.steps)
-        self.critic_from = round((run.losses.adversarial_from - CRITIC_LEAD) * run.training.steps)
-        self.critic: tuple[nn.Module, ...] = ()  # in a tuple: it is no part of this module
 
     def forward(self, batch: dict[str, Tensor], step: int) -> StepOutput:
-        images, losses = batch["image"], self.run.losses
+        images = batch["image"]
         encoded = self.tokenizer(images)
-        report: dict[str, Tensor | float] = {"l1": F.l1_loss(encoded.images, images)}
-        reconstruction = losses.l1 * report["l1"]
-        if self.perceptual is not None:
-            report["perceptual"] = self.perceptual.distance(encoded.images, images)
-            reconstruction = reconstruction + losses.perceptual * report["perceptual"]
+        report: dict[str, Tensor | float] = {}
+        reconstruction = self.reconstruction(encoded.images, images, report)
         report["quantizer"] = encoded.quantizer_loss
-        loss = reconstruction + losses.quantizer * encoded.quantizer_loss
+        loss = reconstruction + self.run.losses.quantizer * encoded.quantizer_loss
         if self.aligner is not None:
             loss = loss + self._alignment(batch, encoded.latents, reconstruction, report, step)
         if self.guidance is not None:
@@ -188,10 +163,8 @@ class TokenizerTrainee(nn.Module):
             report["distill"] = self.head(encoded.latents[-1], batch["teacher"])
             on = (encoded.latents[-1],)
             loss = loss + self.balance.weigh("distill", report["distill"], reconstruction, on, step)
-        if losses.adversarial and step >= self.adversarial_from:
-            report["adversarial"] = self._adversarial(encoded.images)
-            on = (self.tokenizer.decoder.last.weight,)
-            loss = loss + self.balance.weigh("adversarial", report["adversarial"], reconstruction, on, step)
+        last = self.tokenizer.decoder.last.weight
+        loss = loss + self.adversarial(encoded.images, reconstruction, last, report, step)
         report |= {name: value for name, value in self.balance.report().items() if not value.isnan()}
         report["perplexity"] = perplexity(self.tokenizer.quantizer.usage)
         return StepOutput(loss, report, for_critic=(images, encoded.images.detach()))
@@ -218,29 +191,6 @@ class TokenizerTrainee(nn.Module):
         latents = quantizer.normalise(encoded.latents[-1].movedim(1, -1))
         codes = latents + (quantizer.lookup(encoded.ids) - latents).detach()
         return codes.movedim(-1, 1)
-
-    def _adversarial(self, images: Tensor) -> Tensor:
-        """Hinge loss of the decoder; the critic's own parameters take no gradient from it."""
-        critic = self.critic[0].requires_grad_(False)
-        loss = -critic.discriminator(images).mean()
-        critic.requires_grad_(True)
-        return loss
-
-
-class Critic(nn.Module):
-    """The patch discriminator as the loop's second player; idle before its start."""
-
-    def __init__(self, first_step: int):
-        super().__init__()
-        self.discriminator, self.first_step = PatchDiscriminator(), first_step
-
-    def forward(self, images: tuple[Tensor, Tensor], step: int) -> StepOutput:
-        real, fake = images
-        if step < self.first_step:
-            return StepOutput(sum(p.sum() for p in self.parameters()) * 0.0, {})
-        real_logits, fake_logits = self.discriminator(torch.cat([real, fake])).chunk(2)
-        loss = hinge_loss(real_logits, fake_logits)
-        return StepOutput(loss, {"critic/loss": loss, "critic/real": real_logits.mean()})
 
 
 class TokenizerTask(Task):
@@ -285,8 +235,7 @@ class TokenizerTask(Task):
         self.model = TokenizerTrainee(run, tokenizer, teacher_dim, vocabulary)
         if self.model.perceptual is not None:
             provenance["perceptual"] = self.model.perceptual.hash
-        self.critic = Critic(self.model.critic_from) if run.losses.adversarial else None
-        self.model.critic = (self.critic,)
+        self.critic = next(iter(self.model.critic), None)
 
     def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         indices = [example["index"] for example in examples]
@@ -320,20 +269,16 @@ class TokenizerTask(Task):
         if step == self.run.training.steps and self.texts is not None and self.run.fit_steps:
             steps, seed = self.run.fit_steps, self.run.training.seed
             fit_projections(tokenizer, self.train_set, self.texts, aligned_levels(tokenizer), steps, seed)
-        ids, rows, l1, perceptual = [], [], [], []
+        ids, rows, sums = [], [], Counter()
         for images, indices in photo_batches(self.val_set, size):
             images = images.to(device)
             encoded = tokenizer(images)
             ids.append(level_ids(tokenizer, encoded.latents))
             rows += indices
-            l1.append(F.l1_loss(encoded.images, images) * len(images))
-            if model.perceptual is not None:
-                perceptual.append(model.perceptual.distance(encoded.images, images) * len(images))
+            sums.update(model.distances(encoded.images, images))
         all_ids = torch.cat(ids)
-        metrics = {"l1": float(sum(l1)) / len(all_ids)}
+        metrics = {name: total / len(all_ids) for name, total in sums.items()}
         metrics |= self.watch_codes.look(all_ids[:, -1], tokenizer.codebook, step)
-        if perceptual:
-            metrics["perceptual"] = float(sum(perceptual)) / len(all_ids)
         if self.run.align != "none":
             captions = self.val_captions[rows].to(device)
             if model.guidance is not None:  # LG-VQ has its own reading of the codes
@@ -348,13 +293,8 @@ class TokenizerTask(Task):
             metrics |= level_costs(tokenizer, all_ids, self.val_texts, rows)
         return metrics
 
-    @torch.inference_mode()
     def pictures(self, model: TokenizerTrainee) -> dict[str, Any]:
-        images, _ = next(photo_batches(self.val_set, self.run.model.image_size_px))
-        images = images[:PICTURES].to(next(model.parameters()).device)
-        tokenizer = model.tokenizer
-        both = to_pil(images) + to_pil(tokenizer.decode(tokenizer.encode(images)))
-        sheet = np.asarray(grid(both, columns=PICTURES))
+        sheet = reconstruction_sheet(model.tokenizer, self.val_set)
         return {"reconstructions": sheet, "code_use": use_chart(self.watch_codes.use)}
 
     def save(self, model: TokenizerTrainee, directory: Path, card: str) -> None:
