@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tavq.arguments import parse, run_main
 from tavq.data.tokens import TokenSet, open_tokens
+from tavq.training.card import continued
 from tavq.training.loop import train
 from tavq.training.task import StepOutput, Task, TrainingConfig
 
@@ -207,10 +208,7 @@ class CaptionerTask(Task):
         }
 
     def save(self, model: CaptionerTrainee, directory: Path, card: str) -> None:
-        if self.earlier_card:
-            _, _, earlier = self.earlier_card.partition("\n# ")
-            card += f"\n# What it went on from: {earlier}"
-        model.captioner.card = card
+        model.captioner.card = continued(card, self.earlier_card)
         model.captioner.save_pretrained(directory)
 
 

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from tavq.arguments import Device, choose_device
+from tavq.data.embedding_cache import default_cache_directory
 from tavq.data.examples import ImageTextDataset, readable_images
-from tavq.data.images import to_tensor, to_uint8
+from tavq.data.images import to_pil, to_pixels
 from tavq.data.layouts import open_dataset
 from tavq.metrics.features import FeatureNetwork, ImageSet, load_network, refuse_training_network
 from tavq.pipeline import Pipeline
 from tavq.training.checkpoint import CONFIG_FILE, local_directory
 
-FEATURE_CACHE = Path.home() / ".cache" / "tavq" / "features"
+FEATURE_CACHE = default_cache_directory() / "features"
 REFERENCE_SIZE_PX = 224
 RESIZE = f"squashed to {REFERENCE_SIZE_PX} x {REFERENCE_SIZE_PX}, antialiased bicubic (Pillow)"
 TEACHERS = ("perceptual", "distilled_from", "decoder_perceptual")
@@ -56,6 +57,8 @@ class EvaluationRun:
             needs: parts of the checkpoint that must be there, such as ("tokenizer", "captioner").
         """
         directory = local_directory(self.checkpoint)
+        if self.out is None and not Path(self.checkpoint).is_dir():
+            raise ValueError(f"{self.checkpoint} is no folder here; say with --out where the result goes")
         absent = [part for part in needs if not (directory / part / CONFIG_FILE).is_file()]
         if absent:
             raise FileNotFoundError(
@@ -68,7 +71,7 @@ class EvaluationRun:
     def result_path(self, name: str) -> Path:
         return self.out or Path(self.checkpoint) / "results" / f"{name}.json"
 
-    def protocol_fields(self, pipeline: Pipeline, dataset: ImageTextDataset, name: str) -> dict[str, Any]:
+    def protocol_fields(self, pipeline: Pipeline, dataset: ImageTextDataset) -> dict[str, Any]:
         """The fields of the protocol that every evaluation records."""
         return {
             "label": self.label or Path(self.checkpoint).name,
@@ -81,16 +84,14 @@ class EvaluationRun:
 
 def photos(dataset: ImageTextDataset, size_px: int) -> tuple[Tensor, list[int]]:
     """The photos of a split, squashed to the square: (n, 3, size, size) uint8, and their indices."""
-    pairs = [(to_tensor(image, size_px), index) for index, image in readable_images(dataset)]
-    return to_uint8(torch.stack([tensor for tensor, _ in pairs])), [index for _, index in pairs]
+    pairs = [(to_pixels(image, size_px), index) for index, image in readable_images(dataset)]
+    return torch.stack([pixels for pixels, _ in pairs]), [index for _, index in pairs]
 
 
 def at_reference_size(images: Tensor) -> Tensor:
     """(n, 3, H, W) uint8 -> (n, 3, 224, 224) uint8, as every image is measured."""
-    from tavq.data.images import to_pil
-
     pictures = (to_pil(image[None].float() / 127.5 - 1)[0] for image in images)
-    return to_uint8(torch.stack([to_tensor(picture, REFERENCE_SIZE_PX) for picture in pictures]))
+    return torch.stack([to_pixels(picture, REFERENCE_SIZE_PX) for picture in pictures])
 
 
 def open_network(features: Path | None, directory: Path) -> FeatureNetwork:
@@ -105,7 +106,11 @@ def training_networks(directory: Path) -> dict[str, str]:
     found = {}
     for path in sorted(directory.glob(f"*/{CONFIG_FILE}")):
         provenance = json.loads(path.read_text()).get("provenance", {})
-        found |= {f"{path.parent.name}.{use}": provenance[use] for use in TEACHERS if use in provenance}
+        found |= {
+            f"{path.parent.name}.{use}{number or ''}": network
+            for use in TEACHERS
+            for number, network in enumerate(provenance.get(use, "").split())
+        }
     return found
 
 

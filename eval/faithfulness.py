@@ -13,8 +13,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tavq.captioner.decoding import GREEDY
-from tavq.data.examples import ImageTextDataset
-from tavq.data.images import grid, to_pil, to_tensor, to_uint8
+from tavq.data.examples import ImageTextDataset, readable_images
+from tavq.data.images import grid, to_pil, to_pixels
 from tavq.metrics.captions import caption_metrics
 from tavq.pipeline import Pipeline
 from tavq.tokenizer.heatmaps import aligned_levels
@@ -26,11 +26,11 @@ RANK = 10
 
 
 def open_judge(source: str, pipeline: Pipeline) -> Pipeline:
-    """Load the judge. Raises ValueError when it shares its tokenizer with the `pipeline` that it judges."""
+    """Load the judge. Raises ValueError when it shares its codebook with the `pipeline` that it judges."""
     judge = Pipeline.from_pretrained(source, str(pipeline.device))
-    if judge.hashes["tokenizer"] == pipeline.hashes["tokenizer"]:
+    if judge.tokenizer.codebook_hash == pipeline.tokenizer.codebook_hash:
         raise ValueError(
-            f"{source} shares its tokenizer with what it judges; name a checkpoint trained by itself"
+            f"{source} shares its codebook with what it judges; name a checkpoint trained by itself"
         )
     return judge
 
@@ -53,7 +53,9 @@ def cycle_cider(captions: list[str], dataset: ImageTextDataset) -> np.ndarray:
     """CIDEr of each caption against the human captions of its prompt's photo: (n, 1)."""
     hypotheses = dict(zip(dataset.ids, captions, strict=True))
     references = {example.id: list(example.captions) for example in dataset.examples}
-    return caption_metrics(hypotheses, references, backend="python", metrics=("CIDEr",)).statistics["CIDEr"]
+    scores = caption_metrics(hypotheses, references, backend="python", metrics=("CIDEr",))
+    rows = {name: row for row, name in enumerate(scores.ids)}  # they come sorted
+    return scores.statistics["CIDEr"][[rows[name] for name in dataset.ids]]
 
 
 def prompt_hits(judge: Pipeline, images: Tensor, prompts: list[str]) -> np.ndarray | None:
@@ -97,9 +99,10 @@ def nearest_training_images(pipeline: Pipeline, images: Tensor, training: ImageT
     tokenizer, size = pipeline.tokenizer, pipeline.tokenizer.image_size_px
     wanted = tokenizer.quantizer.lookup(pipeline.encode(pictures_of(images)).flatten(1)).flatten(1)
     best = [(-np.inf, 0)] * len(images)
-    for index in tqdm(range(len(training)), desc="nearest training images", disable=None):
-        ids = pipeline.encode([training.load_image(index)]).flatten(1)
+    pairs = tqdm(readable_images(training), total=len(training), desc="nearest training images", disable=None)
+    for index, photo in pairs:
+        ids = pipeline.encode([photo]).flatten(1)
         nearness = (wanted @ tokenizer.quantizer.lookup(ids).flatten(1).T)[:, 0].tolist()
         best = [max(old, (new, index)) for old, new in zip(best, nearness, strict=True)]
-    photos = torch.stack([to_tensor(training.load_image(index), size) for _, index in best])
-    return grid(pictures_of(images) + pictures_of(to_uint8(photos)), columns=len(images))
+    photos = torch.stack([to_pixels(training.load_image(index), size) for _, index in best])
+    return grid(pictures_of(images) + pictures_of(photos), columns=len(images))

@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     hypotheses = {dataset[index].id: text for index, text in captions.items()}
     references = {dataset[index].id: list(dataset[index].captions) for index in captions}
     scores = caption_metrics(hypotheses, references, backend=run.backend)
-    broken_off = [ends_in_function_word(tokenize(text).split()) for text in hypotheses.values()]
+    broken_off = [ends_in_function_word(tokenize(hypotheses[name]).split()) for name in scores.ids]
     per_image = scores.statistics | {"ends in a function word": np.array(broken_off, dtype=float)[:, None]}
     metrics = with_intervals(per_image)
     metrics["distinct captions"] = measured(len(set(hypotheses.values())) / len(hypotheses), len(hypotheses))
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         task="captions",
         ids=scores.ids,
         started=started,
-        **run.protocol_fields(pipeline, dataset, "caption"),
+        **run.protocol_fields(pipeline, dataset),
         **caption_fields(references),
         decoding=dataclasses.asdict(run.decoding),
         backend=scores.backend,

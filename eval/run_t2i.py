@@ -22,7 +22,7 @@ from tyro.conf import OmitArgPrefixes
 
 from tavq.arguments import parse, run_main
 from tavq.data.examples import ImageTextDataset
-from tavq.data.images import grid, to_tensor, to_uint8
+from tavq.data.images import grid, to_pixels
 from tavq.data.layouts import open_dataset
 from tavq.eval.evaluation import (
     FEATURE_CACHE,
@@ -86,7 +86,8 @@ def draw(
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{index:06d}.png" for index in range(len(prompts))]
     seeds = [seed * SEED_STRIDE + index for index in range(len(prompts))]
-    wanted = {"settings": dataclasses.asdict(settings), "generator": pipeline.hashes["generator"]}
+    parts = {part: pipeline.hashes[part] for part in ("tokenizer", "generator")}
+    wanted = {"settings": dataclasses.asdict(settings), "checkpoints": parts}
     missing = [i for i, path in enumerate(paths) if not _is_drawn(path, prompts[i], seeds[i], wanted)]
     bar = tqdm(total=len(paths), initial=len(paths) - len(missing), desc=f"seed {seed}", disable=None)
     for start in range(0, len(missing), PROMPTS_AT_ONCE):
@@ -96,20 +97,20 @@ def draw(
             picture.save(paths[index])
         bar.update(len(part))
     bar.close()
-    return to_uint8(torch.stack([_read(path) for path in paths]))
+    return torch.stack([_read(path) for path in paths])
 
 
 def _is_drawn(path: Path, prompt: str, seed: int, wanted: dict[str, Any]) -> bool:
     if not path.exists():
         return False
     recipe = read_recipe(path)
-    made = {"settings": recipe["settings"], "generator": recipe["checkpoints"]["generator"]}
+    made = {name: recipe[name] for name in wanted}
     return (recipe["prompt"], recipe["seed"], made) == (prompt, seed, wanted)
 
 
 def _read(path: Path) -> Tensor:
     with Image.open(path) as image:
-        return to_tensor(image, image.width)
+        return to_pixels(image, image.width)
 
 
 def worst_and_best(
@@ -128,8 +129,8 @@ def worst_and_best(
         f"the photos at {size} px": at_reference_size(shrunk),
         "the tokenizer's reconstructions": at_reference_size(_reconstructed(pipeline, shrunk)),
         "a constant grey image": torch.full(
-            (len(reference), 3, REFERENCE_SIZE_PX, REFERENCE_SIZE_PX), 127
-        ).byte(),
+            (len(reference), 3, REFERENCE_SIZE_PX, REFERENCE_SIZE_PX), 127, dtype=torch.uint8
+        ),
         "noise": _noise(len(reference), size),
     }
     options = {"cache_dir": FEATURE_CACHE, "device": str(pipeline.device)} | kid_options(len(reference))
@@ -143,7 +144,7 @@ def worst_and_best(
 
 def _reconstructed(pipeline: Pipeline, images: Tensor) -> Tensor:
     rebuilt = pipeline.reconstruct(pictures_of(images))
-    return to_uint8(torch.stack([to_tensor(result.image, images.shape[-1]) for result in rebuilt]))
+    return torch.stack([to_pixels(result.image, images.shape[-1]) for result in rebuilt])
 
 
 def _noise(count: int, size: int) -> Tensor:
@@ -177,16 +178,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         per_image, shuffled = judged(judge, drawn[0], dataset)
         metrics |= with_intervals(per_image)
         frames |= {f"{name}, prompts shuffled": value for name, value in shuffled.items()}
-    _sheet(drawn[0][:SAMPLES]).save(path.with_suffix(".samples.png"))
-    if run.neighbours:
-        training = open_dataset(run.data, "train")
-        sheet = nearest_training_images(pipeline, drawn[0][: run.neighbours], training)
-        sheet.save(path.with_suffix(".neighbours.png"))
     protocol = make_protocol(
         task="t2i",
         ids=dataset.ids,
         started=started,
-        **run.protocol_fields(pipeline, dataset, "t2i"),
+        **run.protocol_fields(pipeline, dataset),
         **network_fields(network, len(reference)),
         sampling=dataclasses.asdict(run.sampling),
         seeds=list(range(run.seeds)),
@@ -195,6 +191,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         floors=frames,
     )
     write_results(path, metrics, protocol, per_image=per_image, ids=dataset.ids)
+    _sheet(drawn[0][:SAMPLES]).save(path.with_suffix(".samples.png"))
+    if run.neighbours:
+        training = open_dataset(run.data, "train")
+        sheet = nearest_training_images(pipeline, drawn[0][: run.neighbours], training)
+        sheet.save(path.with_suffix(".neighbours.png"))
     print_metrics(metrics, path)
     for name, value in frames.items():
         print(f"{name}: {value:.4g}")

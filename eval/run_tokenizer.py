@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if run.retrieval and aligned:
         per_image |= retrieval(pipeline, evaluated, ids)
     metrics: dict[str, Any] = {}
-    protocol = run.protocol_fields(pipeline, evaluated, "tokenizer") | {"image_size_px": size}
+    protocol = run.protocol_fields(pipeline, evaluated) | {"image_size_px": size}
     if network is not None:
         reference, _ = reference_set(evaluated)
         options = {"cache_dir": FEATURE_CACHE, "device": str(pipeline.device)} | kid_options(len(reference))

@@ -18,6 +18,7 @@ from typing import Any
 from tyro.conf import Positional
 
 from tavq.arguments import Device, choose_device, parse, run_main
+from tavq.eval.evaluation import FEATURE_CACHE
 from tavq.eval.results import (
     caption_fields,
     file_sha256,
@@ -29,8 +30,7 @@ from tavq.eval.results import (
 )
 from tavq.metrics.captions import Backend, caption_metrics
 
-FEATURE_CACHE = Path.home() / ".cache" / "ta-vq" / "features"
-KARPATHY_IDS = ("cocoid", "imgid", "filename")
+KARPATHY_IDS = ("cocoid", "imgid", "filename", "stem")
 
 
 @dataclass(frozen=True)
@@ -210,6 +210,7 @@ def _coco_references(annotations: list[dict[str, Any]]) -> dict[str, list[str]]:
 
 
 def _karpathy_references(images: list[dict[str, Any]], split: str, key: str) -> dict[str, list[str]]:
+    images = [image | {"stem": Path(image.get("filename", "")).stem} for image in images]
     chosen = [image for image in images if image.get("split") == split and key in image]
     return {str(image[key]): [sentence["raw"] for sentence in image["sentences"]] for image in chosen}
 

@@ -14,9 +14,9 @@ from typing import Any
 from tyro.conf import Positional
 
 from tavq.arguments import parse, run_main
-from tavq.eval.results import Results, protocol_differences, read_results
+from tavq.eval.results import Comparison, Results, compare, protocol_differences, read_results
 
-TIMES_100 = ("CIDEr", "BLEU", "METEOR", "ROUGE-L", "SPICE", "cycle_CIDEr")
+TIMES_100 = ("CIDEr", "BLEU", "METEOR", "ROUGE-L", "SPICE", "cycle_CIDEr", "t2i_R@", "i2t_R@", "prompt_R@")
 DIGITS = {"PSNR": 2, "SSIM": 3, "KID": 4, "precision": 3, "recall": 3, "usage": 3, "IS": 2}
 DIGITS |= dict.fromkeys(("ends in a function word", "distinct captions"), 3)
 TITLES = {
@@ -29,7 +29,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Table:
-    """Make the README's tables of results."""
+    """Make the README's tables of results; where two files share a protocol, a row shows their difference."""
 
     results: Positional[tuple[Path, ...]]
     """The result files, one row each."""
@@ -122,9 +122,9 @@ def describe(group: Sequence[Results]) -> str:
         _search(protocol["decoding"]) if "decoding" in protocol else None,
         *brackets(group),
     ]
-    hundred = [name for name in metric_names(group) if name.startswith(TIMES_100)]
+    hundred = [start for start in TIMES_100 if any(name.startswith(start) for name in metric_names(group))]
     if hundred:
-        parts.append("CIDEr, BLEU, METEOR, ROUGE-L times 100")
+        parts.append(", ".join(start.removesuffix("@") for start in hundred) + " times 100")
     return "; ".join(part for part in parts if part) + "."
 
 
@@ -136,10 +136,15 @@ def _search(decoding: dict[str, Any]) -> str:
 
 def brackets(group: Sequence[Results]) -> list[str]:
     """Return what the two numbers in brackets span: entries name it in `over`, or it is the bootstrap."""
-    entries = [entry for result in group for entry in result.metrics.values() if "low" in entry]
-    spans = dict.fromkeys(entry.get("over") for entry in entries)
-    names = {None: "in brackets the 95 % bootstrap interval"}
-    return [names.get(span) or f"in brackets the range over {span}" for span in spans]
+    pairs = [pair for result in group for pair in result.metrics.items() if "low" in pair[1]]
+    spans: dict[str | None, dict[str, None]] = {}
+    for name, entry in pairs:
+        spans.setdefault(entry.get("over"), {})[name] = None
+    return [
+        f"in brackets the {f'range over {span}' if span else '95 % bootstrap interval'}"
+        + (f" ({', '.join(names)})" if len(spans) > 1 else "")
+        for span, names in spans.items()
+    ]
 
 
 def metric_names(group: Sequence[Results]) -> list[str]:
@@ -151,8 +156,7 @@ def format_metric(name: str, entry: dict[str, Any] | None) -> str:
     """Return one cell: the value, its interval in brackets, or its deviation; "-" if not measured."""
     if entry is None:
         return "-"
-    factor = 100 if name.startswith(TIMES_100) else 1
-    digits = DIGITS.get(name, 3 if "R@" in name else 1)
+    factor, digits = _scale(name)
     value, low, high = (
         None if entry.get(key) is None else entry[key] * factor for key in ("value", "low", "high")
     )
@@ -161,6 +165,22 @@ def format_metric(name: str, entry: dict[str, Any] | None) -> str:
     if "deviation" in entry:
         return f"{value:.{digits}f} ± {entry['deviation'] * factor:.{digits}f}"
     return f"{value:.{digits}f}"
+
+
+def format_difference(row: Comparison) -> str:
+    """Return one cell: the second minus the first with its paired-bootstrap interval, bold where it
+    excludes 0."""
+    factor, digits = _scale(row.metric)
+    text = f"{row.difference * factor:+.{digits}f}"
+    if row.interval is None:
+        return text
+    text += f" [{row.interval.low * factor:+.{digits}f}, {row.interval.high * factor:+.{digits}f}]"
+    return f"**{text}**" if row.interval.excludes_zero else text
+
+
+def _scale(name: str) -> tuple[int, int]:
+    """Factor and decimals with which a metric is shown."""
+    return 100 if name.startswith(TIMES_100) else 1, DIGITS.get(name, 1)
 
 
 def checkpoint_of(result: Results) -> str:
@@ -182,6 +202,11 @@ def _markdown(group: Sequence[Results]) -> str:
     for result in group:
         cells = [format_metric(name, result.metrics.get(name)) for name in names]
         lines.append(_row([result.label, *cells, *([checkpoint_of(result)] if with_checkpoint else [])]))
+    if len(group) == 2:
+        found = {row.metric: format_difference(row) for row in compare(group[0].path, group[1].path)}
+        cells = [found.get(name, "-") for name in names]
+        label = f"{group[1].label} - {group[0].label}"
+        lines.append(_row([label, *cells, *([""] if with_checkpoint else [])]))
     return "\n".join(lines)
 
 

@@ -17,6 +17,7 @@ from tavq.arguments import parse, run_main
 from tavq.eval.results import Results, read_results
 from tavq.eval.table import write_block
 from tavq.tokenizer.train import LossConfig
+from tavq.training.run_folder import claim_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -28,7 +29,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "ot, levels reversed": ("--align", "ot", "--alignment.pairing", "3", "2", "1"),
 }
 TUNING: dict[str, tuple[str, ...]] = {
-    "none, no entropy term": (*VARIANTS["none"], "--model.quantizer.entropy-weight", "0"),
+    "none, five times the commitment": (*VARIANTS["none"], "--model.quantizer.commitment", "0.25"),
     "lgvq, ten times its weights": (
         *VARIANTS["lgvq"],
         *("--lgvq.global-weight", "1e-2", "--lgvq.word-weight", "1e-1", "--lgvq.relation-weight", "1e-3"),
@@ -85,6 +86,8 @@ class Ablation:
 @run_main
 def main(argv: Sequence[str] | None = None) -> None:
     run = parse(Ablation, argv, prog="python recipes/ablation.py")
+    (run.runs / "settings").mkdir(parents=True, exist_ok=True)
+    claim_folder(run.runs / "settings", dataclasses.replace(run, seeds=(), only=(), out=Path()), is_main=True)
     queue = [(name, flags, seed) for seed in run.seeds for name, flags in VARIANTS.items()]
     queue += [(name, flags, run.seeds[0]) for name, flags in TUNING.items()]
     for name, flags, seed in queue:
@@ -158,6 +161,7 @@ def document(run: Ablation) -> str:
             cells = [cell(found, *column) for column in COLUMNS.values()]
             lines.append(f"| {name} | {len(found)} | " + " | ".join(cells) + " |")
     fields = dataclasses.asdict(run) | {"dataset": Path(run.data).name, "tuning": tuning_runs()}
+    fields["perceptual"] = "perceptual loss" if run.teacher else "no perceptual loss"
     return TEXT.format(table="\n".join(lines), **fields)
 
 
@@ -201,7 +205,7 @@ EMPTY = """# Ablation of the alignment
 """
 TEXT = """Made by `python recipes/ablation.py`: validation split of {dataset}, {image_size_px} px,
 {channels[0]} and {channels[1]} channels, {images} images a tokenizer in batches of {batch_size},
-perceptual loss, no discriminator, nothing distilled. A captioner of {captioner_steps} steps reads
+{perceptual}, no discriminator, nothing distilled. A captioner of {captioner_steps} steps reads
 the tokens of each. "Own heads" are those trained with the codes; the probe is trained for
 {probe_steps} steps on frozen codes, alike for all. Recall in per cent (chance 1 %), CIDEr times 100
 (greedy). Mean over seeds, and the range. Beside its default setting, each method had {tuning}

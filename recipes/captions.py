@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tavq.arguments import parse, run_main
-from tavq.eval.results import Comparison, compare, read_results
-from tavq.eval.table import make_tables
+from tavq.eval.results import compare, read_results
+from tavq.eval.table import format_difference, make_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 CODEBOOKS = {"none": "plain", "ot": "aligned"}
@@ -96,16 +96,9 @@ def document(run: CaptionComparison) -> str:
             for seed in run.seeds:
                 pair = [result_of(run, codebook, seed, stage, beam) for codebook in CODEBOOKS]
                 found = {row.metric: row for row in compare(*pair)}
-                cells = [difference(found[name]) if name in found else "-" for name in SHOWN]
+                cells = [format_difference(found[name]) if name in found else "-" for name in SHOWN]
                 lines.append(f"| {search}, {stage}, seed {seed} | " + " | ".join(cells) + " |")
     return TEXT.format(tables="\n".join(lines), **dataclasses.asdict(run))
-
-
-def difference(row: Comparison) -> str:
-    """The difference times 100 with its paired-bootstrap interval; bold where that excludes 0."""
-    low, high = 100 * row.interval.low, 100 * row.interval.high
-    text = f"{100 * row.difference:+.1f} [{low:+.1f}, {high:+.1f}]"
-    return f"**{text}**" if row.interval.excludes_zero else text
 
 
 TEXT = """# Captions from aligned and from plain codes

@@ -6,9 +6,9 @@
 #
 # Every step is skipped when it is done and goes on where it was stopped. ALIGN=none trains the plain baseline.
 # TEACHER shapes the tokenizer (perceptual loss and distillation), FEATURES only measures; JUDGE, another checkpoint,
-# captions the generated pictures where there are FEATURES. DEVICE=cuda trains in bf16 with large batches, on a million
-# images for the tokenizer (not run yet: no GPU was at hand).
-set -euo pipefail
+# captions the generated pictures where there are FEATURES. Training takes a GPU where there is one; DEVICE=cuda evaluates
+# on it too, and trains in bf16 with large batches, on a million images for the tokenizer (not run yet: no GPU was at hand).
+set -eo pipefail # no -u: empty arrays are errors in bash 3.2, which macOS has
 cd "$(dirname "$0")/.."
 
 PRESET=${PRESET:-flickr8k}
@@ -42,6 +42,7 @@ train() { # NAME FLAGS...
         case $* in
         *self-critical*) large+=(--training.steps 200) ;;
         tokenizer*) large+=(--training.steps 8000 --training.evaluate-every 1000) ;;
+        decoder*) large+=(--training.steps 2000) ;;
         *) large+=(--training.steps 2500 --training.evaluate-every 250 --training.patience 3) ;;
         esac
     fi

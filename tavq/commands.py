@@ -9,6 +9,7 @@ import itertools
 import json
 import random
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from tavq.captioner.train import CaptionerRun
 from tavq.captioner.train import train_captioner as run_captioner_training
 from tavq.data.embedding_cache import EmbeddingCache
 from tavq.data.images import grid, load_image
-from tavq.data.tokens import open_tokens
+from tavq.data.tokens import open_tokens, read_meta
 from tavq.data.units import split_units
 from tavq.generator.model import Prior
 from tavq.generator.sampling import SamplingConfig
@@ -35,7 +36,7 @@ from tavq.generator.train import RUN_PRESETS as PRIOR_PRESETS
 from tavq.generator.train import PriorRun, train_prior
 from tavq.pipeline import Pipeline, RankBy, check_prompts, read_recipe
 from tavq.tokenizer.heatmaps import check_aligned
-from tavq.tokenizer.model import TAVQTokenizer
+from tavq.tokenizer.model import NUM_LEVELS, TAVQTokenizer
 from tavq.tokenizer.retrieval import alignment_scores, text_encoder_of
 from tavq.training.checkpoint import CONFIG_FILE, local_directory, written_aside
 
@@ -84,10 +85,11 @@ def generate(argv: Sequence[str] | None = None) -> None:
     jobs, settings, choice, hashes = _recorded(run.from_png) if run.from_png else _asked_for(run)
     pipeline = Pipeline.from_pretrained(run.checkpoint, choose_device(run.device))
     for part, found in hashes.items():
-        if found != pipeline.hashes[part]:
+        here = pipeline.hashes.get(part, "none")
+        if found != here:
             raise ValueError(
-                f"{run.from_png} was drawn with {part} {found}, {run.checkpoint} holds "
-                f"{pipeline.hashes[part]}; name the --checkpoint that drew it"
+                f"{run.from_png} was drawn with {part} {found}, {run.checkpoint} holds {here}; "
+                "name the --checkpoint that drew it"
             )
     bar = tqdm(total=len(jobs), unit="picture", disable=None)
     for start in range(0, len(jobs), PROMPTS_AT_ONCE):
@@ -230,6 +232,9 @@ def reconstruct(argv: Sequence[str] | None = None) -> None:
     pictures = [load_image(path) for path in run.images]
     if not pictures:
         raise ValueError("no photo; name one, as in: tavq reconstruct photo.jpg")
+    twice = [stem for stem, count in Counter(path.stem for path in run.images).items() if count > 1]
+    if twice:
+        raise ValueError(f"several photos are called {twice[0]}; their reconstructions would share a name")
     pipeline = Pipeline.from_pretrained(run.checkpoint, choose_device(run.device))
     rebuilt = [result.image for result in pipeline.reconstruct(pictures)]
     for path, image in zip(run.images, rebuilt, strict=True):
@@ -319,6 +324,8 @@ def train_captioner(argv: Sequence[str] | None = None) -> None:
         run_captioner_training(run)
         return
     tokenizer = TAVQTokenizer.from_pretrained(run.tokenizer)
+    if tokenizer.codebook_hash != read_meta(run.tokens).codebook_hash:
+        raise ValueError(f"{run.tokens} was made by another tokenizer than {run.tokenizer}; give that one")
     agreement = caption_agreement(tokenizer, run.tokens) if run.model.quality_buckets else None
     run_captioner_training(run, tokenizer.codebook, agreement)
 
@@ -328,7 +335,7 @@ def caption_agreement(tokenizer: TAVQTokenizer, tokens: Path) -> list[np.ndarray
 
     Raises ValueError for a plain tokenizer.
     """
-    check_aligned(tokenizer)
+    check_aligned(tokenizer, NUM_LEVELS)
     cache = EmbeddingCache(text_encoder_of(tokenizer))
     found = open_tokens(tokens, "train")
     vectors = cache.encode([caption for captions in found.captions for caption in captions])

@@ -90,7 +90,7 @@ def kept_part(keep: str, width: int, height: int) -> torch.Tensor:
             raise ValueError(
                 f"--keep is {keep!r}, expected top, left, box=x,y,w,h in px or share=0.3"
             ) from error
-        mask[y : y + h, x : x + w] = False
+        mask[max(y, 0) : max(y + h, 0), max(x, 0) : max(x + w, 0)] = False
         if mask.all():
             raise ValueError(
                 f"the box {x},{y},{w},{h} lies outside the photo, which is {width} x {height} px"

@@ -29,7 +29,7 @@ from tavq.data.text_encoder import TextEncoder, TokenStates
 from tavq.generator.model import Prior
 from tavq.generator.sampling import SamplingConfig, sample, stream
 from tavq.tokenizer.heatmaps import UnitMap, check_aligned, unit_maps
-from tavq.tokenizer.model import TAVQTokenizer
+from tavq.tokenizer.model import NUM_LEVELS, TAVQTokenizer
 from tavq.tokenizer.retrieval import alignment_scores, text_encoder_of
 from tavq.training.checkpoint import WEIGHTS_FILE, file_hash, local_directory, written_aside
 from tavq.training.stream import mixed_seed
@@ -208,6 +208,7 @@ class Pipeline:
         if by != "alignment":
             scores.append(log_likelihood(self.captioner, ids, [prompt] * len(ids)).float().cpu())
         if by != "likelihood":
+            check_aligned(self.tokenizer, NUM_LEVELS)
             vector = self.alignment_encoder.encode([prompt])
             scores.append(alignment_scores(self.tokenizer, ids, vector)[:, 0].float().cpu())
         return fit_of(scores)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+os.environ.setdefault("TAVQ_CACHE", str(Path(tempfile.gettempdir()) / "tavq-tests"))
 
 import pytest
 import torch

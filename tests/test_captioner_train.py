@@ -170,7 +170,9 @@ def test_quality_buckets_are_equally_full():
     assert buckets.ravel()[scores.argmax()] == 3 and buckets.ravel()[scores.argmin()] == 0
 
 
-def test_a_captioner_learns_a_word_for_how_well_a_caption_fits(tmp_path, tiny_checkpoint, tiny_tokenizer):
+def test_a_captioner_learns_a_word_for_how_well_a_caption_fits(
+    tmp_path, tiny_checkpoint, tiny_tokenizer, capsys
+):
     grid, hashes = tiny_tokenizer.grid_size, (tiny_tokenizer.codebook_hash, "the tokenizer's")
     random = np.random.default_rng(0)
     records = [
@@ -193,6 +195,11 @@ def test_a_captioner_learns_a_word_for_how_well_a_caption_fits(tmp_path, tiny_ch
     train_command([str(word) for word in [*flags, *few]])
     captioner = Captioner.from_pretrained(tmp_path / "captioner")
     assert captioner.start_id() == 2 and captioner.starts.num_embeddings == 3
+    meta = TokenMeta(64, grid, "another", "tokenizer", "made up", 32)
+    write_tokens(tmp_path / "others", records, meta)
+    with pytest.raises(SystemExit):
+        train_command([str(word) for word in [*flags, *few, "--tokens", tmp_path / "others"]])
+    assert "was made by another tokenizer" in capsys.readouterr().err
     fit = caption_agreement(tiny_tokenizer, tmp_path / "tokens")
     assert [scores.shape for scores in fit] == [(2,)] * 6 and all((scores < 0).all() for scores in fit)
 

@@ -126,7 +126,7 @@ def test_prompts_come_from_a_file(tmp_path, checkpoint, kind):
     assert [row["prompt"] for row in rows] == ["before", *PROMPTS] and {row["seed"] for row in rows} == {0}
 
 
-def test_a_png_is_drawn_again_from_its_recipe(tmp_path, checkpoint):
+def test_a_png_is_drawn_again_from_its_recipe(tmp_path, checkpoint, refused):
     settings = ["--temperature", "0.8", "--top-k", "9", "--guidance", "2"]
     ranked = ["--best-of", 2, "--rank-by", "likelihood"]
     run("generate", PROMPTS[1], "--seed", 5, *ranked, *settings, "--out", tmp_path / "a", *checkpoint)
@@ -135,6 +135,9 @@ def test_a_png_is_drawn_again_from_its_recipe(tmp_path, checkpoint):
     again = tmp_path / "b" / "000000.png"
     assert again.read_bytes() == first.read_bytes()
     assert read_recipe(again)["settings"]["top_k"] == 9
+    shutil.copytree(Path(checkpoint[1]) / "tokenizer", tmp_path / "half" / "tokenizer")
+    absent = refused("generate", "--from-png", first, "--out", tmp_path, "--checkpoint", tmp_path / "half")
+    assert "holds none; name the --checkpoint that drew it" in absent
 
 
 def test_caption_prints_the_sentence_and_marks_what_is_unsure(checkpoint, tiny_pipeline, capsys):
@@ -272,6 +275,7 @@ def test_bad_photos_are_refused_and_nothing_is_written(tmp_path, checkpoint, ref
         assert expected in refused("reconstruct", PHOTO, photo, *out)
         assert expected in refused("complete", photo, "a cat", "--keep", "top", *out)
     assert "no photo; name one" in refused("caption", *checkpoint)
+    assert "several photos are called" in refused("reconstruct", PHOTO, PHOTO, *out)
     out = ["--out", tmp_path / "captions.jsonl"]
     assert "give a folder, or leave out --out" in refused("caption", PHOTO, *out, *checkpoint)
     flags = ["--show-scores", *out]
@@ -283,6 +287,7 @@ def test_bad_completions_are_refused_and_nothing_is_written(tmp_path, checkpoint
     out = ["--out", tmp_path / "out", *checkpoint]
     Image.new("L", (20, 20)).save(tmp_path / "black.png")
     assert "lies outside the photo" in refused("complete", PHOTO, "a", "--keep", "box=900,0,5,5", *out)
+    assert "lies outside the photo" in refused("complete", PHOTO, "a", "--keep", "box=-5,0,3,9", *out)
     assert "expected top, left, box=" in refused("complete", PHOTO, "a", "--keep", "bottom", *out)
     assert "share of tokens that stay is 1.0" in refused("complete", PHOTO, "a", "--keep", "share=1", *out)
     assert "such as share=0.3" in refused("complete", PHOTO, "a", "--keep", "share=some", *out)

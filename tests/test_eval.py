@@ -1,5 +1,6 @@
 """The three evaluations on tiny weights: protocol recorded, training networks refused, runs resumed."""
 
+import functools
 import json
 import shutil
 
@@ -7,7 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from tavq.data.examples import Example, ImageTextDataset
 from tavq.eval import prior_curve, run_caption, run_t2i, run_tokenizer
+from tavq.eval.faithfulness import cycle_cider
 from tavq.eval.results import read_results
 from tavq.tokenizer.model import TAVQTokenizer
 
@@ -72,19 +75,40 @@ def test_a_network_that_shaped_training_never_measures(checkpoint, network, tmp_
 
 @pytest.fixture
 def judge(tiny_checkpoint, tmp_path):
-    """A checkpoint with another decoder, hence another tokenizer, of the same codebook."""
+    """A checkpoint with another codebook."""
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "judge")
     tokenizer = TAVQTokenizer.from_pretrained(folder / "tokenizer")
-    torch.nn.init.zeros_(tokenizer.decoder.last.bias)
+    torch.nn.init.normal_(tokenizer.quantizer.weight, generator=torch.Generator().manual_seed(1))
     tokenizer.save_pretrained(folder / "tokenizer")
+    for part in ("generator", "captioner"):  # which name their codebook
+        path = folder / part / "config.json"
+        config = json.loads(path.read_text()) | {"codebook_hash": tokenizer.codebook_hash}
+        path.write_text(json.dumps(config))
     return folder
 
 
+def with_another_decoder(checkpoint):
+    tokenizer = TAVQTokenizer.from_pretrained(checkpoint / "tokenizer")
+    torch.nn.init.zeros_(tokenizer.decoder.last.bias)
+    tokenizer.save_pretrained(checkpoint / "tokenizer")
+
+
+def test_scores_of_pictures_keep_the_order_of_the_data_set():
+    captions = {"b": "a red dog runs", "a": "two men in the snow", "c": "a boat on blue water"}
+    photo = functools.partial(Image.new, "RGB", (8, 8))
+    examples = [Example(name, photo, (text, text), None, "test") for name, text in captions.items()]
+    dataset = ImageTextDataset("made up", examples)
+    scores = cycle_cider(["a red dog runs", "", ""], dataset)
+    assert scores[0] > 1 and not scores[1:].any()
+
+
 def test_what_drew_the_pictures_never_judges_them(checkpoint, network, tmp_path, capsys):
-    flags = ["--checkpoint", str(checkpoint), *LIMIT, "--features", str(network), "--judge", str(checkpoint)]
+    likewise = shutil.copytree(checkpoint, tmp_path / "likewise")
+    with_another_decoder(likewise)
+    flags = ["--checkpoint", str(checkpoint), *LIMIT, "--features", str(network), "--judge", str(likewise)]
     with pytest.raises(SystemExit) as stopped:
         run_t2i.main([*flags, "--out", str(tmp_path / "x.json")])
-    assert stopped.value.code == 2 and "shares its tokenizer" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "shares its codebook" in capsys.readouterr().err
 
 
 def test_a_killed_t2i_evaluation_goes_on_where_it_stopped(checkpoint, judge, network, tmp_path, monkeypatch):
@@ -113,6 +137,9 @@ def test_a_killed_t2i_evaluation_goes_on_where_it_stopped(checkpoint, judge, net
     monkeypatch.setattr(run_t2i.Pipeline, "generate", counted)
     run_t2i.main(flags)
     assert len(prompts_drawn) == 24, "two seeds of 12 pictures, none drawn twice"
+    with_another_decoder(checkpoint)
+    run_t2i.main(flags)
+    assert len(prompts_drawn) == 48, "another decoder draws other pictures"
     results = read_results(out)
     assert {"FD-moments", "KID", "precision", "recall", "cycle_CIDEr"} <= set(results.metrics)
     assert {"FD-moments of noise", "FD-moments of a constant grey image"} <= set(results.protocol["floors"])

@@ -154,9 +154,25 @@ def test_score_captions_karpathy(tmp_path, coco):
         for n, (i, captions) in enumerate(by_image.items())
     ]
     (tmp_path / "karpathy.json").write_text(json.dumps({"images": images}))
-    for name, references in (("a", coco[1]), ("b", tmp_path / "karpathy.json")):
+    stems = {f"{i}.jpg": f"stem-{i}" for i in by_image}
+    for image in images:
+        image["filename"] = stems[image["filename"]] + ".jpg"
+    renamed = [row | {"image_id": f"stem-{row['image_id']}"} for row in json.loads(coco[0].read_text())]
+    (tmp_path / "renamed.json").write_text(json.dumps(renamed))
+    (tmp_path / "stems.json").write_text(json.dumps({"images": images}))
+    for name, captions_, references in (
+        ("a", coco[0], coco[1]),
+        ("b", coco[0], tmp_path / "karpathy.json"),
+        ("c", tmp_path / "renamed.json", tmp_path / "stems.json"),
+    ):
         out = str(tmp_path / f"{name}.json")
-        score.main(["captions", str(coco[0]), str(references), "--backend", "python", "--out", out])
+        score.main(["captions", str(captions_), str(references), "--backend", "python", "--out", out])
+    assert all(row.difference == 0 for row in compare(tmp_path / "a.json", tmp_path / "b.json"))
+    a, c = (read_results(tmp_path / f"{name}.json").metrics["CIDEr"]["value"] for name in "ac")
+    assert a == c
+    ours = json.loads((tmp_path / "a.json").read_text())
+    ours["protocol"]["decoding"] = {"beam": 5}
+    (tmp_path / "a.json").write_text(json.dumps(ours))
     assert all(row.difference == 0 for row in compare(tmp_path / "a.json", tmp_path / "b.json"))
 
 
@@ -234,6 +250,8 @@ def test_unlike_protocols_never_share_a_table(tmp_path, pair):
     other = make(tmp_path / "val.json", np.ones(100), split="val")
     tables = table.make_tables([read_results(path) for path in (*pair, other)])
     assert tables.count("| --- |") == 2
+    difference = next(line for line in tables.splitlines() if line.startswith("| ours - "))
+    assert "| **+0.49 [" in difference and "| +0.0 |" in difference
 
 
 def test_cells():
@@ -241,7 +259,7 @@ def test_cells():
         table.format_metric("CIDEr", {"value": 0.59979, "low": 0.564, "high": 0.637}) == "60.0 [56.4, 63.7]"
     )
     assert table.format_metric("KID", {"value": 0.00347, "deviation": 0.0006}) == "0.0035 ± 0.0006"
-    assert table.format_metric("t2i_R@10", {"value": 0.2041}) == "0.204"
+    assert table.format_metric("t2i_R@10", {"value": 0.2041}) == "20.4"
     assert table.format_metric("recall", {"value": 0.76}) == "0.760"
     assert table.format_metric("METEOR", None) == "-"
 

@@ -341,6 +341,12 @@ def test_a_probe_learns_to_read_a_tokenizer_of_ours_and_changes_no_code(
     }
     assert changed == {"projections"}
     assert after.config.provenance["probe"] == "ot" and aligned_levels(after) == {1: 1, 2: 2, 3: 3}
+    torch.nn.init.ones_(before.projections.marks)  # what was learnt before is forgotten
+    before.save_pretrained(tmp_path / "other")
+    flags = ["--base", f"tavq:{tmp_path / 'other'}", "--data", str(few_shapes), "--out", str(tmp_path / "b")]
+    align.main([*flags, "--probe-only", *SHORT])
+    other = TAVQTokenizer.from_pretrained(tmp_path / "b")
+    assert torch.equal(other.projections.marks, after.projections.marks)
     assert "after" not in json.loads((out / "report.json").read_text())
 
 

@@ -104,6 +104,7 @@ def test_training_the_decoder_further_leaves_the_ids_alone(teacher, tmp_path):
     }
     assert changed == {f"decoder.{name}" for name, _ in before.decoder.named_parameters()}
     assert after.config.provenance == {"decoder_perceptual": file_hash(teacher)}
+    assert "What it went on from" in after.card or not before.card
 
 
 def test_alignment_method_follows_align():

@@ -160,6 +160,22 @@ def test_early_stopping_keeps_the_best_weights(tmp_path):
     ]
 
 
+def test_early_stopping_without_a_score_is_refused(tmp_path):
+    task = LineTask()
+    task.watch = None
+    with pytest.raises(ValueError, match="no score to stop early by"):
+        train(task, dataclasses.replace(CONFIG, patience=1), tmp_path, Run(CONFIG))
+
+
+def test_what_a_kill_between_two_renames_left_is_no_hindrance(tmp_path):
+    for steps in (10, 20):
+        config = dataclasses.replace(CONFIG, steps=steps)
+        train(LineTask(), config, tmp_path, Run(config))
+        left = tmp_path / "training" / "state.old"
+        left.mkdir()
+        (left / "half").touch()
+
+
 def test_the_weights_of_every_evaluation_are_kept_where_asked_for(tmp_path):
     class Worsening(LineTask):
         def evaluate(self, model, step):

@@ -19,6 +19,14 @@ def test_singular_values_become_about_one_and_directions_stay(shape):
     assert torch.allclose(orthogonalised(1e4 * matrix), found, atol=1e-4)  # its length is nothing
 
 
+def test_directions_that_a_gradient_lacks_are_not_made_of_rounding_errors():
+    generator = torch.Generator().manual_seed(0)
+    thin = torch.randn(48, 3, generator=generator) @ torch.randn(3, 200, generator=generator)
+    values = torch.linalg.svdvals(orthogonalised(thin))
+    assert values[2] > 0.6 and values[3] < 1e-2
+    assert not orthogonalised(torch.zeros(4, 8)).any()
+
+
 def test_a_first_step_has_the_size_of_one_of_adamw():
     weight = nn.Parameter(torch.zeros(96, 64))
     optimizer = MuonAdamW([{"params": [weight], "muon": True}], lr=0.5, weight_decay=0.0)

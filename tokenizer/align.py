@@ -37,7 +37,7 @@ from .alignment import AlignmentConfig, TextAligner, draw_texts, units_and_banks
 from .health import CodebookWatch
 from .heatmaps import PROBED_LEVELS
 from .losses import GradientBalance, open_perceptual
-from .model import NUM_LEVELS, TAVQTokenizer, TokenizerConfig
+from .model import NUM_LEVELS, TAVQTokenizer, TextProjections, TokenizerConfig
 from .photos import TrainingImages, photo_batches
 from .reading import fit_projections
 from .retrieval import image_to_text_ranks, recall_at, scores_of_codes, text_to_image_ranks
@@ -217,14 +217,15 @@ class AlignTask(Task):
         directory.mkdir(parents=True, exist_ok=True)
         base = model.adapter.base
         if isinstance(base, TAVQTokenizer):  # its codes stay; what has been learnt is its way to text
-            base.card, base.config = card, self._probed(base.config)
+            base.card = card
             model.adapter.save(directory)
         elif not model.frozen:
             model.adapter.save(directory)
         with written_aside(directory / HEADS_FILE) as path:
             save_file({name: t.cpu().contiguous() for name, t in model.heads().items()}, path)
 
-    def _probed(self, config: TokenizerConfig) -> TokenizerConfig:
+    def probed(self, config: TokenizerConfig) -> TokenizerConfig:
+        """`config` of a tokenizer of ours, as it is once its codes can be read."""
         alignment = self.run.alignment
         provenance = config.provenance | {
             "probe": self.run.alignment.method,
@@ -304,12 +305,16 @@ def print_table(stages: dict[str, dict[str, float]]) -> None:
 
 
 def read_own(run: AlignRun, adapter: Adapter, data: AlignData) -> dict[str, float]:
-    """Fit the way from codes to text of a tokenizer of ours, which has no other heads; save and score it."""
+    """Fit a new way from codes to text of a tokenizer of ours, which has no other heads; save and score."""
+    base, seed = adapter.base, run.training.seed
+    torch.manual_seed(seed)
+    base.projections = TextProjections(
+        base.num_codes, base.config.code_dim, base.config.projection_width, base.config.text_dim
+    ).to(base.codebook.device)
     task = AlignTask(run, adapter, data, frozen=True)
-    fit_projections(
-        adapter.base, data.train_set, data.texts, PROBED_LEVELS, run.probe_steps, run.training.seed
-    )
-    task.save(task.model, run.out, adapter.base.card)
+    base.config = task.probed(base.config)
+    fit_projections(base, data.train_set, data.texts, PROBED_LEVELS, run.probe_steps, seed)
+    task.save(task.model, run.out, base.card)
     return task.evaluate(task.model.eval(), run.probe_steps)
 
 

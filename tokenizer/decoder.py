@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tavq.arguments import parse, run_main
 from tavq.data.layouts import open_dataset
+from tavq.training.card import continued
 from tavq.training.loop import train
 from tavq.training.task import StepOutput, Task, TrainingConfig
 
@@ -99,13 +100,16 @@ class DecoderTask(Task):
 
     def __init__(self, run: DecoderRun):
         tokenizer = TAVQTokenizer.from_pretrained(run.tokenizer)
+        self.earlier_card = tokenizer.card
         self.val_set, train_set = open_dataset(run.data, "val"), open_dataset(run.data, "train")
         self.dataset = TrainingImages(train_set, tokenizer.image_size_px)
         torch.manual_seed(run.training.seed)
         self.model = DecoderTrainee(run, tokenizer)
         self.critic = next(iter(self.model.critic), None)
         if self.model.perceptual is not None:
-            tokenizer.config.provenance["decoder_perceptual"] = self.model.perceptual.hash
+            provenance = tokenizer.config.provenance
+            used = {*provenance.get("decoder_perceptual", "").split(), self.model.perceptual.hash}
+            provenance["decoder_perceptual"] = " ".join(sorted(used))
 
     @torch.inference_mode()
     def evaluate(self, model: DecoderTrainee, step: int) -> dict[str, float]:
@@ -121,7 +125,7 @@ class DecoderTask(Task):
         return {"reconstructions": reconstruction_sheet(model.tokenizer, self.val_set)}
 
     def save(self, model: DecoderTrainee, directory: Path, card: str) -> None:
-        model.tokenizer.card = card
+        model.tokenizer.card = continued(card, self.earlier_card)
         model.tokenizer.save_pretrained(directory)
 
 

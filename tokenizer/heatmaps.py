@@ -135,9 +135,12 @@ def aligned_levels(tokenizer: TAVQTokenizer) -> dict[int, int]:
     return {kind: int(level) for kind, level in enumerate(levels, 1) if level != "-"}
 
 
-def check_aligned(tokenizer: TAVQTokenizer) -> None:
-    """Raise ValueError for a tokenizer whose codes were never drawn to text."""
-    if not aligned_levels(tokenizer):
+def check_aligned(tokenizer: TAVQTokenizer, level: int | None = None) -> None:
+    """Raise ValueError for a tokenizer whose codes were never drawn to text, at any level or at `level`."""
+    levels = aligned_levels(tokenizer)
+    if levels and level is not None and level not in levels.values():
+        raise ValueError(f"Z_{level} of this tokenizer was not drawn to text; train one whose pairing has it")
+    if not levels:
         align = tokenizer.config.provenance.get("align", "none")
         raise ValueError(
             f"this tokenizer was trained with --align {align}, its codes are not projected to words; "

@@ -16,7 +16,7 @@ from tavq.training.task import StepOutput
 
 from .blocks import group_norm
 
-MAX_SHIFT_PX = 8  # of the random crops under the perceptual loss
+MAX_SHIFT_PX = 8  # of the random crops under perceptual loss and discriminator
 CRITIC_LEAD = 0.1  # share of the steps in which the discriminator trains before it is heard
 
 
@@ -91,13 +91,14 @@ class FeaturePerceptual(FrozenNetwork):
     """Squared distance between unit-normalised feature maps of a frozen network, averaged over its maps.
 
     Johnson et al. 2016, arXiv:1603.08155, with the normalisation of LPIPS but no learned weights. Not LPIPS.
-    In training both images (of 64 px and more) are cropped alike, from a random corner: the strides of the
-    network always lie on the same pixels otherwise, and their grid is seen in the reconstructions.
+    In training both images (of 64 px and more) are cropped alike, from a random corner, and so are those that
+    the discriminator sees: otherwise a network's strides always lie on the same pixels, and their grid shows
+    in the reconstructions.
     """
 
     def distance(self, images: Tensor, targets: Tensor) -> Tensor:
         """(B, 3, H, W) twice, in [-1, 1] -> scalar in [0, 4]."""
-        if torch.is_grad_enabled() and min(images.shape[-2:]) >= 8 * MAX_SHIFT_PX:
+        if torch.is_grad_enabled():
             images, targets = randomly_cropped(images, targets)
         with torch.no_grad():
             wanted = self(targets)
@@ -106,7 +107,10 @@ class FeaturePerceptual(FrozenNetwork):
 
 
 def randomly_cropped(*images: Tensor) -> tuple[Tensor, ...]:
-    """Images (B, C, H, W) without `MAX_SHIFT_PX` of their rows and columns, from the same random corner."""
+    """Images (B, C, H, W) without `MAX_SHIFT_PX` of their rows and columns, from the same random corner;
+    whole where they are small."""
+    if min(images[0].shape[-2:]) < 8 * MAX_SHIFT_PX:
+        return images
     height, width = (side - MAX_SHIFT_PX for side in images[0].shape[-2:])
     top, left = torch.randint(MAX_SHIFT_PX + 1, (2,)).tolist()
     return tuple(image[..., top : top + height, left : left + width] for image in images)
@@ -153,7 +157,8 @@ class Critic(nn.Module):
         real, fake = images
         if step < self.first_step:
             return StepOutput(sum(p.sum() for p in self.parameters()) * 0.0, {})
-        real_logits, fake_logits = self.discriminator(torch.cat([real, fake])).chunk(2)
+        both = torch.cat(randomly_cropped(real, fake))
+        real_logits, fake_logits = self.discriminator(both).chunk(2)
         loss = hinge_loss(real_logits, fake_logits)
         return StepOutput(loss, {"critic/loss": loss, "critic/real": real_logits.mean()})
 
@@ -240,7 +245,7 @@ class PictureLosses(nn.Module):
         if not self.critic or step < self.adversarial_from:
             return 0.0
         critic = self.critic[0].requires_grad_(False)
-        report["adversarial"] = -critic.discriminator(got).mean()
+        report["adversarial"] = -critic.discriminator(*randomly_cropped(got)).mean()
         critic.requires_grad_(True)
         return self.balance.weigh("adversarial", report["adversarial"], reconstruction, (on,), step)
 

@@ -30,7 +30,7 @@ from .health import CodebookWatch, level_costs, level_ids, perplexity, use_chart
 from .heatmaps import LEVELS_FIELD, aligned_levels, aligned_levels_field
 from .lgvq import CaptionReader, Captions, LanguageGuidance, LGVQConfig
 from .losses import FrozenNetwork, PictureLossConfig, PictureLosses
-from .model import PRESETS, Encoded, TAVQTokenizer, TokenizerConfig
+from .model import NUM_LEVELS, PRESETS, Encoded, TAVQTokenizer, TokenizerConfig
 from .photos import TrainingImages, photo_batches, reconstruction_sheet
 from .reading import fit_projections
 from .retrieval import alignment_scores, recall_at, text_to_image_ranks
@@ -279,7 +279,7 @@ class TokenizerTask(Task):
         all_ids = torch.cat(ids)
         metrics = {name: total / len(all_ids) for name, total in sums.items()}
         metrics |= self.watch_codes.look(all_ids[:, -1], tokenizer.codebook, step)
-        if self.run.align != "none":
+        if model.guidance is not None or NUM_LEVELS in aligned_levels(tokenizer).values():
             captions = self.val_captions[rows].to(device)
             if model.guidance is not None:  # LG-VQ has its own reading of the codes
                 scores = model.guidance.scores(

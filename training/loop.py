@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from accelerate.utils import broadcast_object_list, send_to_device
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
@@ -79,6 +79,8 @@ class Trainer:
 
     def __init__(self, task: Task, config: TrainingConfig, out: Path, resolved: Any):
         self.task, self.config, self.out, self.resolved = task, config, out, resolved
+        if config.patience and task.watch is None:
+            raise ValueError(f"the {task.name} has no score to stop early by; leave out --training.patience")
         self.folder = out / "training"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.accelerator = Accelerator(
@@ -120,7 +122,7 @@ class Trainer:
         began, first, saved = time.monotonic(), state.step, time.monotonic()
         seconds_before = state.seconds
         batches = iter(self._loader())
-        while state.step < config.steps and not stop.requested:
+        while state.step < config.steps and not self._anywhere(stop.requested):
             report = self._step(batches)
             state.step += 1
             state.seconds = seconds_before + time.monotonic() - began
@@ -128,6 +130,9 @@ class Trainer:
             self._show(bar, report, rate, state.step - first)
             if state.step % config.evaluate_every == 0 or state.step == config.steps:
                 self._evaluate(bar)
+                state.best, state.evaluations_since_best = broadcast_object_list(
+                    [state.best, state.evaluations_since_best]
+                )
                 if config.patience and state.evaluations_since_best >= config.patience:
                     bar.write(
                         f"stopped at step {state.step}: {config.patience} evaluations without a better one"
@@ -138,9 +143,16 @@ class Trainer:
                 saved = time.monotonic()
         self._save_state()
         bar.close()
-        if stop.requested:
+        if self._anywhere(stop.requested):
             print(f"stopped at step {state.step}; the same command goes on from there")
             raise SystemExit(stop.exit_code)
+
+    def _anywhere(self, requested: bool) -> bool:
+        """Whether any process was asked to stop; all must leave in the same step."""
+        if self.accelerator.num_processes == 1:
+            return requested
+        flags = torch.tensor(float(requested), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flags, "sum"))
 
     def _step(self, batches: Any) -> dict[str, float]:
         """One optimiser step (of both players), over `accumulation_steps` forward passes."""
@@ -199,20 +211,24 @@ class Trainer:
             persistent_workers=config.num_workers > 0,
         )
 
+    @property
+    def _per_step(self) -> int:
+        """Examples of one step, of all processes."""
+        return self.config.batch_size * self.config.accumulation_steps * self.accelerator.num_processes
+
     def _show(self, bar: tqdm, report: dict[str, float], rate: float, steps_now: int) -> None:
         if not self.is_main:
             return
-        per_step = self.config.batch_size * self.config.accumulation_steps * self.accelerator.num_processes
+        examples_per_s = rate * self._per_step
         bar.update(1)
-        bar.set_postfix_str(f"{rate * per_step:.1f} examples/s", refresh=False)
+        bar.set_postfix_str(f"{examples_per_s:.1f} examples/s", refresh=False)
         left = (self.config.steps - self.state.step) / rate
         if steps_now == ESTIMATE_AT_STEP:
             gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            bar.write(
-                f"about {_minutes(left)} to go at {rate * per_step:.1f} examples/s; {gib:.1f} GiB so far"
-            )
+            speed = f"{examples_per_s:.1f} examples/s"
+            bar.write(f"about {_minutes(left)} to go at {speed}; {gib:.1f} GiB so far")
         if report:
-            self.log.write(self.state.step, report | {"examples_per_s": rate * per_step})
+            self.log.write(self.state.step, report | {"examples_per_s": examples_per_s})
             if bar.disable:
                 values = "  ".join(f"{name} {value:.4g}" for name, value in report.items())
                 print(
@@ -232,7 +248,8 @@ class Trainer:
         bar.write(f"step {state.step}  {values}")
         for title, picture in self.task.pictures(model).items():
             self.log.board.add_image(title, picture, state.step, dataformats="HWC")
-        card = model_card(self.task.name, to_plain(self.resolved), self.log.lines)
+        seen = state.step * self._per_step
+        card = model_card(self.task.name, to_plain(self.resolved), self.log.lines, seen, state.seconds)
         if self.config.keep_evaluated:
             self.task.save(model, self.folder / KEPT / f"step-{state.step:06d}", card)
         if self._is_best(metrics):
@@ -259,6 +276,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if self.is_main:
             if old.exists():
+                shutil.rmtree(self.folder / "state.old", ignore_errors=True)
                 old.rename(self.folder / "state.old")
             new.rename(old)
             shutil.rmtree(self.folder / "state.old", ignore_errors=True)

@@ -46,12 +46,20 @@ class MuonAdamW(torch.optim.AdamW):
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
-    """The semi-orthogonal matrix nearest to `matrix` (n, m), roughly: singular values of 0.7 to 1.2."""
+    """The semi-orthogonal matrix nearest to `matrix` (n, m), roughly: singular values of 0.7 to 1.2.
+
+    Newton-Schulz iterates x <- (a + b g + c g^2) x with g = x x^T. The factors are polynomials of the first
+    g, so they commute: they are multiplied at the size of the shorter side, and x by their product once.
+    """
     a, b, c = NEWTON_SCHULZ
     x = matrix.float()
     x = x.mT if x.shape[0] > x.shape[1] else x
     x = x / x.norm().clamp_min(1e-7)
+    gram = x @ x.mT
+    product = torch.eye(len(gram), device=gram.device)
     for _ in range(5):
-        gram = x @ x.mT
-        x = a * x + torch.addmm(gram, gram, gram, beta=b, alpha=c) @ x
+        factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal().add_(a)
+        product, gram = factor @ product, factor @ gram @ factor
+    x = product @ x
     return (x.mT if matrix.shape[0] > matrix.shape[1] else x).to(matrix.dtype)

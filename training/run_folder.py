@@ -61,7 +61,7 @@ def claim_folder(folder: Path, resolved: Any, is_main: bool) -> None:
         if changed:
             raise ValueError(
                 f"{folder.parent} holds a run with another {', '.join(changed)}; "
-                "take another --out, or repeat the command of that run"
+                "take another folder, or repeat the command of that run"
             )
     elif is_main:
         print(text, flush=True)
