@@ -258,7 +258,8 @@ def whole_images(prior: Prior, texts: TokenStates, rounds: int) -> str:
     for count, draft_tokens, _ in WAYS:
         how = "plainly" if draft_tokens == 1 else f"drafts of {draft_tokens}"
         heads.append(f"{count} at a time, {how}")
-    lines = ["| s/image, guidance 3 | " + " | ".join(heads) + " |", "| --- |" + " ---: |" * len(WAYS)]
+    first = f"| s/image, guidance {SamplingConfig().guidance:g} | "
+    lines = [first + " | ".join(heads) + " |", "| --- |" + " ---: |" * len(WAYS)]
     for precision in PRECISIONS:
         cells = []
         for count, draft_tokens, micro_batch in WAYS:

@@ -33,7 +33,7 @@ class DecodingConfig:
     """Captions an image, the best first; as many samples when `temperature` is above 0."""
     length_penalty: float = 1.0
     """Exponent on the length that divides a beam's log-probability; above 1 favours longer captions."""
-    no_repeat_ngram: int = 0
+    no_repeat_ngram: int = 3
     """No word sequence of this length occurs twice in a caption; 0 allows all."""
     max_words: int | None = None
     """The longest caption; by default what the captioner was trained for."""
@@ -86,7 +86,7 @@ class Caption:
         return " ".join(w.text if w.probability >= threshold else f"[{w.text}?]" for w in self.words)
 
 
-GREEDY = DecodingConfig(beam=1)
+GREEDY = DecodingConfig(beam=1, no_repeat_ngram=0)
 
 
 @torch.inference_mode()

@@ -13,13 +13,13 @@ from .linear import Precision
 class SamplingConfig:
     """How ids are drawn."""
 
-    guidance: float = 3.0
+    guidance: float = 4.5
     """Weight of the text: logits = null + guidance * (text - null). 1 means none."""
     guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How guidance rises from 1 at the first token to its value at the last."""
     temperature: float = 1.0
     """0 takes the likeliest code each time."""
-    top_k: int = 0
+    top_k: int = 100
     """Draw among so many likeliest codes; 0 means all."""
     top_p: float = 1.0
     """Draw among the likeliest codes that hold this much probability."""

@@ -21,8 +21,8 @@ probably include those of Flickr8k.
 """
 PURPOSES = {
     "tokenizer": "Turns a square picture into a grid of ids of one codebook, and back.",
-    "prior": "Draws the ids of a picture from a text. Needs the tokenizer named in its config.",
-    "captioner": "Writes a sentence from the ids of a picture. Needs the tokenizer named in its config.",
+    "prior": "Draws the ids of a picture from a text. Its config names the codebook that it needs.",
+    "captioner": "Writes a sentence from the ids of a picture. Its config names the codebook that it needs.",
 }
 
 
