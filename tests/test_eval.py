@@ -60,8 +60,10 @@ def test_a_network_that_shaped_training_never_measures(checkpoint, network, tmp_
 
     path = checkpoint / "tokenizer" / "config.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"provenance": {"distilled_from": file_hash(network)}}))
-    for script in (run_tokenizer, run_t2i):
+    taught = file_hash(network)
+    records = ({"distilled_from": taught}, {"decoder_perceptual": f"another {taught}"})
+    for script, provenance in zip((run_tokenizer, run_t2i), records, strict=True):
+        path.write_text(json.dumps(config | {"provenance": provenance}))
         with pytest.raises(SystemExit) as stopped:
             script.main(
                 [

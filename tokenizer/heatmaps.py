@@ -138,8 +138,6 @@ def aligned_levels(tokenizer: TAVQTokenizer) -> dict[int, int]:
 def check_aligned(tokenizer: TAVQTokenizer, level: int | None = None) -> None:
     """Raise ValueError for a tokenizer whose codes were never drawn to text, at any level or at `level`."""
     levels = aligned_levels(tokenizer)
-    if levels and level is not None and level not in levels.values():
-        raise ValueError(f"Z_{level} of this tokenizer was not drawn to text; train one whose pairing has it")
     if not levels:
         align = tokenizer.config.provenance.get("align", "none")
         raise ValueError(
@@ -147,6 +145,8 @@ def check_aligned(tokenizer: TAVQTokenizer, level: int | None = None) -> None:
             "use one that was trained with --align ot or gaussian, or teach its heads to read it by "
             "tavq align --probe-only"
         )
+    if level is not None and level not in levels.values():
+        raise ValueError(f"Z_{level} of this tokenizer was not drawn to text; train one whose pairing has it")
 
 
 def heat_overlay(photo: Image.Image, shares: np.ndarray) -> Image.Image:

@@ -221,9 +221,8 @@ class PictureLosses(nn.Module):
         self.balance = GradientBalance({**(shares or {}), "adversarial": losses.adversarial})
         self.adversarial_from = round(losses.adversarial_from * steps)
         first = max(0, round((losses.adversarial_from - CRITIC_LEAD) * steps))
-        self.critic = (
-            (Critic(first),) if losses.adversarial else ()
-        )  # in a tuple: it is no part of this module
+        # in a tuple: it is no part of this module
+        self.critic = (Critic(first),) if losses.adversarial else ()
 
     def reconstruction(self, got: Tensor, images: Tensor, report: dict[str, Any]) -> Tensor:
         """L1 and perceptual distance of two batches (B, 3, H, W); the parts go into `report`."""
