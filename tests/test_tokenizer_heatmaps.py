@@ -11,7 +11,7 @@ from PIL import Image
 from tavq.data.text_encoder import TextEncoder
 from tavq.heatmap import main
 from tavq.pipeline import Pipeline
-from tavq.tokenizer.heatmaps import aligned_levels, heat_overlay, text_plan, unit_maps
+from tavq.tokenizer.heatmaps import aligned_levels, check_aligned, heat_overlay, text_plan, unit_maps
 from tavq.tokenizer.model import PRESETS, TAVQTokenizer
 
 WORDS = ("black", "dog", "jump", "log")
@@ -100,6 +100,9 @@ def test_a_plain_tokenizer_an_untrained_level_and_an_empty_text_are_told(known, 
     with pytest.raises(ValueError, match=r"trained with --align none.*use one"):
         unit_maps(plain, picture, TEXT, by_word)
     assert aligned_levels(known) == {1: 1} and aligned_levels(plain) == {}
+    check_aligned(known)
+    with pytest.raises(ValueError, match="Z_3 of this tokenizer was not drawn to text"):
+        check_aligned(known, 3)
     with pytest.raises(ValueError, match="empty text"):
         unit_maps(known, picture, "  ", by_word)
     with pytest.raises(ValueError, match="holds no word"):
