@@ -161,6 +161,8 @@ def document(run: Ablation) -> str:
             cells = [cell(found, *column) for column in COLUMNS.values()]
             lines.append(f"| {name} | {len(found)} | " + " | ".join(cells) + " |")
     fields = dataclasses.asdict(run) | {"dataset": Path(run.data).name, "tuning": tuning_runs()}
+    tuned = sum(bool(results_of(run, name, run.seeds[0])) for name in TUNING)
+    fields |= {"tuned": tuned, "tunings": len(TUNING)}
     fields["perceptual"] = "perceptual loss" if run.teacher else "no perceptual loss"
     return TEXT.format(table="\n".join(lines), **fields)
 
@@ -208,8 +210,8 @@ TEXT = """Made by `python recipes/ablation.py`: validation split of {dataset}, {
 {perceptual}, no discriminator, nothing distilled. A captioner of {captioner_steps} steps reads
 the tokens of each. "Own heads" are those trained with the codes; the probe is trained for
 {probe_steps} steps on frozen codes, alike for all. Recall in per cent (chance 1 %), CIDEr times 100
-(greedy). Mean over seeds, and the range. Beside its default setting, each method had {tuning}
-tuning run, of the first seed.
+(greedy). Mean over seeds, and the range. Beside its default setting, each method gets {tuning}
+tuning run, of the first seed ({tuned} of {tunings} done).
 
 {table}"""
 
