@@ -2,7 +2,8 @@
 
 Which part of the alignment does what: the same small tokenizer with each `--align`, with and without levels,
 each read by the same probe and by a small captioner, measured on val. A run that is done is skipped, a
-stopped one goes on; the table in docs/ablation.md is made again after each from the result files.
+stopped one goes on; the table in docs/ablation.md is made again after each from the result files, and rows of
+variants that were run elsewhere with the same settings stay as they are.
 """
 
 from __future__ import annotations
@@ -152,19 +153,25 @@ def script(name: str, *arguments: object) -> None:
 
 def document(run: Ablation) -> str:
     """The block of docs/ablation.md, from the result files that are there."""
-    header = "| variant | seeds | " + " | ".join(COLUMNS) + " |"
-    lines = [header, "| --- | ---: |" + " ---: |" * len(COLUMNS)]
+    fields = dataclasses.asdict(run) | {"dataset": Path(run.data).name}
+    fields["perceptual"] = "perceptual loss" if run.teacher else "no perceptual loss"
+    settings = SETTINGS.format(**fields)
+    written = run.out.read_text(encoding="utf-8") if run.out.is_file() else ""
+    rows = {}
     for name in [*VARIANTS, *TUNING]:
         found = [results_of(run, name, seed) for seed in run.seeds]
         found = [results for results in found if results]
-        if found:
-            cells = [cell(found, *column) for column in COLUMNS.values()]
-            lines.append(f"| {name} | {len(found)} | " + " | ".join(cells) + " |")
-    fields = dataclasses.asdict(run) | {"dataset": Path(run.data).name, "tuning": tuning_runs()}
-    tuned = sum(bool(results_of(run, name, run.seeds[0])) for name in TUNING)
-    fields |= {"tuned": tuned, "tunings": len(TUNING)}
-    fields["perceptual"] = "perceptual loss" if run.teacher else "no perceptual loss"
-    return TEXT.format(table="\n".join(lines), **fields)
+        cells = [cell(found, *column) for column in COLUMNS.values()]
+        row = f"| {name} | {len(found)} | " + " | ".join(cells) + " |"
+        if not found:  # on another machine, perhaps
+            row = next((line for line in written.splitlines() if line.startswith(f"| {name} |")), "")
+            row = row if settings in written else ""
+        if row:
+            rows[name] = row
+    header = "| variant | seeds | " + " | ".join(COLUMNS) + " |"
+    table = "\n".join([header, "| --- | ---: |" + " ---: |" * len(COLUMNS), *rows.values()])
+    tuned = f"tuning run, of the first seed ({len(rows.keys() & TUNING.keys())} of {len(TUNING)} done)."
+    return f"{settings}\nBeside its default setting, each method gets {tuning_runs()} {tuned}\n\n{table}"
 
 
 def tuning_runs() -> int:
@@ -205,15 +212,12 @@ EMPTY = """# Ablation of the alignment
 <!-- ablation: begin -->
 <!-- ablation: end -->
 """
-TEXT = """Made by `python recipes/ablation.py`: validation split of {dataset}, {image_size_px} px,
+SETTINGS = """Made by `python recipes/ablation.py`: validation split of {dataset}, {image_size_px} px,
 {channels[0]} and {channels[1]} channels, {images} images a tokenizer in batches of {batch_size},
 {perceptual}, no discriminator, nothing distilled. A captioner of {captioner_steps} steps reads
 the tokens of each. "Own heads" are those trained with the codes; the probe is trained for
 {probe_steps} steps on frozen codes, alike for all. Recall in per cent (chance 1 %), CIDEr times 100
-(greedy). Mean over seeds, and the range. Beside its default setting, each method gets {tuning}
-tuning run, of the first seed ({tuned} of {tunings} done).
-
-{table}"""
+(greedy). Mean over seeds, and the range."""
 
 
 if __name__ == "__main__":

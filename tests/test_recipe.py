@@ -1,5 +1,6 @@
 """The whole chain by one command, on generated shapes; a second run finds everything done."""
 
+import dataclasses
 import importlib.util
 import os
 import subprocess
@@ -46,7 +47,7 @@ def test_the_recipe_trains_and_measures_everything_once(tmp_path):
 
 def test_the_ablation_table_is_made_from_the_results_that_are_there(tmp_path):
     ablation = load("ablation")
-    run = ablation.Ablation(data="shapes", seeds=(0, 1), runs=tmp_path)
+    run = ablation.Ablation(data="shapes", seeds=(0, 1), runs=tmp_path, out=tmp_path / "ablation.md")
     values = {"ot": ((0.10, 300.0), (0.20, 280.0)), "none": ((0.05, 310.0),)}
     for name, seeds in values.items():
         for seed, (recall, distance) in enumerate(seeds):
@@ -61,6 +62,16 @@ def test_the_ablation_table_is_made_from_the_results_that_are_there(tmp_path):
     ot = next(line for line in lines if line.startswith("| ot |"))
     assert ot.startswith("| ot | 2 | 15.0 (10.0 to 20.0) |") and "290.0 (280.0 to 300.0)" in ot
     assert not any(line.startswith("| gaussian |") for line in lines)
+
+
+def test_rows_of_the_ablation_that_were_run_elsewhere_stay_if_the_settings_are_the_same(tmp_path):
+    ablation = load("ablation")
+    run = ablation.Ablation(data="shapes", runs=tmp_path, out=tmp_path / "ablation.md")
+    kept = ["| ot | 2 | 15.0 |", "| ot, twice the share | 1 | 14.0 |"]
+    run.out.write_text("\n".join([ablation.document(run), *kept]))
+    assert ablation.document(run).splitlines()[-2:] == kept
+    assert "(1 of 4 done)" in ablation.document(run)
+    assert "| ot" not in ablation.document(dataclasses.replace(run, images=10))
 
 
 def test_the_comparison_of_captions_shows_each_seed_with_its_interval(tmp_path):
