@@ -1,7 +1,7 @@
 """The cost of carrying a text onto an image: entropic optimal transport, and its Gaussian stand-in.
 
-Legend: S codes of an image, U text units, leading dimensions `...` are independent problems. Float32
-    throughout.
+Legend: S codes of an image, U text units, leading dimensions `...` are independent problems. Results are
+    float32.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ def sinkhorn_plan(
     """Semi-relaxed entropic transport plan: every text unit is placed, image positions may stay empty.
 
     Minimises <P, C> + epsilon KL(P | a b') + relaxation KL(P 1 | a) over plans whose text marginal P' 1 is
-    exactly b, with a uniform over the S codes and b uniform over the valid units. Log-domain iterations after
-    Chizat et al. 2018,
-    arXiv:1607.05816, alg. 2; with `relaxation` infinite it is the balanced problem of Cuturi 2013,
-    arXiv:1306.0895.
+    exactly b, with a uniform over the S codes and b uniform over the valid units. Scaling iterations after
+    Chizat et al. 2018, arXiv:1607.05816, alg. 1, on costs above each unit's least, in float64 where float32
+    could underflow; with `relaxation` infinite it is the balanced problem of Cuturi 2013, arXiv:1306.0895.
 
     Args:
         cost: (..., S, U), any finite values.
         unit_mask: (..., U) bool, broadcast against cost; True where a unit exists, at least one a problem.
-        epsilon: entropic regularisation, in units of the cost.
+        epsilon: entropic regularisation, in units of the cost; what costs 600 epsilon more than a unit's
+            least (80 on Apple's MPS) counts as that.
         relaxation: weight of the image marginal's penalty, in units of the cost; `math.inf` makes it exact.
         iterations: pairs of updates; the text marginal is exact after each.
 
@@ -32,18 +32,20 @@ def sinkhorn_plan(
         P (..., S, U), rows sum to about 1/S, columns to exactly 1/U; detached from the graph.
     """
     with torch.no_grad():
-        cost = cost.float()
-        log_a = -torch.log(torch.tensor(float(cost.shape[-2]), device=cost.device))
-        count = unit_mask.sum(dim=-1, keepdim=True).float()
-        log_b = torch.where(unit_mask, -count.log(), -torch.inf).unsqueeze(-2)
+        exponent = (cost.amin(dim=-2, keepdim=True) - cost).float() / epsilon
+        if exponent.amin() < -40 and exponent.device.type != "mps":  # which has no float64
+            exponent = exponent.double()
+        exponent = exponent.clamp(min=-600 if exponent.dtype == torch.float64 else -80)
         damping = 1.0 if relaxation == float("inf") else relaxation / (relaxation + epsilon)
-        kernel = -cost / epsilon
-        f = torch.zeros_like(cost[..., :1])
+        b = (unit_mask / unit_mask.sum(dim=-1, keepdim=True)).unsqueeze(-2).to(exponent.dtype)
+        kernel = torch.exp(exponent)
+        kernel_b = kernel * b
+        u = torch.full_like(kernel[..., :1], 1 / kernel.shape[-2])  # a times the scaling of the codes
         for _ in range(iterations):
-            g = -torch.logsumexp(kernel + f + log_a, dim=-2, keepdim=True)
-            f = -damping * torch.logsumexp(kernel + g + log_b, dim=-1, keepdim=True)
-        g = -torch.logsumexp(kernel + f + log_a, dim=-2, keepdim=True)
-        return torch.exp(kernel + f + g + log_a + log_b)
+            v = 1 / (u.transpose(-2, -1) @ kernel)
+            u = (kernel_b @ v.transpose(-2, -1)).pow(-damping) / kernel.shape[-2]
+        v = 1 / (u.transpose(-2, -1) @ kernel)
+        return (kernel * u * (v * b)).float()
 
 
 def transport_cost(cost: Tensor, unit_mask: Tensor, **sinkhorn: float) -> Tensor:
