@@ -252,8 +252,9 @@ class TextAligner(nn.Module):
         if self.config.method == "gaussian":
             positive, negative = gaussian_unit_cost(codes, units), gaussian_unit_cost(codes, bank)
         else:
-            positive = single_unit_cost(1 - codes @ units.transpose(1, 2), **regularisation)
-            negative = single_unit_cost(1 - codes @ bank.T, **regularisation)
+            # costs less 1, which cancels below
+            positive = single_unit_cost(-codes @ units.transpose(1, 2), **regularisation)
+            negative = single_unit_cost(-codes @ bank.T, **regularisation)
         negative_logits = (-scale * negative).masked_fill(own, -torch.inf)
         total = torch.logsumexp(negative_logits, dim=1, keepdim=True)
         surprise = torch.logaddexp(total, -scale * positive) + scale * positive
@@ -283,11 +284,14 @@ def differentiable_lookup(
     Returns:
         (M, E) and (M, H): in value, rows of `codebook` and `marks`.
     """
-    distances = latents.square().sum(1, keepdim=True) - 2 * latents @ codebook.T + codebook.square().sum(1)
-    ids = distances.argmin(dim=1)
+    # |z|^2 - |z - c|^2
+    nearness = torch.addmm(codebook.square().sum(1), latents, codebook.T, beta=-1, alpha=2)
+    ids = nearness.argmax(dim=1)
     if mode == "straight-through":
         return latents + (codebook[ids] - latents).detach(), marks[ids]
-    soft = torch.softmax(-distances / (temperature * distances.detach().mean()), dim=1)
-    hard = F.one_hot(ids, len(codebook)).to(soft.dtype)
-    chosen = hard - soft.detach() + soft
-    return chosen @ codebook, chosen @ marks
+    mean_distance = (latents.square().sum(1).mean() - nearness.mean()).detach()
+    soft = torch.softmax(nearness / (temperature * mean_distance), dim=1)
+    table = torch.cat([codebook, marks], dim=1)
+    mixed = soft @ table.detach()
+    chosen = table[ids] + (mixed - mixed.detach())  # the same as with one_hot, at half the time
+    return chosen[:, : codebook.shape[1]], chosen[:, codebook.shape[1] :]

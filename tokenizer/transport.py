@@ -62,7 +62,7 @@ def single_unit_cost(cost: Tensor, *, epsilon: float, relaxation: float) -> Tens
     With one unit the problem of `sinkhorn_plan` has the plan a_i exp(-C_i / (epsilon + relaxation)),
     normalised.
     """
-    plan = torch.softmax(-cost.detach() / (epsilon + relaxation), dim=-2)
+    plan = torch.softmax(cost.detach() / -(epsilon + relaxation), dim=-2)
     return (plan * cost).sum(dim=-2)
 
 
