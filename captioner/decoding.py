@@ -136,7 +136,7 @@ def describe(
         patches = captioner.attention(ids, words_BCT, starts_BC).cpu()
         patches = patches.unflatten(-1, captioner.config.grid_size)
     limit = _limit(captioner, settings)
-    return [
+    captions = [
         [
             _caption(
                 captioner,
@@ -149,6 +149,9 @@ def describe(
         ]
         for b, candidates in enumerate(found)
     ]
+    if settings.temperature > 0:  # beams come in order
+        captions = [sorted(drawn, key=lambda caption: -caption.score) for drawn in captions]
+    return captions
 
 
 def _caption(
@@ -231,15 +234,25 @@ class _Noise:
         return -torch.empty(size, dtype=torch.float64).exponential_(generator=generator).log()
 
 
-def word_log_probs(captioner: Captioner, ids: Tensor, words: Tensor, starts: Tensor | None = None) -> Tensor:
+def word_log_probs(
+    captioner: Captioner,
+    ids: Tensor,
+    words: Tensor,
+    starts: Tensor | None = None,
+    *,
+    without: Sequence[int] = (),
+) -> Tensor:
     """Log-probability of each word of (B, C, T) and of the end behind it.
 
     Padding is read as the end: entry t < length is the word's, entry `length` the end's; the rest is void.
+    Words in `without` have no share of the probability; none of `words` may be among them.
 
     Returns:
         (B, C, T + 1) float32.
     """
     logits = captioner(ids, words, starts).float()
+    if without:
+        logits[..., list(without)] = -torch.inf
     ends = torch.full_like(words[..., :1], captioner.text.end_id)
     targets = torch.cat([words, ends], dim=-1)
     targets = targets.masked_fill(targets == captioner.text.pad_id, captioner.text.end_id)

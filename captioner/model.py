@@ -137,6 +137,8 @@ class Captioner(Checkpointed):
         super().__init__()
         self.config = config
         self.language = _untrained_language(config) if language is None else language
+        # a pretrained decoder may bring settings of its own, which no checkpoint of ours would keep
+        self.language.generation_config = type(self.language.generation_config)()
         self.language.config.pad_token_id = (
             None  # else transformers warns of padding that its own search made
         )

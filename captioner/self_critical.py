@@ -102,7 +102,7 @@ def reinforce(
     owners = np.repeat(images, samples + 1)
     scores = torch.from_numpy(reward.scores(candidates, owners)).view(len(ids), samples + 1)
     words = rollout.words[:, :-1]
-    log_probs = word_log_probs(captioner, ids, words)
+    log_probs = word_log_probs(captioner, ids, words, without=captioner.text.suppressed_ids)
     counts = rollout.lengths[:, :-1] + rollout.ended[:, :-1]
     counted = torch.arange(log_probs.shape[-1], device=ids.device) < counts[..., None]
     advantage = advantages(scores, baseline).to(log_probs)[..., None]

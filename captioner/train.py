@@ -80,7 +80,7 @@ class CaptionerRun:
     def __post_init__(self) -> None:
         if self.samples_per_image < 2:
             raise ValueError(f"samples_per_image is {self.samples_per_image}, expected 2 or more")
-        if self.model.quality_buckets and self.tokenizer is None:
+        if self.model.quality_buckets and self.stage == "cross-entropy" and self.tokenizer is None:
             raise ValueError(
                 f"model.quality_buckets is {self.model.quality_buckets}, which needs the alignment score "
                 "of image and caption; name the --tokenizer that gives it"
@@ -178,7 +178,8 @@ class CaptionerTask(Task):
         if count and run.stage == "cross-entropy":
             if agreement is None:
                 raise ValueError(
-                    f"{count} quality buckets, but no alignment scores; run tavq train captioner"
+                    f"{count} quality buckets, but no alignment scores; add --model.quality-buckets {count} "
+                    "and the --tokenizer that gives them"
                 )
             buckets = quality_buckets(agreement, count)
         reward = None
@@ -253,7 +254,9 @@ def train_captioner(
         codebook: (K, E) of `run.tokenizer`, for the first embeddings.
         agreement: the alignment score of each training caption with its image, for quality buckets.
     """
-    train(CaptionerTask(run, codebook, agreement), run.training, run.out, run)
+    task = CaptionerTask(run, codebook, agreement)
+    shape = task.model.captioner.config.shape  # of `run.start`, where there is one
+    train(task, run.training, run.out, dataclasses.replace(run, model=shape))
 
 
 @run_main

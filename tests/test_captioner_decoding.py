@@ -99,6 +99,12 @@ def test_no_caption_holds_padding_or_the_unknown_word(captioner: Captioner, ids:
     assert all(caption and min(caption) >= captioner.text.num_special for group in found for caption in group)
 
 
+def test_samples_come_with_the_best_first(captioner: Captioner, ids: torch.Tensor):
+    for found in caption_ids(captioner, ids, DecodingConfig(temperature=2.0, n_best=6)):
+        scores = [caption.score for caption in found]
+        assert scores == sorted(scores, reverse=True) and len(set(scores)) > 1
+
+
 def test_seeds_decide_what_is_sampled(captioner: Captioner, ids: torch.Tensor):
     settings = DecodingConfig(temperature=1.0)
     one, other = (

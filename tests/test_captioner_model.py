@@ -13,6 +13,7 @@ from tavq.captioner.decoding import GREEDY, caption_ids, log_likelihood, word_lo
 from tavq.captioner.examples import caption_targets
 from tavq.captioner.model import PRESETS, Captioner, CaptionerConfig, start_captioner
 from tavq.captioner.vocabulary import PretrainedVocabulary, WordVocabulary, detokenize, metric_words
+from tavq.torchvision_ops import ensure_torchvision
 
 WORDS = tuple(
     "a dog man the runs in on grass snow red brown jumps sits girl two over bench bike ball little".split()
@@ -89,6 +90,9 @@ def test_word_log_probs_match_cross_entropy(captioner: Captioner):
     targets = torch.tensor([[[5, 9, 1, 1]], [[4, 6, 8, 1]]])
     expected = -F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none").view(2, 1, 4)
     torch.testing.assert_close(word_log_probs(captioner, ids, words), expected)
+    logits[..., [2, 7]] = -torch.inf
+    expected = -F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none").view(2, 1, 4)
+    torch.testing.assert_close(word_log_probs(captioner, ids, words, without=[2, 7]), expected)
 
 
 def test_log_likelihood_sums_the_words_and_the_end_and_ignores_the_batch(captioner: Captioner):
@@ -204,6 +208,7 @@ def test_vocabulary_keeps_what_is_frequent():
 @pytest.fixture(scope="module")
 def pretrained_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny causal language model of another family, with its own tokenizer, as a directory."""
+    ensure_torchvision()
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -222,7 +227,9 @@ def pretrained_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         eos_token_id=0,
         bos_token_id=0,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    language = LlamaForCausalLM(config)
+    language.generation_config.repetition_penalty = 5.0  # which no checkpoint of ours keeps
+    language.save_pretrained(folder)
     return folder
 
 

@@ -195,6 +195,16 @@ def test_a_captioner_learns_a_word_for_how_well_a_caption_fits(
     train_command([str(word) for word in [*flags, *few]])
     captioner = Captioner.from_pretrained(tmp_path / "captioner")
     assert captioner.start_id() == 2 and captioner.starts.num_embeddings == 3
+    further = [
+        "--preset",
+        "tiny-self-critical",
+        "--tokens",
+        tmp_path / "tokens",
+        "--start",
+        tmp_path / "captioner",
+    ]
+    train_command([str(word) for word in [*further, "--out", tmp_path / "further", "--training.steps", 1]])
+    assert "quality_buckets: 3" in (tmp_path / "further" / "training" / "config.yaml").read_text()
     meta = TokenMeta(64, grid, "another", "tokenizer", "made up", 32)
     write_tokens(tmp_path / "others", records, meta)
     with pytest.raises(SystemExit):
