@@ -2,8 +2,8 @@
 
 Which part of the alignment does what: the same small tokenizer with each `--align`, with and without levels,
 each read by the same probe and by a small captioner, measured on val. A run that is done is skipped, a
-stopped one goes on; the table in docs/ablation.md is made again after each from the result files, and rows of
-variants that were run elsewhere with the same settings stay as they are.
+stopped one goes on; the table in docs/ablation.md is made again after each from the result files, and rows
+that were made elsewhere, with the same settings and more seeds than are here, stay as they are.
 """
 
 from __future__ import annotations
@@ -162,12 +162,11 @@ def document(run: Ablation) -> str:
         found = [results_of(run, name, seed) for seed in run.seeds]
         found = [results for results in found if results]
         cells = [cell(found, *column) for column in COLUMNS.values()]
-        row = f"| {name} | {len(found)} | " + " | ".join(cells) + " |"
-        if not found:  # on another machine, perhaps
-            row = next((line for line in written.splitlines() if line.startswith(f"| {name} |")), "")
-            row = row if settings in written else ""
-        if row:
-            rows[name] = row
+        there = next((line for line in written.splitlines() if line.startswith(f"| {name} |")), "")
+        if there and settings in written and int(there.split("|")[2]) > len(found):
+            rows[name] = there  # made on another machine, perhaps
+        elif found:
+            rows[name] = f"| {name} | {len(found)} | " + " | ".join(cells) + " |"
     header = "| variant | seeds | " + " | ".join(COLUMNS) + " |"
     table = "\n".join([header, "| --- | ---: |" + " ---: |" * len(COLUMNS), *rows.values()])
     tuned = f"tuning run, of the first seed ({len(rows.keys() & TUNING.keys())} of {len(TUNING)} done)."

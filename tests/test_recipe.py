@@ -64,14 +64,21 @@ def test_the_ablation_table_is_made_from_the_results_that_are_there(tmp_path):
     assert not any(line.startswith("| gaussian |") for line in lines)
 
 
-def test_rows_of_the_ablation_that_were_run_elsewhere_stay_if_the_settings_are_the_same(tmp_path):
+def test_rows_of_the_ablation_with_more_seeds_than_are_here_stay_if_the_settings_are_the_same(tmp_path):
     ablation = load("ablation")
     run = ablation.Ablation(data="shapes", runs=tmp_path, out=tmp_path / "ablation.md")
-    kept = ["| ot | 2 | 15.0 |", "| ot, twice the share | 1 | 14.0 |"]
-    run.out.write_text("\n".join([ablation.document(run), *kept]))
-    assert ablation.document(run).splitlines()[-2:] == kept
+    for name in ("gaussian", "ot"):
+        for part in ("tokenizer", "probed", "caption"):
+            results = ablation.folder_of(run, name, 0) / "results"
+            write_results(results / f"{part}.json", {"CIDEr": {"value": 0.3, "n": 4}}, {})
+    *_, gaussian, ot = ablation.document(run).splitlines()
+    assert gaussian.startswith("| gaussian | 1 |") and ot.startswith("| ot | 1 |")
+    kept = [gaussian, "| ot | 2 | 15.0 |", "| ot, twice the share | 1 | 14.0 |"]
+    elsewhere = ["| gaussian | 1 | 14.0 |", *kept[1:]]
+    run.out.write_text("\n".join([*ablation.document(run).splitlines()[:-2], *elsewhere]))
+    assert ablation.document(run).splitlines()[-3:] == kept
     assert "(1 of 4 done)" in ablation.document(run)
-    assert "| ot" not in ablation.document(dataclasses.replace(run, images=10))
+    assert kept[1] not in ablation.document(dataclasses.replace(run, images=10))
 
 
 def test_the_comparison_of_captions_shows_each_seed_with_its_interval(tmp_path):
