@@ -216,7 +216,9 @@ def _opened(photo: str | None) -> Image.Image:
     return load_image(io.BytesIO(Path(photo).read_bytes()))  # so that no error names the page's own folder
 
 
-def _used_seed(seed: int) -> int:
+def _used_seed(seed: int | None) -> int:
+    if seed is None:
+        raise ValueError("no seed; enter 0 or more, or -1 for a random one")
     if seed < -1:
         raise ValueError(f"the seed is {seed}, expected 0 or more, or -1 for a random one")
     return random.SystemRandom().randrange(MAX_RANDOM_SEED) if seed == -1 else int(seed)

@@ -1,7 +1,7 @@
 """python app/demo.py, or tavq demo: the whole chain in a browser, on 127.0.0.1:7860.
 
-Text to image, image to text, reconstruction and completion, over `Pipeline`; each is also an endpoint for
-`gradio_client`: /generate, /caption, /reconstruct, /complete.
+Text to image, image to text, word-to-patch maps, reconstruction and completion, over `Pipeline`; each is also
+an endpoint for `gradio_client`: /generate, /caption, /heatmaps, /reconstruct, /complete.
 """
 
 from __future__ import annotations

@@ -87,37 +87,35 @@ class ImageTextDataset:
 
 
 def readable_images(
-    dataset: ImageTextDataset, indices: Sequence[int] | None = None, *, total: int | None = None
+    dataset: ImageTextDataset, *, total: int | None = None
 ) -> Iterator[tuple[int, Image.Image]]:
     """Yield (index, image) for every image that can be read; name the others in one warning at the end.
 
     Args:
         dataset: whose images to read.
-        indices: which, in this order; all by default.
         total: images of which 1 % may be unreadable, where these are what an earlier call has left.
 
     Raises:
         ValueError: more than one image, and more than 1 %, cannot be read.
     """
-    indices = range(len(dataset)) if indices is None else indices
-    total = total or len(indices)
+    total = total or len(dataset)
     allowed = max(1, int(MAX_UNREADABLE_SHARE * total))
     reasons: list[str] = []
-    for seen, index in enumerate(indices, start=1):
+    for index in range(len(dataset)):
         try:
             image = dataset.load_image(index)
         except UnreadableImageError as error:
             reasons.append(f"{dataset[index].id} ({error})")
             if len(reasons) > allowed:
                 raise ValueError(
-                    f"{dataset.name}: {len(reasons)} of the first {seen} images cannot be read, at most "
+                    f"{dataset.name}: {len(reasons)} of the first {index + 1} images cannot be read, at most "
                     f"{allowed} of {total} may be so; repair or remove them: {_first(reasons)}"
                 ) from error
             continue
         yield index, image
     if reasons:
         warnings.warn(
-            f"{dataset.name}: skipped {len(reasons)} of {len(indices)} images that cannot be read: "
+            f"{dataset.name}: skipped {len(reasons)} of {len(dataset)} images that cannot be read: "
             f"{_first(reasons)}",
             stacklevel=2,
         )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from tyro.conf import Positional
 from tavq.arguments import parse, run_main
 from tavq.eval.results import Results, read_results
 from tavq.eval.table import checkpoint_of, describe, format_metric, group_by_protocol, metric_names, title
+from tavq.training.checkpoint import written_aside
 
 TEMPLATE = Path(__file__).with_name("report_page.html")
 HEALTH = ("usage", "perplexity")
@@ -48,10 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{config.results} holds no result file; make one with an eval/run_*.py or tavq score"
         )
     page = render(results, sorted(config.results.glob("*.png")), config.runs)
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = config.out.with_suffix(f".{os.getpid()}.tmp")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, config.out)
+    with written_aside(config.out) as aside:
+        aside.write_text(page, encoding="utf-8")
     print(f"{config.out}: {len(results)} results, {len(config.runs)} runs, {len(page) // 1024} KiB")
 
 

@@ -10,8 +10,8 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -23,6 +23,7 @@ import numpy as np
 
 from tavq.metrics.bootstrap import Interval, bootstrap_interval, paired_difference
 from tavq.metrics.captions import score_of
+from tavq.training.checkpoint import written_aside
 
 METRIC_LIBRARIES = (
     "torch-fidelity",
@@ -132,7 +133,7 @@ def make_protocol(*, task: str, ids: Iterable[str], started: float, **fields: An
             "python": platform.python_version(),
             "machine": platform.machine(),
         },
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "seconds": round(time.monotonic() - started, 1),
     }
@@ -199,16 +200,13 @@ def write_results(
         if not {"value", "n"} <= entry.keys() or not np.isfinite(entry["value"]):
             raise ValueError(f"metric {name} is {dict(entry)}; expected a finite value and n")
     text = json.dumps({"metrics": dict(metrics), "protocol": dict(protocol)}, indent=2, ensure_ascii=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
     if per_image:
-        partial = per_image_path(path).with_suffix(f".{os.getpid()}.tmp.npz")
-        np.savez_compressed(partial, ids=np.array(list(ids), dtype=str), **per_image)
-        os.replace(partial, per_image_path(path))
+        with written_aside(per_image_path(path)) as aside, aside.open("wb") as file:
+            np.savez_compressed(file, ids=np.array(list(ids), dtype=str), **per_image)
     else:
         per_image_path(path).unlink(missing_ok=True)  # those of an earlier run of this name
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
-    partial.write_text(text + "\n")
-    os.replace(partial, path)
+    with written_aside(path) as aside:
+        aside.write_text(text + "\n")
 
 
 def read_results(path: str | Path) -> Results:

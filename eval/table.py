@@ -15,6 +15,7 @@ from tyro.conf import Positional
 
 from tavq.arguments import parse, run_main
 from tavq.eval.results import Comparison, Results, compare, protocol_differences, read_results
+from tavq.training.checkpoint import written_aside
 
 TIMES_100 = ("CIDEr", "BLEU", "METEOR", "ROUGE-L", "SPICE", "cycle_CIDEr", "t2i_R@", "i2t_R@", "prompt_R@")
 DIGITS = {"PSNR": 2, "SSIM": 3, "KID": 4, "precision": 3, "recall": 3, "usage": 3, "IS": 2}
@@ -77,9 +78,9 @@ def with_block(path: Path, name: str, block: str) -> str:
 
 def write_block(path: Path, name: str, block: str) -> None:
     """Put `block` between the two marker lines of `name` in the Markdown file `path`."""
-    text, partial = with_block(path, name, block), path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    text = with_block(path, name, block)
+    with written_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")
     print(f"{path}: tables written")
 
 

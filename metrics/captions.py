@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from .bootstrap import Interval, Score, bootstrap_interval, mean_score
+from .bootstrap import Score, mean_score
 from .java import java_available, meteor_statistics, spice_missing, spice_scores, tokenize_java
 from .ptb import tokenize_all
 
@@ -29,8 +29,6 @@ class CaptionScores:
     ids: tuple[str, ...]
     statistics: dict[str, np.ndarray]
     """By metric, (n, k): what `score_of(metric)` turns into the value once summed over images."""
-    per_image: dict[str, np.ndarray]
-    """By metric, (n,): the score of each image alone."""
     backend: str
     """Which tokenizer was used: "java" or "python"."""
     skipped: dict[str, str]
@@ -41,13 +39,6 @@ class CaptionScores:
         """The corpus score of each metric."""
         return {
             name: float(score_of(name)(rows.sum(axis=0), len(rows))) for name, rows in self.statistics.items()
-        }
-
-    def intervals(self, *, resamples: int = 1000, seed: int = 0) -> dict[str, Interval]:
-        """Each score with its bootstrap interval over images; document frequencies stay fixed."""
-        return {
-            name: bootstrap_interval(rows, score_of(name), resamples=resamples, seed=seed)
-            for name, rows in self.statistics.items()
         }
 
 
@@ -77,8 +68,8 @@ def caption_metrics(
     backend = ("java" if java_available() else "python") if backend == "auto" else backend
     tokenized = _tokenize([hypotheses[i] for i in ids], [references[i] for i in ids], backend, timeout_s)
     skipped = _skipped(metrics, backend)
-    statistics, per_image = _measure(*tokenized, [name for name in metrics if name not in skipped], timeout_s)
-    return CaptionScores(ids, statistics, per_image, backend, skipped)
+    statistics = _measure(*tokenized, [name for name in metrics if name not in skipped], timeout_s)
+    return CaptionScores(ids, statistics, backend, skipped)
 
 
 def score_of(metric: str) -> Score:
@@ -160,7 +151,7 @@ def _tokenize(
 
 def _measure(
     hypotheses: list[str], references: list[list[str]], metrics: Sequence[str], timeout_s: float
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+) -> dict[str, np.ndarray]:
     statistics: dict[str, np.ndarray] = {}
     if "CIDEr" in metrics:
         statistics["CIDEr"] = _cider(hypotheses, references)
@@ -173,7 +164,7 @@ def _measure(
         statistics["ROUGE-L"] = _rouge(hypotheses, references)
     if "SPICE" in metrics:
         statistics["SPICE"] = spice_scores(hypotheses, references, timeout_s)[:, None]
-    return statistics, {name: score_of(name)(rows, 1) for name, rows in statistics.items()}
+    return statistics
 
 
 def _cider(hypotheses: list[str], references: list[list[str]]) -> np.ndarray:

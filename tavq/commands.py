@@ -171,7 +171,8 @@ class CaptionRun:
     out: Path | None = None
     """.jsonl, .json or .csv file, or a directory for .txt side-cars; a folder's captions go there."""
     show_scores: bool = False
-    """Print the score of each caption and the probability of each word (a folder's file holds them)."""
+    """Print the score of each caption and the probability of each word (a folder's .jsonl or .json file holds
+    them)."""
     unsure_below: float = 0.0
     """Mark words less probable than this as [word?], where captions are printed."""
     checkpoint: str = CHECKPOINT
@@ -192,8 +193,8 @@ def caption(argv: Sequence[str] | None = None) -> None:
     if any(path.is_dir() for path in run.images):
         if len(run.images) > 1 or run.out is None or run.show_scores or run.unsure_below:
             raise ValueError(
-                "a folder is described into a file, with the probability of each word: tavq caption photos/ "
-                "--out captions.jsonl"
+                "a folder is described into a file (.jsonl and .json with the probability of each word): "
+                "tavq caption photos/ --out captions.jsonl"
             )
         count = caption_folder(run.images[0], run.out, lambda images: pipeline.caption(images, run.decoding))
         print(f"{count} photos described in {run.out}")

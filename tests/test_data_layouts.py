@@ -299,7 +299,7 @@ def test_more_than_one_percent_unreadable_is_an_error(tmp_path):
 def test_readable_images_are_silent_when_all_is_well(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert [index for index, _ in readable_images(dataset_with_bad(tmp_path, 5, 0), [3, 1])] == [3, 1]
+        assert [index for index, _ in readable_images(dataset_with_bad(tmp_path, 2, 0))] == [0, 1]
 
 
 def test_repeated_ids_are_refused(tmp_path):

@@ -34,7 +34,8 @@ class AlignmentConfig:
 
     method: Literal["ot", "gaussian"] = "ot"
     level_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    """Of words, phrases, sentences; 0 leaves them out."""
+    """Of words, phrases, sentences; 0 leaves them out. Where the whole loss is weighed by its gradient, as in
+    training the tokenizer, only their ratios count."""
     pairing: tuple[int, int, int] = (1, 2, 3)
     """The encoder's level, 1 the shallowest, that words, phrases and sentences go with."""
     samples: int = 32

@@ -29,7 +29,8 @@ def sinkhorn_plan(
         iterations: pairs of updates; the text marginal is exact after each.
 
     Returns:
-        P (..., S, U), rows sum to about 1/S, columns to exactly 1/U; detached from the graph.
+        P (..., S, U), columns sum to exactly 1/U, rows to 1/S as far as `relaxation` asks for it; detached
+        from the graph.
     """
     with torch.no_grad():
         exponent = (cost.amin(dim=-2, keepdim=True) - cost).float() / epsilon
