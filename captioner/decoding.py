@@ -241,16 +241,18 @@ def word_log_probs(
     starts: Tensor | None = None,
     *,
     without: Sequence[int] = (),
+    temperature: float = 1.0,
 ) -> Tensor:
     """Log-probability of each word of (B, C, T) and of the end behind it.
 
     Padding is read as the end: entry t < length is the word's, entry `length` the end's; the rest is void.
-    Words in `without` have no share of the probability; none of `words` may be among them.
+    Words in `without` have no share of the probability; none of `words` may be among them. The logits are
+    divided by `temperature`.
 
     Returns:
         (B, C, T + 1) float32.
     """
-    logits = captioner(ids, words, starts).float()
+    logits = captioner(ids, words, starts).float() / temperature
     if without:
         logits[..., list(without)] = -torch.inf
     ends = torch.full_like(words[..., :1], captioner.text.end_id)

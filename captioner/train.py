@@ -62,6 +62,8 @@ class CaptionerRun:
     label_smoothing: float = 0.1
     samples_per_image: int = 5
     """Captions that self-critical training draws of an image."""
+    sample_temperature: float = 0.3
+    """Of those; at 1 they score far below the greedy caption, and training makes captions alike."""
     baseline: Baseline = "samples"
     """What a sample must beat: the greedy caption (Rennie et al.), or the mean of the other samples (Luo)."""
     model: CaptionerShape = PRESETS["flickr8k"]
@@ -80,6 +82,8 @@ class CaptionerRun:
     def __post_init__(self) -> None:
         if self.samples_per_image < 2:
             raise ValueError(f"samples_per_image is {self.samples_per_image}, expected 2 or more")
+        if self.sample_temperature <= 0:
+            raise ValueError(f"sample_temperature is {self.sample_temperature}, expected above 0")
         if self.model.quality_buckets and self.stage == "cross-entropy" and self.tokenizer is None:
             raise ValueError(
                 f"model.quality_buckets is {self.model.quality_buckets}, which needs the alignment score "
@@ -101,8 +105,8 @@ RUN_PRESETS: dict[str, CaptionerRun] = {
         preset="flickr8k-self-critical",
         stage="self-critical",
         training=TrainingConfig(
-            steps=60,
-            learning_rate=1e-4,
+            steps=100,
+            learning_rate=3e-5,
             warmup_steps=10,
             weight_decay=0.0,
             ema_decay=0.98,
@@ -157,8 +161,9 @@ class CaptionerTrainee(nn.Module):
 
     def _self_critical(self, batch: dict[str, Tensor]) -> StepOutput:
         self.captioner.eval()  # samples and gradient belong to one policy
-        images, samples = batch["index"].tolist(), self.run.samples_per_image
-        return reinforce(self.captioner, batch["ids"], images, self.reward, samples, self.run.baseline)
+        run, images = self.run, batch["index"].tolist()
+        draw = (run.samples_per_image, run.baseline, run.sample_temperature)
+        return reinforce(self.captioner, batch["ids"], images, self.reward, *draw)
 
 
 class CaptionerTask(Task):

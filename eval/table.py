@@ -30,7 +30,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Table:
-    """Make the README's tables of results; where two files share a protocol, a row shows their difference."""
+    """Make the README's tables of results; files of one protocol are compared with the first."""
 
     results: Positional[tuple[Path, ...]]
     """The result files, one row each."""
@@ -84,12 +84,15 @@ def write_block(path: Path, name: str, block: str) -> None:
     print(f"{path}: tables written")
 
 
-def make_tables(results: Sequence[Results]) -> str:
-    """Return one Markdown table for each protocol among the results, the tokenizer's first."""
+def make_tables(results: Sequence[Results], *, differences: bool = True) -> str:
+    """Return one Markdown table for each protocol among the results, the tokenizer's first.
+
+    With `differences` a row below shows how each further result differs from the first of its table.
+    """
     tasks = list(TITLES)
     groups = group_by_protocol(results)
     groups.sort(key=lambda g: tasks.index(t) if (t := g[0].protocol.get("task")) in tasks else len(tasks))
-    return "\n\n".join(_markdown(group) for group in groups)
+    return "\n\n".join(_markdown(group, differences) for group in groups)
 
 
 def group_by_protocol(results: Sequence[Results]) -> list[list[Results]]:
@@ -190,7 +193,7 @@ def checkpoint_of(result: Results) -> str:
     return " ".join(f"{part} {str(sha256)[:8]}" for part, sha256 in checkpoints.items()) or "-"
 
 
-def _markdown(group: Sequence[Results]) -> str:
+def _markdown(group: Sequence[Results], differences: bool) -> str:
     names = metric_names(group)
     with_checkpoint = any(result.protocol.get("checkpoints") for result in group)
     head = ["", *names, *(["checkpoint"] if with_checkpoint else [])]
@@ -203,10 +206,10 @@ def _markdown(group: Sequence[Results]) -> str:
     for result in group:
         cells = [format_metric(name, result.metrics.get(name)) for name in names]
         lines.append(_row([result.label, *cells, *([checkpoint_of(result)] if with_checkpoint else [])]))
-    if len(group) == 2:
-        found = {row.metric: format_difference(row) for row in compare(group[0].path, group[1].path)}
+    for result in group[1:] if differences else ():
+        found = {row.metric: format_difference(row) for row in compare(group[0].path, result.path)}
         cells = [found.get(name, "-") for name in names]
-        label = f"{group[1].label} - {group[0].label}"
+        label = f"{result.label} - {group[0].label}"
         lines.append(_row([label, *cells, *([""] if with_checkpoint else [])]))
     return "\n".join(lines)
 

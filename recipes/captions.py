@@ -89,7 +89,7 @@ def document(run: CaptionComparison) -> str:
         (c, seed, stage, beam) for beam in BEAMS for stage in STAGES for seed in run.seeds for c in CODEBOOKS
     ]
     results = [read_results(result_of(run, *chain)) for chain in chains]
-    lines = [make_tables(results), "", "| aligned - plain | " + " | ".join(SHOWN) + " |"]
+    lines = [make_tables(results, differences=False), "", "| aligned - plain | " + " | ".join(SHOWN) + " |"]
     lines.append("| --- |" + " ---: |" * len(SHOWN))
     for beam, search in BEAMS.items():
         for stage in STAGES:

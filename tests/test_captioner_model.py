@@ -93,6 +93,9 @@ def test_word_log_probs_match_cross_entropy(captioner: Captioner):
     logits[..., [2, 7]] = -torch.inf
     expected = -F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none").view(2, 1, 4)
     torch.testing.assert_close(word_log_probs(captioner, ids, words, without=[2, 7]), expected)
+    cold = -F.cross_entropy(logits.flatten(0, 2) / 0.5, targets.flatten(), reduction="none").view(2, 1, 4)
+    found = word_log_probs(captioner, ids, words, without=[2, 7], temperature=0.5)
+    torch.testing.assert_close(found, cold)
 
 
 def test_log_likelihood_sums_the_words_and_the_end_and_ignores_the_batch(captioner: Captioner):

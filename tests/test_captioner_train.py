@@ -97,6 +97,8 @@ def test_roll_out_draws_from_the_model_and_ends_with_greedy(trained_dir: Path, t
     greedy, best = rollout.words[:, -1], logits.argmax(-1)[:, :-1]
     assert torch.equal(greedy[words_only[:, -1]], best[words_only[:, -1]])
     assert len({tuple(row) for row in rollout.words[0].tolist()}) > 1
+    cold = roll_out(captioner, ids, samples=2, temperature=1e-4).words
+    assert torch.equal(cold[:, 0], cold[:, -1]) and torch.equal(cold[:, 1], cold[:, -1])
 
 
 def test_the_second_stage_goes_on_from_the_first(trained_dir: Path, tokens_dir: Path, tmp_path: Path):

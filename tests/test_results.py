@@ -252,6 +252,10 @@ def test_unlike_protocols_never_share_a_table(tmp_path, pair):
     assert tables.count("| --- |") == 2
     difference = next(line for line in tables.splitlines() if line.startswith("| ours - "))
     assert "| **+0.49 [" in difference and "| +0.0 |" in difference
+    assert tables.count(f" - {read_results(pair[0]).label} |") == 1
+    three = [read_results(path) for path in (*pair, pair[0])]
+    assert table.make_tables(three).count(f" - {three[0].label} |") == 2
+    assert f" - {three[0].label} |" not in table.make_tables(three, differences=False)
 
 
 def test_cells():
