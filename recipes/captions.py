@@ -84,13 +84,12 @@ def execute(*arguments: object) -> None:
 
 
 def document(run: CaptionComparison) -> str:
-    """docs/captions.md: the tables of all results, and below them what alignment changes, seed by seed."""
+    """docs/captions.md: what alignment changes, seed by seed, and below it the tables of all results."""
     chains = [
         (c, seed, stage, beam) for beam in BEAMS for stage in STAGES for seed in run.seeds for c in CODEBOOKS
     ]
     results = [read_results(result_of(run, *chain)) for chain in chains]
-    lines = [make_tables(results, differences=False), "", "| aligned - plain | " + " | ".join(SHOWN) + " |"]
-    lines.append("| --- |" + " ---: |" * len(SHOWN))
+    lines = ["| aligned - plain | " + " | ".join(SHOWN) + " |", "| --- |" + " ---: |" * len(SHOWN)]
     for beam, search in BEAMS.items():
         for stage in STAGES:
             for seed in run.seeds:
@@ -98,15 +97,17 @@ def document(run: CaptionComparison) -> str:
                 found = {row.metric: row for row in compare(*pair)}
                 cells = [format_difference(found[name]) if name in found else "-" for name in SHOWN]
                 lines.append(f"| {search}, {stage}, seed {seed} | " + " | ".join(cells) + " |")
+    lines += ["", make_tables(results, differences=False)]
     return TEXT.format(tables="\n".join(lines), **dataclasses.asdict(run))
 
 
 TEXT = """# Captions from aligned and from plain codes
 
 Written by `python recipes/captions.py` from result files; do not edit. Tokenizers and captioners are those of
-the ablation (docs/ablation.md), seeds {seeds}; each pair saw the same images in the same order. CIDEr, BLEU,
-METEOR and ROUGE-L times 100; in the last table the difference with its 95 % paired-bootstrap interval, bold
-where it excludes 0.
+the ablation (docs/ablation.md), seeds {seeds}; each pair saw the same images in the same order.
+"Self-critical" goes on from "cross-entropy" with the preset `{preset}-self-critical`. First
+the differences with their 95 % paired-bootstrap interval, bold where it excludes 0; CIDEr, BLEU, METEOR and
+ROUGE-L times 100.
 
 {tables}
 """
