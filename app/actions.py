@@ -122,12 +122,12 @@ class Actions:
                 yield picture, True
 
     def caption(
-        self, photo: str | None, beam: int, n_best: int, unsure_below: float
+        self, photo: str | None, beam: int, n_best: int, alignment: float, unsure_below: float
     ) -> tuple[str, list[list[Any]], list[tuple[str, str]], list[Any], Described, int]:
         """Return the best caption, the ranking, the best one's words and patches, and what `words` needs."""
         with readable_errors():
             image = _opened(photo)
-            settings = DecodingConfig(beam=int(beam), n_best=int(n_best))
+            settings = DecodingConfig(beam=int(beam), n_best=int(n_best), alignment=alignment)
             described = Described(image, self.pipeline.caption([image], settings, with_patches=True)[0])
             best = described.captions[0].text
             return best, ranking(described.captions), *self.words(described, 0, unsure_below), described, 0

@@ -125,6 +125,10 @@ def _image_to_text(actions: Actions) -> None:
             with gr.Row():
                 beam = gr.Slider(1, MAX_BEAM, DecodingConfig().beam, step=1, label="Beam")
                 n_best = gr.Slider(1, MAX_BEAM, 3, step=1, label="N-best", info="At most the beam")
+            alignment = gr.Slider(
+                0, 10, DecodingConfig().alignment, step=0.5, label="Alignment",
+                info="What the codes' own fit to a sentence counts in the choice; try 4",
+            )  # fmt: skip
             unsure = gr.Slider(0, 1, UNSURE_BELOW, step=0.05, label="Unsure below this probability")
             run = gr.Button("Describe", variant="primary")
             _photo_examples(photo)
@@ -133,7 +137,7 @@ def _image_to_text(actions: Actions) -> None:
             ranking = gr.Dataframe(
                 headers=["rank", "caption", "score"], datatype=["number", "str", "number"],
                 column_widths=["12%", "70%", "18%"], type="array", interactive=False, wrap=True, buttons=[],
-                label="Candidates: score is the mean log-probability of a word; click one to look into it",
+                label="Candidates: score is a word's mean log-probability + what alignment adds; click one",
             )  # fmt: skip
             words = gr.HighlightedText(
                 label="Words with their probability: click one to see where the model looked",
@@ -155,7 +159,8 @@ def _image_to_text(actions: Actions) -> None:
                 format="png", interactive=False, buttons=["download", "fullscreen"],
             )  # fmt: skip
     outputs = [best, ranking, words, patches, described, chosen]
-    run.click(actions.caption, [photo, beam, n_best, unsure], outputs, api_name="caption", **QUEUED).then(
+    asked = [photo, beam, n_best, alignment, unsure]
+    run.click(actions.caption, asked, outputs, api_name="caption", **QUEUED).then(
         lambda caption: caption, best, text, **HIDDEN
     )
     gr.on([show.click, text.submit], actions.heatmaps, [photo, text], maps, api_name="heatmaps", **QUEUED)

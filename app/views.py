@@ -73,5 +73,5 @@ def unit_overlays(photo: Image.Image, maps: Sequence[UnitMap]) -> list[tuple[Ima
 
 
 def ranking(captions: Sequence[Caption]) -> list[list[int | str | float]]:
-    """Rows of rank, caption and score (mean log-probability)."""
+    """Rows of rank, caption and score (`Caption.score`)."""
     return [[rank, caption.text, round(caption.score, 3)] for rank, caption in enumerate(captions, 1)]

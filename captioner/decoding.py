@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,14 @@ class DecodingConfig:
     """Of the samples."""
     top_p: float = 1.0
     """Samples come from the likeliest words that hold this much probability."""
+    alignment: float = 0.0
+    """Above 0 aligned codes help to choose among the beams or samples: the weight of how well they fit the
+    sentence, beside its mean log-probability (4 was best on Flickr8k)."""
+
+    @property
+    def candidates(self) -> int:
+        """Captions an image that are searched for."""
+        return self.beam if self.alignment and self.temperature == 0 else self.n_best
 
     def __post_init__(self) -> None:
         for name in ("beam", "n_best"):
@@ -58,6 +67,11 @@ class DecodingConfig:
         if self.temperature == 0 and self.n_best > self.beam:
             raise ValueError(
                 f"n_best is {self.n_best} and beam {self.beam}; widen the beam, or sample with a temperature"
+            )
+        if self.alignment < 0 or (self.alignment and self.candidates == 1):
+            raise ValueError(
+                f"alignment is {self.alignment} with {self.candidates} candidates an image, "
+                "expected 0 or more, and several to choose from: widen the beam, or draw several samples"
             )
 
 
@@ -78,7 +92,7 @@ class Caption:
 
     text: str
     score: float
-    """Mean log-probability of its words and of its end."""
+    """Mean log-probability of its words and of its end; plus what `DecodingConfig.alignment` adds."""
     words: tuple[Word, ...]
 
     def marked(self, threshold: float) -> str:
@@ -87,6 +101,8 @@ class Caption:
 
 
 GREEDY = DecodingConfig(beam=1, no_repeat_ngram=0)
+Fit = Callable[[Tensor, Sequence[Sequence[str]]], Tensor]
+"""How well the codes of each image fit its C sentences: ids (B, N), B times C texts -> (B, C) in [-2, 0]."""
 
 
 @torch.inference_mode()
@@ -97,6 +113,7 @@ def caption_ids(
     *,
     seeds: Sequence[int] | None = None,
     with_patches: bool = False,
+    fit: Fit | None = None,
 ) -> list[list[Caption]]:
     """Describe images.
 
@@ -106,16 +123,28 @@ def caption_ids(
         settings: beam search of width 5 by default.
         seeds: B seeds for sampling; `settings.seed` for every image by default.
         with_patches: give each word the map of the image tokens behind it (a slower attention).
+        fit: what `settings.alignment` weighs; `Pipeline.caption` gives its tokenizer's.
 
     Returns:
         For each image `n_best` captions, the best first.
     """
+    settings = settings or DecodingConfig()
+    if settings.alignment and fit is None:
+        raise ValueError(f"alignment is {settings.alignment}, but no fit is given; call Pipeline.caption")
     if len(ids) == 0:
         return []
-    settings = settings or DecodingConfig()
     ids = ids.flatten(1)
     found = search(captioner, ids, settings, seeds)
-    return describe(captioner, ids, found, settings, with_patches=with_patches)
+    captions = describe(captioner, ids, found, settings, with_patches=with_patches)
+    if settings.alignment:
+        fits = fit(ids, [[caption.text for caption in group] for group in captions])
+        captions = [
+            [replace(c, score=c.score + settings.alignment * f) for c, f in zip(*pair, strict=True)]
+            for pair in zip(captions, fits.tolist(), strict=True)
+        ]
+    if settings.alignment or settings.temperature > 0:  # beams come in order
+        captions = [sorted(group, key=lambda caption: -caption.score) for group in captions]
+    return [group[: settings.n_best] for group in captions]
 
 
 @torch.inference_mode()
@@ -136,7 +165,7 @@ def describe(
         patches = captioner.attention(ids, words_BCT, starts_BC).cpu()
         patches = patches.unflatten(-1, captioner.config.grid_size)
     limit = _limit(captioner, settings)
-    captions = [
+    return [
         [
             _caption(
                 captioner,
@@ -149,9 +178,6 @@ def describe(
         ]
         for b, candidates in enumerate(found)
     ]
-    if settings.temperature > 0:  # beams come in order
-        captions = [sorted(drawn, key=lambda caption: -caption.score) for drawn in captions]
-    return captions
 
 
 def _caption(
@@ -172,11 +198,11 @@ def _caption(
 def search(
     captioner: Captioner, ids: Tensor, settings: DecodingConfig, seeds: Sequence[int] | None = None
 ) -> list[list[list[int]]]:
-    """For each image of ids (B, N), `n_best` captions as ids, without the end."""
+    """For each image of ids (B, N), `settings.candidates` captions as ids, without the end."""
     samples = settings.temperature > 0
     prompt = captioner.prompt(ids, settings.style)
     if samples:
-        prompt = prompt.repeat_interleave(settings.n_best, dim=0)
+        prompt = prompt.repeat_interleave(settings.candidates, dim=0)
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", "Passing `no_repeat_ngram_size`"
@@ -194,7 +220,7 @@ def search(
             **(_sampling(settings, seeds or [settings.seed] * len(ids)) if samples else _beams(settings)),
         ).tolist()
     captions = [_until_end(row, captioner.text.end_id) for row in rows]
-    return [captions[i : i + settings.n_best] for i in range(0, len(captions), settings.n_best)]
+    return [captions[i : i + settings.candidates] for i in range(0, len(captions), settings.candidates)]
 
 
 def _beams(settings: DecodingConfig) -> dict[str, Any]:
@@ -202,7 +228,7 @@ def _beams(settings: DecodingConfig) -> dict[str, Any]:
         return {"num_beams": 1}
     return {
         "num_beams": settings.beam,
-        "num_return_sequences": settings.n_best,
+        "num_return_sequences": settings.candidates,
         "length_penalty": settings.length_penalty,
         "early_stopping": False,
     }
@@ -214,7 +240,7 @@ def _sampling(settings: DecodingConfig, seeds: Sequence[int]) -> dict[str, Any]:
 
     steps = [TemperatureLogitsWarper(settings.temperature)] if settings.temperature != 1 else []
     steps += [TopPLogitsWarper(settings.top_p)] if settings.top_p < 1 else []
-    keys = [mixed_seed(seed, copy) for seed in seeds for copy in range(settings.n_best)]
+    keys = [mixed_seed(seed, copy) for seed in seeds for copy in range(settings.candidates)]
     return {"logits_processor": LogitsProcessorList([*steps, _Noise(keys)])}
 
 

@@ -45,6 +45,7 @@ FREE_FIELDS = frozenset(
         "skipped",
         "floors",
         "decoding.seed",
+        "decoding.alignment",
         "sampling.micro_batch",
         "sampling.draft_tokens",
         "sampling.compile",
@@ -52,7 +53,7 @@ FREE_FIELDS = frozenset(
 )
 """Protocol fields that say what was measured, where and when, not how; all others must be alike. The name of
 the data set is free, its ids are not; how tokens are computed is free, as they stay the same; so is the seed
-of captions, which beams never ask."""
+of captions, which beams never ask, and what aligned codes add to the choice, which plain ones cannot."""
 RESAMPLES, BOOTSTRAP_SEED, LEVEL = 1000, 0, 0.95
 
 

@@ -222,7 +222,15 @@ class Pipeline:
     ) -> list[list[Caption]]:
         """Describe pictures: for each, `settings.n_best` captions, the best first."""
         ids = self.encode(images)
-        return caption_ids(self.captioner, ids, settings, with_patches=with_patches)
+        return caption_ids(self.captioner, ids, settings, with_patches=with_patches, fit=self._fit)
+
+    def _fit(self, ids: Tensor, texts: Sequence[Sequence[str]]) -> Tensor:
+        """How well each image's codes (B, N) fit its own C texts: (B, C) in [-2, 0]."""
+        check_aligned(self.tokenizer, NUM_LEVELS)
+        vectors = self.alignment_encoder.encode([text for group in texts for text in group])
+        groups = vectors.split(len(texts[0]))
+        scores = [alignment_scores(self.tokenizer, *pair) for pair in zip(ids.split(1), groups, strict=True)]
+        return torch.cat(scores).float().cpu()
 
     def reconstruct(self, images: Sequence[Image.Image]) -> list[Reconstruction]:
         """Encode and decode pictures; they come back square, at the tokenizer's resolution."""

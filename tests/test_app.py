@@ -132,11 +132,11 @@ def test_a_random_seed_is_shown_and_draws_the_same_picture_again(client):
 
 def test_captions_words_and_patches_are_those_of_the_pipeline(client, tiny_pipeline: Pipeline):
     best, table, words, patches = client.predict(
-        sent(PHOTO), beam=3, n_best=2, unsure_below=0.5, api_name="/caption"
+        sent(PHOTO), beam=3, n_best=2, alignment=4, unsure_below=0.5, api_name="/caption"
     )
     from tavq.captioner.decoding import DecodingConfig
 
-    own = tiny_pipeline.caption([load_image(PHOTO)], DecodingConfig(beam=3, n_best=2))[0]
+    own = tiny_pipeline.caption([load_image(PHOTO)], DecodingConfig(beam=3, n_best=2, alignment=4))[0]
     assert best == own[0].text
     assert [row[:2] for row in table["data"]] == [[1, own[0].text], [2, own[1].text]]
     assert [row[2] for row in table["data"]] == pytest.approx([c.score for c in own], abs=1e-3)
@@ -197,7 +197,7 @@ def test_mistakes_are_one_line_that_says_what_to_do(client, tmp_path: Path):
         "no photo; upload one": client.submit(None, api_name="/reconstruct"),
         "replace the file": client.submit(sent(truncated), api_name="/reconstruct"),
         "n_best is 5 and beam 2; widen": client.submit(
-            sent(PHOTO), beam=2, n_best=5, unsure_below=0, api_name="/caption"
+            sent(PHOTO), beam=2, n_best=5, alignment=0, unsure_below=0, api_name="/caption"
         ),
     }
     for expected, job in cases.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -21,6 +22,15 @@ SETTINGS = {
     "sample": DecodingConfig(temperature=1.0, n_best=2),
     "nucleus": DecodingConfig(temperature=0.7, top_p=0.8),
 }
+
+
+def spelling(ids: torch.Tensor, texts: Sequence[Sequence[str]]) -> torch.Tensor:
+    """A fit of ids (B, N) and B times C texts that knows the image as well as the sentence: (B, C)."""
+    found = [
+        [-((row.sum().item() + sum(map(ord, t))) % 97) / 97 for t in g]
+        for row, g in zip(ids, texts, strict=True)
+    ]
+    return torch.tensor(found, dtype=torch.float64)
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +115,29 @@ def test_samples_come_with_the_best_first(captioner: Captioner, ids: torch.Tenso
         assert scores == sorted(scores, reverse=True) and len(set(scores)) > 1
 
 
+@pytest.mark.parametrize("drawn", [{"beam": 4}, {"n_best": 4, "temperature": 1.0}])
+def test_alignment_ranks_all_candidates_by_likelihood_and_fit(
+    captioner: Captioner, ids: torch.Tensor, drawn: dict[str, float]
+):
+    settings = DecodingConfig(**drawn, alignment=3.0)
+    likely = caption_ids(captioner, ids, dataclasses.replace(settings, n_best=4, alignment=0.0))
+    expected = []
+    for row, candidates in zip(ids, likely, strict=True):
+        fits = spelling(row[None], [[c.text for c in candidates]])[0].tolist()
+        scored = [(c.score + 3.0 * fit, c.text) for c, fit in zip(candidates, fits, strict=True)]
+        expected.append(sorted(scored, key=lambda pair: -pair[0])[: settings.n_best])
+    found = caption_ids(captioner, ids, settings, fit=spelling)
+    assert [[c.text for c in group] for group in found] == [[text for _, text in group] for group in expected]
+    assert found[0][0].score == pytest.approx(expected[0][0][0])
+    alone = [caption_ids(captioner, ids[i : i + 1], settings, fit=spelling)[0][0].text for i in range(8)]
+    assert alone == [group[0].text for group in found] != [group[0].text for group in likely]
+
+
+def test_alignment_needs_somebody_who_knows_the_codes(captioner: Captioner, ids: torch.Tensor):
+    with pytest.raises(ValueError, match="no fit is given; call Pipeline"):
+        caption_ids(captioner, ids, DecodingConfig(alignment=4.0))
+
+
 def test_seeds_decide_what_is_sampled(captioner: Captioner, ids: torch.Tensor):
     settings = DecodingConfig(temperature=1.0)
     one, other = (
@@ -145,6 +178,9 @@ def test_no_image_gives_no_caption(captioner: Captioner):
         ({"beam": 0}, "beam is 0, expected 1 or more"),
         ({"beam": 2, "n_best": 3}, "n_best is 3 and beam 2; widen the beam"),
         ({"top_p": 0.0}, "expected temperature >= 0 and 0 < top_p <= 1"),
+        ({"alignment": -1.0}, "alignment is -1.0 with 5 candidates an image, expected 0 or more"),
+        ({"alignment": 4.0, "beam": 1}, "several to choose from: widen the beam, or draw several samples"),
+        ({"alignment": 4.0, "temperature": 1.0}, "alignment is 4.0 with 1 candidates an image"),
     ],
 )
 def test_impossible_settings(wrong: dict[str, float], message: str):

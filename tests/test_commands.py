@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tavq.captioner.decoding import DecodingConfig
 from tavq.cli import main
 from tavq.data.images import load_image
 from tavq.data.layouts import SPLITS
@@ -19,6 +20,7 @@ from tavq.data.tokens import open_tokens
 from tavq.generator.model import Prior
 from tavq.pipeline import RankBy, read_recipe
 from tavq.tokenizer.model import PRESETS, TAVQTokenizer
+from tavq.tokenizer.retrieval import alignment_scores
 
 ROOT = Path(__file__).resolve().parent.parent
 PHOTO = ROOT / "app" / "examples" / "cat.jpg"
@@ -91,12 +93,14 @@ def test_candidates_are_ranked_by_likelihood_alignment_or_their_sum(tiny_pipelin
         tiny_pipeline.rank(ids, "a red cat", "luck")
 
 
-def test_pictures_of_a_plain_tokenizer_are_ranked_by_likelihood_alone(tmp_path, tiny_checkpoint, refused):
+def test_with_a_plain_tokenizer_likelihood_alone_ranks(tmp_path, tiny_checkpoint, refused):
     plain = shutil.copytree(tiny_checkpoint, tmp_path / "plain")
     path = plain / "tokenizer" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"provenance": {"align": "none"}}))
-    flags = ["--best-of", 2, "--out", tmp_path / "out", "--checkpoint", plain, "--device", "cpu"]
+    chain = ["--checkpoint", plain, "--device", "cpu"]
+    flags = ["--best-of", 2, "--out", tmp_path / "out", *chain]
     assert "codes are not projected to words" in refused("generate", "a dog", *flags)
+    assert "codes are not projected to words" in refused("caption", PHOTO, "--alignment", 4, *chain)
     run("generate", "a dog", "--rank-by", "likelihood", *flags)
     assert (tmp_path / "out" / "000000.png").is_file()
 
@@ -148,6 +152,17 @@ def test_caption_prints_the_sentence_and_marks_what_is_unsure(checkpoint, tiny_p
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{PHOTO}\t" + " ".join(f"[{word.text}?]" for word in own.words)
     assert f"{own.score:.3f}" in lines[1] and lines[:2] == lines[2:]
+
+
+def test_aligned_codes_choose_among_the_beams(tiny_pipeline, checkpoint, capsys):
+    photo = load_image(PHOTO)
+    beams = tiny_pipeline.caption([photo], DecodingConfig(n_best=5))[0]
+    vectors = tiny_pipeline.alignment_encoder.encode([beam.text for beam in beams])
+    fits = alignment_scores(tiny_pipeline.tokenizer, tiny_pipeline.encode([photo]), vectors)[0].tolist()
+    totals = {beam.text: beam.score + 100 * fit for beam, fit in zip(beams, fits, strict=True)}
+    assert max(totals, key=totals.get) != beams[0].text, "the likeliest must lose, or nothing is tested"
+    run("caption", PHOTO, "--alignment", 100, "--n-best", 5, *checkpoint)
+    assert capsys.readouterr().out.splitlines() == sorted(totals, key=totals.get, reverse=True)
 
 
 def test_a_folder_is_described_into_a_file(tmp_path, checkpoint, tiny_pipeline):

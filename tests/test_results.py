@@ -88,16 +88,19 @@ def test_other_images_or_libraries_are_refused(tmp_path, pair, monkeypatch):
         compare(pair[0], make(tmp_path / "old.json", np.ones(100)))
 
 
-def test_what_may_differ(tmp_path, pair):
+def test_what_may_differ(tmp_path):
     free = {
         "label": "x",
         "checkpoints": {"tokenizer": "12"},
         "backend": "python",
         "generated_sha256": "1",
         "skipped": {"a": "b"},
-        "decoding": {"seed": 3},
     }
-    assert len(compare(pair[0], make(tmp_path / "free.json", np.ones(100), **free))) == 2
+    first = make(tmp_path / "first.json", np.zeros(100), decoding={"seed": 0, "beam": 5})
+    free |= {"decoding": {"seed": 3, "beam": 5, "alignment": 4.0}}
+    assert len(compare(first, make(tmp_path / "free.json", np.ones(100), **free))) == 2
+    with pytest.raises(ValueError, match=r"differing in decoding\.beam "):
+        compare(first, make(tmp_path / "greedy.json", np.ones(100), decoding={"seed": 0, "beam": 1}))
 
 
 def test_killed_while_writing_leaves_the_old_file(tmp_path, pair, monkeypatch):
