@@ -51,7 +51,8 @@ class CaptionerRun:
     stage: Literal["cross-entropy", "self-critical"] = "cross-entropy"
     """Self-critical training goes on from the captioner in `start`."""
     start: Path | None = None
-    """Captioner to go on from; its shape and vocabulary stand."""
+    """Captioner to go on from; its shape and vocabulary stand. It reads the codebook that it read, or, where
+    `tokenizer` is named, that one's: a tokenizer that was trained further."""
     tokenizer: Path | None = None
     """Tokenizer whose codebook gives the first embeddings (without it they are random) and, for
     model.quality-buckets, the alignment score of image and caption."""
@@ -222,9 +223,19 @@ def _captioner(run: CaptionerRun, tokens: TokenSet, codebook: Tensor | None) -> 
     """The captioner that training starts from."""
     if run.start is not None:
         captioner = Captioner.from_pretrained(run.start)
-        captioner.check_codebook(tokens.meta.codebook_hash)
-        provenance = captioner.config.provenance | {"stage": run.stage}
-        captioner.config = dataclasses.replace(captioner.config, provenance=provenance)
+        if codebook is None:
+            captioner.check_codebook(tokens.meta.codebook_hash)
+        config = captioner.config
+        if (config.num_codes, config.grid_size) != (tokens.meta.num_codes, tokens.meta.grid_size):
+            raise ValueError(
+                f"{run.start} reads {config.grid_size} tokens of {config.num_codes} codes, {run.tokens} "
+                f"holds {tokens.meta.grid_size} of {tokens.meta.num_codes}; train a captioner anew, without "
+                "--start"
+            )
+        made = {"data": tokens.meta.data, "tokenizer": tokens.meta.tokenizer, "stage": run.stage}
+        captioner.config = dataclasses.replace(
+            config, codebook_hash=tokens.meta.codebook_hash, provenance=config.provenance | made
+        )
         return captioner
     if run.stage == "self-critical":
         raise ValueError("self-critical training needs a captioner to go on from; add --start DIR")

@@ -18,12 +18,12 @@ from tavq.data.images import to_pil, to_pixels
 from tavq.data.layouts import open_dataset
 from tavq.metrics.features import FeatureNetwork, ImageSet, load_network, refuse_training_network
 from tavq.pipeline import Pipeline
+from tavq.tokenizer.model import TEACHERS
 from tavq.training.checkpoint import CONFIG_FILE, local_directory
 
 FEATURE_CACHE = default_cache_directory() / "features"
 REFERENCE_SIZE_PX = 224
 RESIZE = f"squashed to {REFERENCE_SIZE_PX} x {REFERENCE_SIZE_PX}, antialiased bicubic (Pillow)"
-TEACHERS = ("perceptual", "distilled_from", "decoder_perceptual")
 
 
 @dataclasses.dataclass(frozen=True)

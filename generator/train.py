@@ -21,6 +21,7 @@ from tavq.arguments import parse, run_main
 from tavq.data.images import grid, to_pil
 from tavq.data.text_encoder import TextEncoder
 from tavq.data.tokens import TokenMeta, TokenSet, open_tokens
+from tavq.training.card import continued
 from tavq.training.checkpoint import tensor_hash
 from tavq.training.loop import train
 from tavq.training.stream import mixed_seed
@@ -53,6 +54,8 @@ class PriorRun:
     """flickr8k, tiny (seconds on a CPU) or base (about 100 M, 256 tokens)."""
     config: Path | None = None
     """YAML file of these fields, instead of a preset."""
+    start: Path | None = None
+    """Prior to go on from, such as one of this tokenizer before it was trained further; its shape stands."""
     tokenizer: Path | None = None
     """Tokenizer whose codebook the token embeddings start from, and that draws the sample grids."""
     label_smoothing: float = 0.05
@@ -148,7 +151,11 @@ class PriorTask(Task):
     hidden = frozenset({"blocks"})
 
     def __init__(self, run: PriorRun, decode: Decode | None = None, codebook: Tensor | None = None):
-        self.run, self.decode = run, decode
+        earlier = None if run.start is None else Prior.from_pretrained(run.start)
+        if earlier is not None:
+            names = [field.name for field in dataclasses.fields(PriorShape)]
+            run = dataclasses.replace(run, model=PriorShape(**{n: getattr(earlier.config, n) for n in names}))
+        self.run, self.decode, self.earlier_card = run, decode, "" if earlier is None else earlier.card
         train_set, self.val_set = (open_tokens(run.tokens, split) for split in ("train", "val"))
         encoder = TextEncoder(run.model.text_encoder)
         self.dataset = TokenExamples(train_set)
@@ -160,6 +167,9 @@ class PriorTask(Task):
         if codebook is not None:
             prior.check_codebook(tensor_hash(codebook))
             prior.initialise(codebook)
+        if earlier is not None:
+            _check_start(run, earlier.config, prior.config)
+            prior.load_state_dict(earlier.state_dict())
         self.model = PriorTrainee(run, prior)
 
     def collate(self, examples: list[tuple[Tensor, int]]) -> dict[str, Tensor]:
@@ -191,7 +201,7 @@ class PriorTask(Task):
         return {"samples": np.asarray(grid(to_pil(images), columns=8))}
 
     def save(self, model: PriorTrainee, directory: Path, card: str) -> None:
-        model.prior.card = card
+        model.prior.card = continued(card, self.earlier_card)
         model.prior.save_pretrained(directory)
 
 
@@ -209,6 +219,15 @@ def _resolved(run: PriorRun, meta: TokenMeta, encoder: TextEncoder) -> PriorConf
     )
 
 
+def _check_start(run: PriorRun, earlier: PriorConfig, wanted: PriorConfig) -> None:
+    for field in ("num_codes", "grid_size", "text_encoder_hash"):
+        if getattr(earlier, field) != getattr(wanted, field):
+            raise ValueError(
+                f"{run.start} has {field} {getattr(earlier, field)}, {run.tokens} needs "
+                f"{getattr(wanted, field)}; train a prior anew, without --start"
+            )
+
+
 def train_prior(run: PriorRun, decode: Decode | None = None, codebook: Tensor | None = None) -> None:
     """Train as `run` says.
 
@@ -222,7 +241,8 @@ def train_prior(run: PriorRun, decode: Decode | None = None, codebook: Tensor | 
             f"tokenizer is {run.tokenizer}, but its decoder and codebook were not handed in; "
             "use the command `tavq train generator`"
         )
-    train(PriorTask(run, decode, codebook), run.training, run.out, run)
+    task = PriorTask(run, decode, codebook)
+    train(task, run.training, run.out, task.run)
 
 
 def parse_run(argv: Sequence[str] | None) -> PriorRun:

@@ -3,6 +3,7 @@
 #
 #   DATA=../shared/data/flickr8k TEACHER=squeezenet_layers.pt FEATURES=mobilenet_v2_features.pt bash recipes/flickr8k.sh
 #   PRESET=tiny bash recipes/flickr8k.sh        # the same chain on generated shapes, in minutes
+#   START=checkpoints/flickr8k DATA=... bash recipes/flickr8k.sh   # train finished weights further, as the shipped ones were
 #
 # Every step is skipped when it is done and goes on where it was stopped. ALIGN=none trains the plain baseline.
 # TEACHER shapes the tokenizer (perceptual loss and distillation), FEATURES only measures; JUDGE, another checkpoint,
@@ -13,7 +14,8 @@ cd "$(dirname "$0")/.."
 
 PRESET=${PRESET:-flickr8k}
 ALIGN=${ALIGN:-ot}
-RUN=${RUN:-runs/$PRESET-$ALIGN}
+START=${START:-}
+RUN=${RUN:-runs/$PRESET-$ALIGN${START:+-further}}
 DATA=${DATA:-$([ "$PRESET" = tiny ] && echo shapes || echo ../shared/data/flickr8k)}
 SPLIT=${SPLIT:-test}
 DEVICE=${DEVICE:-cpu}
@@ -51,6 +53,12 @@ train() { # NAME FLAGS...
 
 teacher=()
 [ -n "$TEACHER" ] && teacher=(--perceptual "$TEACHER" --distill "$TEACHER")
+tokenizer_start=() generator_start=() captioner_start=()
+if [ -n "$START" ]; then # lower rates: what has been learnt stays; two of three steps teach the encoder alone
+    tokenizer_start=(--start "$START/tokenizer" --training.learning-rate 8e-4 --losses.decode-every 3 --losses.distill 1.0)
+    generator_start=(--start "$START/generator" --training.learning-rate 1e-3)
+    captioner_start=(--start "$START/captioner" --training.learning-rate 1e-3)
+fi
 features=()
 [ -n "$FEATURES" ] && features=(--features "$FEATURES")
 judge=()
@@ -60,7 +68,8 @@ evaluate() { # NAME FLAGS...
         --label "$PRESET-$ALIGN" $EVAL_FLAGS "${@:2}"
 }
 
-step tokenizer train tokenizer --preset "$PRESET" --align "$ALIGN" --data "$DATA" --out "$RUN/tokenizer" "${teacher[@]}"
+step tokenizer train tokenizer --preset "$PRESET" --align "$ALIGN" --data "$DATA" --out "$RUN/tokenizer" "${teacher[@]}" \
+    "${tokenizer_start[@]}"
 case $ALIGN in
 ot | gaussian) TRAINED=$RUN/tokenizer ;;
 *) # codes that transport did not draw to text learn to be read as text afterwards, for the table's retrieval
@@ -72,9 +81,11 @@ step decoder train decoder --preset "$PRESET" --tokenizer "$TRAINED" --data "$DA
     ${TEACHER:+--perceptual "$TEACHER"}
 step tokenizer-export tavq export "$RUN/decoder" --out "$READY/tokenizer"
 step tokens tavq tokenize --data "$DATA" --checkpoint "$READY/tokenizer" --out "$RUN/tokens" --device "$DEVICE"
-step generator train generator --preset "$PRESET" --tokens "$RUN/tokens" --tokenizer "$READY/tokenizer" --out "$RUN/generator"
+step generator train generator --preset "$PRESET" --tokens "$RUN/tokens" --tokenizer "$READY/tokenizer" --out "$RUN/generator" \
+    "${generator_start[@]}"
 step generator-export tavq export "$RUN/generator" --out "$READY/generator"
-step captioner train captioner --preset "$PRESET" --tokens "$RUN/tokens" --tokenizer "$READY/tokenizer" --out "$RUN/captioner"
+step captioner train captioner --preset "$PRESET" --tokens "$RUN/tokens" --tokenizer "$READY/tokenizer" --out "$RUN/captioner" \
+    "${captioner_start[@]}"
 step self-critical train captioner --preset "$SELF_CRITICAL" --tokens "$RUN/tokens" --start "$RUN/captioner" --out "$RUN/self-critical"
 step captioner-export tavq export "$RUN/self-critical" --out "$READY/captioner"
 if [ -n "$FEATURES" ]; then

@@ -124,6 +124,14 @@ def test_tokens_of_another_codebook_are_refused(trained_dir: Path, tokens_dir: P
     run = CaptionerRun(tokens=tmp_path / "other", start=trained_dir, stage="self-critical")
     with pytest.raises(ValueError, match="of codebook xyz, the captioner was trained on abc"):
         CaptionerTask(run)
+    further = dataclasses.replace(run, tokenizer=tmp_path / "trained-further")
+    captioner = CaptionerTask(further, torch.zeros(8, 6)).model.captioner
+    captioner.check_codebook("xyz")
+    before = Captioner.from_pretrained(trained_dir)
+    assert torch.equal(captioner.image.codes.weight, before.image.codes.weight)
+    write_tokens(tmp_path / "other", records, TokenMeta(9, (2, 4), "xyz", "def", "made up", 16))
+    with pytest.raises(ValueError, match="train a captioner anew"):
+        CaptionerTask(further, torch.zeros(9, 6))
 
 
 def test_the_codebook_gives_the_first_embeddings(tokens_dir: Path):

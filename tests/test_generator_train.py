@@ -114,6 +114,24 @@ def test_a_foreign_codebook_is_refused(tokens):
         PriorTask(run, codebook=CODEBOOK.flip(0))
 
 
+def test_training_goes_on_from_a_prior_whose_tokenizer_was_trained_further(tokens, tmp_path):
+    run = dataclasses.replace(RUN_PRESETS["tiny"], tokens=tokens)
+    before = PriorTask(run).model.prior
+    before.config = dataclasses.replace(before.config, codebook_hash="before")
+    before.card = "---\n---\n# The first training\n"
+    before.save_pretrained(tmp_path / "before")
+    task = PriorTask(dataclasses.replace(RUN_PRESETS["flickr8k"], tokens=tokens, start=tmp_path / "before"))
+    prior = task.model.prior
+    prior.check_codebook(tensor_hash(CODEBOOK))
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), prior.parameters(), strict=True))
+    task.save(task.model, tmp_path / "after", "---\n---\n# The second\n")
+    assert "# What it went on from: The first training" in Prior.from_pretrained(tmp_path / "after").card
+    other = dataclasses.replace(before.config, grid_size=(2, 2))
+    Prior(other).save_pretrained(tmp_path / "before")
+    with pytest.raises(ValueError, match=r"has grid_size \(2, 2\), .* needs \(4, 4\)"):
+        PriorTask(dataclasses.replace(run, start=tmp_path / "before"))
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

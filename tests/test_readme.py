@@ -38,13 +38,14 @@ def test_every_file_that_is_linked_is_there():
     assert links and [link for link in links if not (ROOT / link).exists()] == []
 
 
-def test_the_tables_are_made_from_the_shipped_results():
-    results = [
-        *sorted((SHIPPED / "results" / "plain").glob("*.json")),
-        *sorted((SHIPPED / "results").glob("*.json")),
-    ]
-    assert len(results) == 6
-    table.main([*map(str, results), "--readme", str(ROOT / "README.md"), "--check"])
+@pytest.mark.parametrize(
+    ("page", "folders"),
+    [("README.md", ["results"]), ("docs/pair.md", ["results/pair/plain", "results/pair/aligned"])],
+)
+def test_the_tables_are_made_from_the_results(page, folders):
+    results = [path for folder in folders for path in sorted((SHIPPED / folder).glob("*.json"))]
+    assert len(results) == 3 * len(folders)
+    table.main([*map(str, results), "--readme", str(ROOT / page), "--check"])
 
 
 def test_the_shipped_weights_are_small_and_in_half_precision():

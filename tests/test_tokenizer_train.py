@@ -3,16 +3,20 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
+from tavq.data.examples import Example, ImageTextDataset
 from tavq.data.layouts import open_dataset
 from tavq.tokenizer import distillation
 from tavq.tokenizer.decoder import main as train_decoder
-from tavq.tokenizer.distillation import teacher_maps
+from tavq.tokenizer.distillation import map_of_view, teacher_maps
 from tavq.tokenizer.losses import FrozenNetwork
 from tavq.tokenizer.model import TAVQTokenizer
+from tavq.tokenizer.photos import WHOLE, TrainingImages
 from tavq.tokenizer.train import RUN_PRESETS, TokenizerTask, main
 from tavq.training.checkpoint import file_hash
 
@@ -66,10 +70,14 @@ def test_the_teachers_maps_are_standardised_and_read_back(teacher, monkeypatch):
 
 def test_distillation_moves_the_encoder_and_is_recorded(teacher, tmp_path):
     task = TokenizerTask(dataclasses.replace(TINY, distill=teacher, align="none"))
-    items = [task.dataset[(index, draw)] for index, draw in ((0, 2), (1, 3))]  # the second is mirrored
+    items = [
+        task.dataset[(index, draw)] for index, draw in ((0, 0), (1, 1), (2, 2))
+    ]  # whole, mirrored, cropped
     batch = task.collate(items)
     assert torch.equal(batch["teacher"][0], task.maps[0])
     assert torch.equal(batch["teacher"][1], task.maps[1].flip(-1))
+    assert items[2]["box"] != WHOLE
+    assert torch.equal(batch["teacher"][2], map_of_view(task.maps[2], items[2]["box"], flipped=False))
     latents = task.model.tokenizer.encoder(batch["image"])
     task.model.head(latents[-1], batch["teacher"]).backward()
     assert task.model.tokenizer.encoder.trunk[0].qkv.weight.grad.norm() > 0
@@ -79,6 +87,77 @@ def test_distillation_moves_the_encoder_and_is_recorded(teacher, tmp_path):
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["provenance"]["distilled_from"] == file_hash(teacher)
     assert not any("head.layers" in name for name in task.model.tokenizer.state_dict())
+
+
+def test_a_crop_is_that_part_of_the_photo_and_of_its_teachers_map():
+    """A photo whose red grows to the right and whose green grows downwards tells where its crop lies."""
+    ramp = np.linspace(0, 255, 200).astype(np.uint8)
+    photo = np.stack(np.broadcast_arrays(ramp[None], ramp[:, None], np.uint8(0)), axis=-1)
+    dataset = ImageTextDataset(
+        "ramps", (Example("a", lambda: Image.fromarray(photo), ("a ramp",), None, "train"),)
+    )
+    images, size = TrainingImages(dataset, 32), 32
+    centres = (torch.arange(size) + 0.5) / size
+    place = torch.stack([centres.expand(size, size), centres[:, None].expand(size, size)])
+    boxes = set()
+    for draw in range(40):
+        view = images[(0, draw)]
+        left, top, right, bottom = view["box"]
+        assert 0 <= left < right <= 1 and right - left > 0.77 and bottom - top > 0.77
+        assert (view["box"] == WHOLE) == (draw % 4 < 2)
+        boxes.add(view["box"])
+        across, down = left + (right - left) * centres, top + (bottom - top) * centres
+        across = across.flip(0) if view["flipped"] else across
+        seen = (view["image"] + 1) / 2
+        assert (seen[0] - across[None]).abs().max() < 0.03
+        assert (seen[1] - down[:, None]).abs().max() < 0.03
+        told = map_of_view(place.half(), view["box"], flipped=view["flipped"]).float()
+        assert (told[0] - across[None]).abs().max() < 0.02  # the map's outer half cells repeat its border
+        assert (told[1] - down[:, None]).abs().max() < 0.02
+    assert len(boxes) > 15
+
+
+def test_a_step_without_decoding_teaches_the_encoder_alone(teacher):
+    losses = dataclasses.replace(TINY.losses, decode_every=4)
+    task = TokenizerTask(dataclasses.replace(TINY, distill=teacher, losses=losses))
+    batch = task.collate([task.dataset[(index, index)] for index in range(4)])
+    decoder, trunk = (
+        task.model.tokenizer.decoder.last.weight,
+        task.model.tokenizer.encoder.trunk[0].qkv.weight,
+    )
+    for step, decodes in ((0, True), (1, False), (3, False), (4, True)):
+        output = task.model(batch, step)
+        output.loss.backward()
+        assert (
+            ("l1" in output.report)
+            == (output.for_critic is not None)
+            == (decoder.grad is not None)
+            == decodes
+        )
+        assert trunk.grad.norm() > 0
+        task.model.zero_grad(set_to_none=True)
+
+
+def test_training_goes_on_from_a_tokenizer_and_remembers_its_teachers(teacher, tmp_path):
+    before = TAVQTokenizer(
+        dataclasses.replace(TINY.model, provenance={"perceptual": "abc", "distilled_from": "def"})
+    )
+    before.card = "---\nlicense: apache-2.0\n---\n# The first training\n"
+    before.save_pretrained(tmp_path / "before")
+    run = dataclasses.replace(
+        RUN_PRESETS["flickr8k"], start=tmp_path / "before", data="shapes", distill=teacher
+    )
+    task = TokenizerTask(run)
+    assert all(
+        torch.equal(a, b) for a, b in zip(before.parameters(), task.model.tokenizer.parameters(), strict=True)
+    )
+    provenance = task.model.tokenizer.config.provenance
+    assert provenance["perceptual"] == "abc"
+    assert set(provenance["distilled_from"].split()) == {"def", file_hash(teacher)}
+    task.save(task.model, tmp_path / "after", "---\n---\n# The second\n")
+    assert (
+        "# What it went on from: The first training" in TAVQTokenizer.from_pretrained(tmp_path / "after").card
+    )
 
 
 def test_a_text_encoder_of_another_width_decides_the_width_of_the_way_to_text(tmp_path):

@@ -180,16 +180,19 @@ class GradientBalance(nn.Module):
         for name in shares:
             self.register_buffer(f"weight_{name}", torch.tensor(float("nan")))
 
-    def weigh(self, name: str, loss: Tensor, reference: Tensor, on: tuple[Tensor, ...], step: int) -> Tensor:
+    def weigh(
+        self, name: str, loss: Tensor, reference: Tensor | None, on: tuple[Tensor, ...], step: int
+    ) -> Tensor:
         """`loss` times its weight.
 
         Args:
-            reference: the reconstruction loss.
+            reference: the reconstruction loss; None in a step without one, which measures nothing.
             on: the tensors at which the gradients are compared.
             step: of the run; decides whether to measure.
         """
         weight = getattr(self, f"weight_{name}")
-        if torch.is_grad_enabled() and loss.requires_grad and (step % self.every == 0 or weight.isnan()):
+        measurable = reference is not None and torch.is_grad_enabled() and loss.requires_grad
+        if measurable and (step % self.every == 0 or weight.isnan()):
             ratio = self.shares[name] * _norm(reference, on) / _norm(loss, on).clamp_min(1e-8)
             weight.copy_(torch.where(weight.isnan(), ratio, weight.lerp(ratio, 0.2)).clamp(1e-4, 1e4))
         return weight.nan_to_num(1.0) * loss

@@ -19,6 +19,7 @@ from .blocks import AttentionBlock, ResidualBlock, group_norm, to_map, to_sequen
 from .quantizer import QUANTIZERS, QuantizerConfig, full_precision
 
 NUM_LEVELS = 3
+TEACHERS = ("perceptual", "distilled_from", "decoder_perceptual")  # of the provenance: networks that taught
 PIXEL_CHANNELS = 16  # of the decoder's last convolutions, at full resolution
 
 
@@ -86,8 +87,8 @@ class Encoded:
     """Three (B, E, h, w), before quantisation, shallow first."""
     ids: Tensor
     """(B, h, w) int64, of the last level."""
-    images: Tensor
-    """(B, 3, H, W), decoded from the last level alone."""
+    images: Tensor | None
+    """(B, 3, H, W), decoded from the last level alone; None where nothing was to be decoded."""
     quantizer_loss: Tensor
 
 
@@ -216,14 +217,14 @@ class TAVQTokenizer(Checkpointed):
         """Names this codebook; prior and captioner record it and refuse another."""
         return tensor_hash(self.codebook)
 
-    def forward(self, images: Tensor) -> Encoded:
+    def forward(self, images: Tensor, *, decode: bool = True) -> Encoded:
         """Encode, quantise the last level, decode: one training pass over images (B, 3, H, W) in [-1, 1]."""
         latents = self.encoder(self._checked(images))
         with full_precision(images):
             quantized = self.quantizer(to_sequence(latents[-1]).flatten(0, 1).float())
         codes = to_map(quantized.codes.unflatten(0, (len(images), -1)), self.grid_size)
         ids = quantized.ids.view(len(images), *self.grid_size)
-        return Encoded(latents, ids, self.decoder(codes), quantized.loss)
+        return Encoded(latents, ids, self.decoder(codes) if decode else None, quantized.loss)
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Tensor:

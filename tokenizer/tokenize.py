@@ -24,10 +24,10 @@ from tavq.training.checkpoint import WEIGHTS_FILE, file_hash, local_directory
 from tavq.training.stream import mixed_seed
 
 from .model import TAVQTokenizer
+from .photos import SMALLEST_CROP
 
 SPLITS = ("train", "val", "test")
 IMAGES_AT_ONCE = 32
-SMALLEST_CROP = 0.8  # of a side
 
 
 @dataclasses.dataclass(frozen=True)

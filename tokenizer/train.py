@@ -20,17 +20,18 @@ from tavq.data.embedding_cache import EmbeddingCache
 from tavq.data.layouts import open_dataset
 from tavq.data.text_encoder import TextEncoder
 from tavq.data.text_index import UnitIndex
+from tavq.training.card import continued
 from tavq.training.loop import train
 from tavq.training.stream import mixed_seed
 from tavq.training.task import StepOutput, Task, TrainingConfig
 
 from .alignment import AlignmentConfig, TextAligner, draw_texts, units_and_banks
-from .distillation import DistillationHead, teacher_maps
+from .distillation import DistillationHead, map_of_view, teacher_maps
 from .health import CodebookWatch, level_costs, level_ids, perplexity, use_chart
 from .heatmaps import LEVELS_FIELD, aligned_levels, aligned_levels_field
 from .lgvq import CaptionReader, Captions, LanguageGuidance, LGVQConfig
 from .losses import FrozenNetwork, PictureLossConfig, PictureLosses
-from .model import NUM_LEVELS, PRESETS, Encoded, TAVQTokenizer, TokenizerConfig
+from .model import NUM_LEVELS, PRESETS, TEACHERS, Encoded, TAVQTokenizer, TokenizerConfig
 from .photos import TrainingImages, photo_batches, reconstruction_sheet
 from .reading import fit_projections
 from .retrieval import alignment_scores, recall_at, text_to_image_ranks
@@ -46,6 +47,13 @@ class LossConfig(PictureLossConfig):
     quantizer: float = 1.0
     align: float = 1.0
     distill: float = 0.5
+    decode_every: int = 1
+    """In one of so many steps the decoder is run and the reconstruction felt; the others teach the encoder
+    alone, at a third of the cost."""
+
+    def __post_init__(self) -> None:
+        if self.decode_every < 1:
+            raise ValueError(f"decode_every is {self.decode_every}, expected 1 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +71,8 @@ class TokenizerRun:
     """flickr8k, tiny (seconds on a CPU) or vqgan256 (256 px, f16, the setting of LG-VQ)."""
     config: Path | None = None
     """YAML file of these fields, instead of a preset."""
+    start: Path | None = None
+    """Tokenizer to go on from; its shape stands."""
     align: Literal["ot", "gaussian", "lgvq", "none"] = "ot"
     """How codes are aligned with text; `lgvq` and `none` (plain VQ) are the baselines."""
     perceptual: str | None = None
@@ -148,12 +158,15 @@ class TokenizerTrainee(PictureLosses):
         self.head = DistillationHead(code_dim, teacher_dim) if teacher_dim else None
 
     def forward(self, batch: dict[str, Tensor], step: int) -> StepOutput:
-        images = batch["image"]
-        encoded = self.tokenizer(images)
-        report: dict[str, Tensor | float] = {}
-        reconstruction = self.reconstruction(encoded.images, images, report)
+        images, report = batch["image"], {}
+        decodes = step % self.run.losses.decode_every == 0
+        encoded = self.tokenizer(images, decode=decodes)
         report["quantizer"] = encoded.quantizer_loss
-        loss = reconstruction + self.run.losses.quantizer * encoded.quantizer_loss
+        loss = self.run.losses.quantizer * encoded.quantizer_loss
+        reconstruction = None
+        if decodes:
+            reconstruction = self.reconstruction(encoded.images, images, report)
+            loss = loss + reconstruction
         if self.aligner is not None:
             loss = loss + self._alignment(batch, encoded.latents, reconstruction, report, step)
         if self.guidance is not None:
@@ -163,17 +176,18 @@ class TokenizerTrainee(PictureLosses):
             report["distill"] = self.head(encoded.latents[-1], batch["teacher"])
             on = (encoded.latents[-1],)
             loss = loss + self.balance.weigh("distill", report["distill"], reconstruction, on, step)
-        last = self.tokenizer.decoder.last.weight
-        loss = loss + self.adversarial(encoded.images, reconstruction, last, report, step)
+        if decodes:
+            last = self.tokenizer.decoder.last.weight
+            loss = loss + self.adversarial(encoded.images, reconstruction, last, report, step)
         report |= {name: value for name, value in self.balance.report().items() if not value.isnan()}
         report["perplexity"] = perplexity(self.tokenizer.quantizer.usage)
-        return StepOutput(loss, report, for_critic=(images, encoded.images.detach()))
+        return StepOutput(loss, report, (images, encoded.images.detach()) if decodes else None)
 
     def _alignment(
         self,
         batch: dict[str, Any],
         latents: tuple[Tensor, ...],
-        reconstruction: Tensor,
+        reconstruction: Tensor | None,
         report: dict[str, Tensor | float],
         step: int,
     ) -> Tensor:
@@ -201,7 +215,10 @@ class TokenizerTask(Task):
     hidden = frozenset({"stages", "trunk"})
 
     def __init__(self, run: TokenizerRun):
-        self.run = run
+        earlier = None if run.start is None else TAVQTokenizer.from_pretrained(run.start)
+        if earlier is not None:
+            run = dataclasses.replace(run, model=earlier.config)
+        self.run, self.earlier_card = run, "" if earlier is None else earlier.card
         self.train_set = open_dataset(run.data, "train")
         self.val_set = open_dataset(run.data, "val")
         self.dataset = TrainingImages(self.train_set, run.model.image_size_px)
@@ -231,10 +248,21 @@ class TokenizerTask(Task):
         if self.texts is not None:
             config = dataclasses.replace(config, text_dim=encoder.dim)
         tokenizer = TAVQTokenizer(config)
+        if earlier is not None:
+            if config.text_dim != earlier.config.text_dim:
+                raise ValueError(
+                    f"{run.start} is aligned with texts of width {earlier.config.text_dim}, and "
+                    f"{run.text_encoder} gives {config.text_dim}; name its --text-encoder"
+                )
+            tokenizer.load_state_dict(earlier.state_dict())
         teacher_dim = None if self.maps is None else self.maps.shape[1]
         self.model = TokenizerTrainee(run, tokenizer, teacher_dim, vocabulary)
         if self.model.perceptual is not None:
             provenance["perceptual"] = self.model.perceptual.hash
+        if earlier is not None:  # what taught it has shaped these weights too
+            for use in TEACHERS:
+                hashes = {*earlier.config.provenance.get(use, "").split(), *provenance.get(use, "").split()}
+                provenance |= {use: " ".join(sorted(hashes))} if hashes else {}
         self.critic = next(iter(self.model.critic), None)
 
     def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -246,9 +274,7 @@ class TokenizerTask(Task):
         if self.captions is not None:
             batch["captions"] = vars(self.captions.read(indices, generator))
         if self.maps is not None:
-            maps = [
-                self.maps[e["index"]].flip(-1) if e["flipped"] else self.maps[e["index"]] for e in examples
-            ]
+            maps = [map_of_view(self.maps[e["index"]], e["box"], flipped=e["flipped"]) for e in examples]
             batch["teacher"] = torch.stack(maps)
         return batch
 
@@ -298,14 +324,14 @@ class TokenizerTask(Task):
         return {"reconstructions": sheet, "code_use": use_chart(self.watch_codes.use)}
 
     def save(self, model: TokenizerTrainee, directory: Path, card: str) -> None:
-        model.tokenizer.card = card
+        model.tokenizer.card = continued(card, self.earlier_card)
         model.tokenizer.save_pretrained(directory)
 
 
 @run_main
 def main(argv: Sequence[str] | None = None) -> None:
-    run = parse(TokenizerRun, argv, prog="tavq train tokenizer", presets=RUN_PRESETS)
-    train(TokenizerTask(run), run.training, run.out, run)
+    task = TokenizerTask(parse(TokenizerRun, argv, prog="tavq train tokenizer", presets=RUN_PRESETS))
+    train(task, task.run.training, task.run.out, task.run)
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ class Trainer:
             with self.accelerator.accumulate(*modules):
                 output = self._update(self.model, self.optimizer, batch)
                 report = dict(output.report)
-                if self.critic is not None:
+                if self.critic is not None and output.for_critic is not None:
                     report |= self._update(self.critic, self.critic_optimizer, output.for_critic).report
         self.averaged.update_parameters(self.accelerator.unwrap_model(self.model))
         if self.state.step % config.log_every and self.state.step + 1 != config.steps:
