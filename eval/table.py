@@ -133,9 +133,11 @@ def describe(group: Sequence[Results]) -> str:
 
 
 def _search(decoding: dict[str, Any]) -> str:
+    way = "greedy" if decoding["beam"] == 1 else f"beam {decoding['beam']}"
     if decoding["temperature"] > 0:
-        return f"sampled at temperature {decoding['temperature']}"
-    return "greedy" if decoding["beam"] == 1 else f"beam {decoding['beam']}"
+        way = f"sampled at temperature {decoding['temperature']}"
+    weight = decoding.get("alignment")
+    return f"{way}, chosen with the help of the codes (alignment {weight:g})" if weight else way
 
 
 def brackets(group: Sequence[Results]) -> list[str]:

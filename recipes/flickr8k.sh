@@ -55,7 +55,8 @@ teacher=()
 [ -n "$TEACHER" ] && teacher=(--perceptual "$TEACHER" --distill "$TEACHER")
 tokenizer_start=() generator_start=() captioner_start=()
 if [ -n "$START" ]; then # lower rates: what has been learnt stays; two of three steps teach the encoder alone
-    tokenizer_start=(--start "$START/tokenizer" --training.learning-rate 8e-4 --losses.decode-every 3 --losses.distill 1.0)
+    tokenizer_start=(--start "$START/tokenizer" --training.learning-rate 8e-4 --losses.decode-every 3)
+    tokenizer_start+=(--losses.align 0.4 --losses.distill 0.3)
     generator_start=(--start "$START/generator" --training.learning-rate 1e-3)
     captioner_start=(--start "$START/captioner" --training.learning-rate 1e-3)
 fi

@@ -44,7 +44,7 @@ def test_every_file_that_is_linked_is_there():
 )
 def test_the_tables_are_made_from_the_results(page, folders):
     results = [path for folder in folders for path in sorted((SHIPPED / folder).glob("*.json"))]
-    assert len(results) == 3 * len(folders)
+    assert {path.stem for path in results} >= {"tokenizer", "t2i", "caption"}
     table.main([*map(str, results), "--readme", str(ROOT / page), "--check"])
 
 

@@ -219,6 +219,7 @@ class TokenizerTask(Task):
         if earlier is not None:
             run = dataclasses.replace(run, model=earlier.config)
         self.run, self.earlier_card = run, "" if earlier is None else earlier.card
+        self.rests = run.losses.decode_every > 1
         self.train_set = open_dataset(run.data, "train")
         self.val_set = open_dataset(run.data, "val")
         self.dataset = TrainingImages(self.train_set, run.model.image_size_px)

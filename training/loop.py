@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, send_to_device
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, send_to_device
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
@@ -87,6 +87,7 @@ class Trainer:
             mixed_precision=config.precision,
             gradient_accumulation_steps=config.accumulation_steps,
             cpu=not torch.cuda.is_available(),
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=task.rests)],
         )
         self.is_main = self.accelerator.is_main_process
         claim_folder(self.folder, resolved, self.is_main)

@@ -82,6 +82,8 @@ class Task(ABC):
         hidden: parts of the names of the modules whose matrices Muon may train: blocks, not what enters or
             leaves them.
         dataset: `dataset[(index, draw_seed)]` gives an example, `len(dataset)` their number.
+        rests: whether some steps leave a part of the model without a gradient, which several processes must
+            know beforehand.
         watch: the metric of `evaluate` that decides which weights are best, and its direction; None keeps the
             last.
     """
@@ -90,6 +92,7 @@ class Task(ABC):
     model: nn.Module
     critic: nn.Module | None = None
     hidden: frozenset[str] = frozenset()
+    rests: bool = False
     dataset: Dataset
     watch: tuple[str, Literal["min", "max"]] | None = ("loss", "min")
 
