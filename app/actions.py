@@ -15,9 +15,9 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from tavq.arguments import USER_ERRORS
+from tavq.base.arguments import USER_ERRORS
 from tavq.captioner.decoding import Caption, DecodingConfig
-from tavq.complete import kept_part
+from tavq.commands.complete import kept_part
 from tavq.data.images import load_image
 from tavq.generator.sampling import SamplingConfig
 from tavq.pipeline import Generated, Pipeline, recipe_line

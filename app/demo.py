@@ -13,9 +13,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tavq.arguments import Device, choose_device, parse, run_main
-from tavq.commands import CHECKPOINT
-from tavq.pipeline import Pipeline
+from tavq.base.arguments import parse, run_main
+from tavq.base.device import Device, choose_device
+from tavq.pipeline import CHECKPOINT, Pipeline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def serve(pipeline: Pipeline, folder: Path, run: DemoRun) -> None:
     """Serve the page until the process is stopped; prints the address."""
-    from tavq.app.page import CSS, THEME, build
+    from .page import CSS, THEME, build
 
     page = build(pipeline, folder)
     try:

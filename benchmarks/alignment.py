@@ -27,16 +27,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tavq.arguments import parse, run_main
+from tavq.alignment.aligner import AlignmentConfig, TextAligner, TextUnits, draw_texts
+from tavq.alignment.text_index import UnitIndex
+from tavq.alignment.transport import gaussian_cost, transport_cost
+from tavq.base.arguments import parse, run_main
 from tavq.data.images import to_tensor
 from tavq.data.layouts import open_dataset
 from tavq.data.text_encoder import TextEncoder
-from tavq.data.text_index import UnitIndex
 from tavq.eval.table import with_block, write_block
-from tavq.tokenizer.alignment import AlignmentConfig, TextAligner, TextUnits, draw_texts
 from tavq.tokenizer.model import TAVQTokenizer
 from tavq.tokenizer.train import RUN_PRESETS, TokenizerRun, TokenizerTrainee
-from tavq.tokenizer.transport import gaussian_cost, transport_cost
 
 LEVELS = (1, 2, 3)
 OURS = ("none", "gaussian", "sampled", "full")

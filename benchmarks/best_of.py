@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tavq.arguments import parse, run_main
+from tavq.base.arguments import parse, run_main
 from tavq.data.layouts import open_dataset
 from tavq.eval.faithfulness import open_judge
 from tavq.generator.settings import SamplingConfig

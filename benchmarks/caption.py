@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from tavq.arguments import parse, run_main
+from tavq.base.arguments import parse, run_main
 from tavq.captioner.decoding import GREEDY, DecodingConfig, describe, search
 from tavq.captioner.model import Captioner
 from tavq.data.examples import readable_images

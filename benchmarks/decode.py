@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 
-from tavq.arguments import parse, run_main
+from tavq.base.arguments import parse, run_main
+from tavq.base.torchvision_ops import ensure_torchvision
 from tavq.data.text_encoder import TextEncoder, TokenStates
 from tavq.eval.table import with_block, write_block
 from tavq.generator.decoding import Decoder
@@ -29,7 +30,6 @@ from tavq.generator.model import PRESETS, Prior, PriorConfig
 from tavq.generator.noise import gumbel_rows
 from tavq.generator.sampling import sample
 from tavq.generator.settings import SamplingConfig
-from tavq.torchvision_ops import ensure_torchvision
 
 PRECISIONS: tuple[Precision, ...] = ("float32", "int8", "bfloat16")
 WAYS = ((1, 1, 1), (1, 8, 1), (8, 1, 4), (8, 4, 4))

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tavq.arguments import parse, run_main
+from tavq.base.arguments import parse, run_main
 from tavq.eval.table import with_block, write_block
 
 CASES = {

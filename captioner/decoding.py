@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tavq.training.stream import mixed_seed
+from tavq.base.seeding import mixed_seed
 
 from .model import Captioner, Style
 

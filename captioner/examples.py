@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from tavq.base.seeding import mixed_seed
 from tavq.data.tokens import TokenSet
-from tavq.training.stream import mixed_seed
 
 from .model import Captioner
 

@@ -17,9 +17,9 @@ from typing import Any
 from PIL import Image
 from tqdm.auto import tqdm
 
+from tavq.base.files import written_aside
 from tavq.data.examples import Example, ImageTextDataset, readable_images
 from tavq.data.layouts_folder import IMAGE_SUFFIXES
-from tavq.training.checkpoint import written_aside
 
 from .decoding import Caption
 

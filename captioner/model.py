@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from tavq.torchvision_ops import ensure_torchvision
+from tavq.base.torchvision_ops import ensure_torchvision
 from tavq.training.checkpoint import Checkpointed, local_directory
 
 from .vocabulary import PretrainedVocabulary, Vocabulary, WordVocabulary

@@ -8,7 +8,6 @@ same command resumes a stopped run.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tavq.arguments import parse, run_main
 from tavq.data.tokens import TokenSet, open_tokens
 from tavq.training.card import continued
 from tavq.training.loop import train
@@ -273,12 +271,3 @@ def train_captioner(
     task = CaptionerTask(run, codebook, agreement)
     shape = task.model.captioner.config.shape  # of `run.start`, where there is one
     train(task, run.training, run.out, dataclasses.replace(run, model=shape))
-
-
-@run_main
-def main(argv: Sequence[str] | None = None) -> None:
-    train_captioner(parse(CaptionerRun, argv, prog="tavq train captioner", presets=RUN_PRESETS))
-
-
-if __name__ == "__main__":
-    main()

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tavq.base.torchvision_ops import ensure_torchvision
 from tavq.metrics.ptb import tokenize
-from tavq.torchvision_ops import ensure_torchvision
 
 CLITIC = re.compile(r" (?=(?:'(?:s|re|ve|ll|d|m)|n't)(?: |$))")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
@@ -16,16 +15,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
+from tavq.base.cache import default_cache_directory
+
 from .text_encoder import TextEncoder
 
 _COMMIT_EVERY = 2048
 _QUERY_SIZE = 500
 _ATTEMPTS = 8
-
-
-def default_cache_directory() -> Path:
-    """`$TAVQ_CACHE`, or ~/.cache/tavq."""
-    return Path(os.environ.get("TAVQ_CACHE") or Path.home() / ".cache" / "tavq")
 
 
 class EmbeddingCache:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tavq.arguments import Device, choose_device
-from tavq.data.embedding_cache import default_cache_directory
+from tavq.base.cache import default_cache_directory
+from tavq.base.device import Device, choose_device
 from tavq.data.examples import ImageTextDataset, readable_images
 from tavq.data.images import to_pil, to_pixels
 from tavq.data.layouts import open_dataset

@@ -12,13 +12,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tavq.alignment.projections import NUM_LEVELS
 from tavq.captioner.decoding import GREEDY
 from tavq.data.examples import ImageTextDataset, readable_images
 from tavq.data.images import grid, to_pil, to_pixels
 from tavq.metrics.captions import caption_metrics
 from tavq.pipeline import Pipeline
 from tavq.tokenizer.heatmaps import aligned_levels
-from tavq.tokenizer.model import NUM_LEVELS
 from tavq.tokenizer.retrieval import alignment_scores, image_to_text_ranks
 
 PHOTOS_AT_ONCE = 20

@@ -17,24 +17,19 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from tavq.arguments import parse, run_main
+from tavq.base.arguments import parse, run_main
+from tavq.base.files import written_aside
 from tavq.data.examples import ImageTextDataset
 from tavq.data.layouts import open_dataset
-from tavq.eval.evaluation import (
-    FEATURE_CACHE,
-    at_reference_size,
-    kid_options,
-    open_network,
-    reference_set,
-)
-from tavq.eval.run_t2i import draw
 from tavq.generator.sampling import SamplingConfig
 from tavq.metrics.features import FeatureNetwork, ImageSet
 from tavq.metrics.frechet import image_metrics
 from tavq.pipeline import Pipeline
-from tavq.training.checkpoint import written_aside
 from tavq.training.loop import KEPT
 from tavq.training.run_folder import read_log
+
+from .evaluation import FEATURE_CACHE, at_reference_size, kid_options, open_network, reference_set
+from .run_t2i import draw
 
 
 @dataclasses.dataclass(frozen=True)

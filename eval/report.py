@@ -15,10 +15,11 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from tavq.arguments import parse, run_main
-from tavq.eval.results import Results, read_results
-from tavq.eval.table import checkpoint_of, describe, format_metric, group_by_protocol, metric_names, title
-from tavq.training.checkpoint import written_aside
+from tavq.base.arguments import parse, run_main
+from tavq.base.files import written_aside
+
+from .results import Results, read_results
+from .table import checkpoint_of, describe, format_metric, group_by_protocol, metric_names, title
 
 TEMPLATE = Path(__file__).with_name("report_page.html")
 HEALTH = ("usage", "perplexity")

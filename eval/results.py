@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
+from tavq.base.files import written_aside
 from tavq.metrics.bootstrap import Interval, bootstrap_interval, paired_difference
 from tavq.metrics.captions import score_of
-from tavq.training.checkpoint import written_aside
 
 METRIC_LIBRARIES = (
     "torch-fidelity",

@@ -14,12 +14,17 @@ import numpy as np
 from tqdm.auto import tqdm
 from tyro.conf import OmitArgPrefixes
 
-from tavq.arguments import parse, run_main
+from tavq.base.arguments import parse, run_main
+from tavq.base.files import written_aside
 from tavq.captioner.decoding import DecodingConfig
 from tavq.captioner.reward import ends_in_function_word
 from tavq.data.examples import ImageTextDataset, readable_images
-from tavq.eval.evaluation import EvaluationRun, print_metrics
-from tavq.eval.results import (
+from tavq.metrics.captions import Backend, caption_metrics
+from tavq.metrics.ptb import tokenize
+from tavq.pipeline import Pipeline
+
+from .evaluation import EvaluationRun, print_metrics
+from .results import (
     caption_fields,
     format_comparison,
     make_protocol,
@@ -27,10 +32,6 @@ from tavq.eval.results import (
     with_intervals,
     write_results,
 )
-from tavq.metrics.captions import Backend, caption_metrics
-from tavq.metrics.ptb import tokenize
-from tavq.pipeline import Pipeline
-from tavq.training.checkpoint import written_aside
 
 PHOTOS_AT_ONCE = 20
 

@@ -17,9 +17,12 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from tavq.arguments import Device, choose_device, parse, run_main
-from tavq.eval.evaluation import FEATURE_CACHE
-from tavq.eval.results import (
+from tavq.base.arguments import parse, run_main
+from tavq.base.device import Device, choose_device
+from tavq.metrics.captions import Backend, caption_metrics
+
+from .evaluation import FEATURE_CACHE
+from .results import (
     caption_fields,
     file_sha256,
     format_comparison,
@@ -28,7 +31,6 @@ from tavq.eval.results import (
     with_intervals,
     write_results,
 )
-from tavq.metrics.captions import Backend, caption_metrics
 
 KARPATHY_IDS = ("cocoid", "imgid", "filename", "stem")
 

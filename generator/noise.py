@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tavq.training.stream import mixed_seed
+from tavq.base.seeding import mixed_seed
 
 
 def gumbel_noise(seed: int, position: int, num_codes: int) -> Tensor:

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from tavq.data.embedding_cache import default_cache_directory
+from tavq.base.cache import default_cache_directory
+from tavq.base.files import written_aside
 from tavq.data.text_encoder import TextEncoder, TokenStates
-from tavq.training.checkpoint import written_aside
 
 PART = 1024  # texts encoded at a time
 

@@ -7,7 +7,7 @@ command resumes a stopped run.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from tavq.arguments import parse, run_main
+from tavq.base.seeding import mixed_seed
 from tavq.data.images import grid, to_pil
 from tavq.data.text_encoder import TextEncoder
 from tavq.data.tokens import TokenMeta, TokenSet, open_tokens
 from tavq.training.card import continued
 from tavq.training.checkpoint import tensor_hash
 from tavq.training.loop import train
-from tavq.training.stream import mixed_seed
 from tavq.training.task import StepOutput, Task, TrainingConfig
 
 from .model import PRESETS, Prior, PriorConfig, PriorShape
@@ -243,17 +242,3 @@ def train_prior(run: PriorRun, decode: Decode | None = None, codebook: Tensor | 
         )
     task = PriorTask(run, decode, codebook)
     train(task, run.training, run.out, task.run)
-
-
-def parse_run(argv: Sequence[str] | None) -> PriorRun:
-    """Read the command line of `tavq train generator`."""
-    return parse(PriorRun, argv, prog="tavq train generator", presets=RUN_PRESETS)
-
-
-@run_main
-def main(argv: Sequence[str] | None = None) -> None:
-    train_prior(parse_run(argv))
-
-
-if __name__ == "__main__":
-    main()

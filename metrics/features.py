@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tavq.torchvision_ops import ensure_torchvision
+from tavq.base.torchvision_ops import ensure_torchvision
 
 EXTENSIONS = (".png", ".jpg", ".jpeg")
 METRIC_LAYERS = ("fid", "kid", "prc", "isc")

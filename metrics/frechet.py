@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tavq.torchvision_ops import ensure_torchvision
+from tavq.base.torchvision_ops import ensure_torchvision
 
 from .features import FeatureNetwork, ImageSet, extract_features
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tavq.arguments import parse, run_main
+from tavq.base.arguments import parse, run_main
 from tavq.eval.results import Results, read_results
 from tavq.eval.table import write_block
 from tavq.tokenizer.train import LossConfig

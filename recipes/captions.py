@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tavq.arguments import parse, run_main
+from tavq.base.arguments import parse, run_main
 from tavq.eval.results import compare, read_results
 from tavq.eval.table import format_difference, make_tables
 

@@ -10,43 +10,44 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-COMMANDS: dict[str, tuple[str, str]] = {
-    "generate": ("tavq.commands:generate", "draw pictures from text"),
-    "caption": ("tavq.commands:caption", "describe a photo, or a folder of them"),
-    "reconstruct": ("tavq.commands:reconstruct", "encode and decode photos"),
-    "complete": ("tavq.complete:main", "draw a part of a photo anew, or variations of it"),
-    "heatmap": ("tavq.heatmap:main", "show where the words of a text lie on a photo"),
-    "demo": ("tavq.app.demo:main", "all of it in the browser"),
-    "tokenize": ("tavq.tokenizer.tokenize:main", "turn a data set into ids, to train prior and captioner on"),
-    "codebook": ("tavq.tokenizer.codebook:main", "show the codes: patches that use them, words near them"),
-    "train tokenizer": ("tavq.tokenizer.train:main", "train the tokenizer, aligned with text or plain"),
-    "train decoder": ("tavq.tokenizer.decoder:main", "train a tokenizer's decoder further; its ids stay"),
-    "align": ("tavq.tokenizer.align:main", "align anybody's VQ model with text, and report before and after"),
-    "train generator": ("tavq.commands:train_generator", "train the prior (text to ids)"),
-    "train captioner": ("tavq.commands:train_captioner", "train the captioner (ids to text)"),
-    "units": ("tavq.commands:units", "show the words, phrases and sentences of a text"),
-    "export": ("tavq.commands:export", "copy a checkpoint for sharing, in half precision"),
-    "score": ("tavq.eval.score:main", "score anybody's captions or pictures"),
-    "table": ("tavq.eval.table:main", "make the README's tables from result files"),
-    "report": ("tavq.eval.report:main", "one page of results, curves and pictures"),
+COMMANDS = {
+    "generate": "draw images from text",
+    "caption": "describe an image, or a folder of them",
+    "reconstruct": "encode and decode images",
+    "complete": "draw a part of an image anew, or variations of it",
+    "heatmap": "show where the words of a text lie on an image",
+    "demo": "all of it in the browser",
+    "tokenize": "turn a data set into ids, to train prior and captioner on",
+    "codebook": "show the codes: patches that use them, words near them",
+    "train tokenizer": "train the tokenizer, aligned with text or plain",
+    "train decoder": "train a tokenizer's decoder further; its ids stay",
+    "train generator": "train the prior (text to ids)",
+    "train captioner": "train the captioner (ids to text)",
+    "align": "align anybody's VQ model with text, and report before and after",
+    "units": "show the words, phrases and sentences of a text",
+    "export": "copy a checkpoint for sharing, in half precision",
+    "score": "score anybody's captions or images",
+    "table": "make the README's tables from result files",
+    "report": "one page of results, curves and images",
 }
+ROOMS = {"demo": "app", "score": "eval", "table": "eval", "report": "eval"}  # the others lie in commands/
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `tavq COMMAND ...`; `tavq COMMAND --help` shows the flags of a command, with examples."""
     argv = list(sys.argv[1:] if argv is None else argv)
     for words in (2, 1):
-        entry = COMMANDS.get(" ".join(argv[:words]))
-        if entry is not None:
-            module, function = entry[0].split(":")
-            getattr(importlib.import_module(module), function)(argv[words:])
+        name = " ".join(argv[:words])
+        if name in COMMANDS:
+            module = f"tavq.{ROOMS.get(name, 'commands')}.{name.replace(' ', '_')}"
+            importlib.import_module(module).main(argv[words:])
             return
     _parser().parse_args(argv or ["--help"])
 
 
 def _parser() -> argparse.ArgumentParser:
     width = max(map(len, COMMANDS))
-    listing = "\n".join(f"  {name:<{width}}  {purpose}" for name, (_, purpose) in COMMANDS.items())
+    listing = "\n".join(f"  {name:<{width}}  {purpose}" for name, purpose in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="tavq",
         usage="tavq COMMAND ...",

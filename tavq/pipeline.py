@@ -22,6 +22,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from tavq.alignment.projections import NUM_LEVELS
+from tavq.base.files import file_hash, written_aside
+from tavq.base.seeding import mixed_seed
 from tavq.captioner.decoding import Caption, DecodingConfig, caption_ids, log_likelihood
 from tavq.captioner.model import Captioner
 from tavq.data.images import to_pil, to_tensor
@@ -29,11 +32,11 @@ from tavq.data.text_encoder import TextEncoder, TokenStates
 from tavq.generator.model import Prior
 from tavq.generator.sampling import SamplingConfig, sample, stream
 from tavq.tokenizer.heatmaps import UnitMap, check_aligned, unit_maps
-from tavq.tokenizer.model import NUM_LEVELS, TAVQTokenizer
+from tavq.tokenizer.model import TAVQTokenizer
 from tavq.tokenizer.retrieval import alignment_scores, text_encoder_of
-from tavq.training.checkpoint import WEIGHTS_FILE, file_hash, local_directory, written_aside
-from tavq.training.stream import mixed_seed
+from tavq.training.checkpoint import WEIGHTS_FILE, local_directory
 
+CHECKPOINT = "checkpoints/flickr8k"
 RECIPE_FIELD = "tavq"  # PNG text field: the recipe as JSON
 PARAMETERS_FIELD = "parameters"  # the same for people, as other programs write and show it
 RankBy = Literal["likelihood", "alignment", "sum"]

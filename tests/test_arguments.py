@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tavq.arguments import parse, run_main, to_plain
+from tavq.base.arguments import parse, run_main, to_plain
 from tavq.cli import COMMANDS, main
 from tavq.tokenizer.train import RUN_PRESETS, TokenizerRun
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tavq.base.torchvision_ops import ensure_torchvision
 from tavq.captioner.decoding import GREEDY, caption_ids, log_likelihood, word_log_probs
 from tavq.captioner.examples import caption_targets
 from tavq.captioner.model import PRESETS, Captioner, CaptionerConfig, start_captioner
 from tavq.captioner.vocabulary import PretrainedVocabulary, WordVocabulary, detokenize, metric_words
-from tavq.torchvision_ops import ensure_torchvision
 
 WORDS = tuple(
     "a dog man the runs in on grass snow red brown jumps sits girl two over bench bike ball little".split()

@@ -14,10 +14,9 @@ from tavq.captioner.examples import quality_buckets
 from tavq.captioner.model import PRESETS, Captioner
 from tavq.captioner.reward import CiderD, with_end
 from tavq.captioner.self_critical import advantages, reinforce, roll_out
-from tavq.captioner.train import RUN_PRESETS, CaptionerRun, CaptionerTask, main, train_captioner
+from tavq.captioner.train import RUN_PRESETS, CaptionerRun, CaptionerTask, train_captioner
 from tavq.captioner.vocabulary import metric_words
-from tavq.commands import caption_agreement
-from tavq.commands import train_captioner as train_command
+from tavq.commands.train_captioner import caption_agreement, main
 from tavq.data.tokens import TokenMeta, TokenRecord, open_tokens, write_tokens
 
 NOUNS, PLACES = ("dog", "girl", "man", "bird"), ("snow", "grass", "water", "street")
@@ -202,7 +201,7 @@ def test_a_captioner_learns_a_word_for_how_well_a_caption_fits(
     ]
     few = ["--training.steps", 2, "--training.evaluate-every", 2, "--training.batch-size", 2]
     flags += ["--model.quality-buckets", 3, "--out", tmp_path / "captioner"]
-    train_command([str(word) for word in [*flags, *few]])
+    main([str(word) for word in [*flags, *few]])
     captioner = Captioner.from_pretrained(tmp_path / "captioner")
     assert captioner.start_id() == 2 and captioner.starts.num_embeddings == 3
     further = [
@@ -213,12 +212,12 @@ def test_a_captioner_learns_a_word_for_how_well_a_caption_fits(
         "--start",
         tmp_path / "captioner",
     ]
-    train_command([str(word) for word in [*further, "--out", tmp_path / "further", "--training.steps", 1]])
+    main([str(word) for word in [*further, "--out", tmp_path / "further", "--training.steps", 1]])
     assert "quality_buckets: 3" in (tmp_path / "further" / "training" / "config.yaml").read_text()
     meta = TokenMeta(64, grid, "another", "tokenizer", "made up", 32)
     write_tokens(tmp_path / "others", records, meta)
     with pytest.raises(SystemExit):
-        train_command([str(word) for word in [*flags, *few, "--tokens", tmp_path / "others"]])
+        main([str(word) for word in [*flags, *few, "--tokens", tmp_path / "others"]])
     assert "was made by another tokenizer" in capsys.readouterr().err
     fit = caption_agreement(tiny_tokenizer, tmp_path / "tokens")
     assert [scores.shape for scores in fit] == [(2,)] * 6 and all((scores < 0).all() for scores in fit)

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from tavq.alignment.units import split_units
 from tavq.data.layouts import open_dataset
 from tavq.data.shapes import COLOURS, GROUNDS, Scene, Shape, describe, draw, make_scene, shapes_examples
-from tavq.data.units import split_units
 
 
 def test_examples_are_a_function_of_split_and_index():

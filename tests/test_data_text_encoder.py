@@ -8,11 +8,12 @@ import warnings
 import pytest
 import torch
 
-from tavq.data.embedding_cache import EmbeddingCache, default_cache_directory
+from tavq.alignment.text_index import UnitIndex, units_of
+from tavq.base.cache import default_cache_directory
+from tavq.data.embedding_cache import EmbeddingCache
 from tavq.data.examples import Example, ImageTextDataset
 from tavq.data.shapes import shapes_examples
 from tavq.data.text_encoder import MINILM_SHA256, TextEncoder, minilm_directory
-from tavq.data.text_index import UnitIndex, units_of
 
 TEXTS = ["a dog runs on the beach", "a puppy is running at the seaside", "the stock market fell", "dog"]
 

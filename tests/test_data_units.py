@@ -4,8 +4,8 @@ import time
 
 import pytest
 
+from tavq.alignment.units import lemma, split_units
 from tavq.data.layouts import open_dataset
-from tavq.data.units import lemma, split_units
 
 
 def test_hand_worked_caption():

@@ -56,7 +56,7 @@ def test_tokenizer_evaluation_measures_reconstruction_and_codebook(checkpoint, n
 
 
 def test_a_network_that_shaped_training_never_measures(checkpoint, network, tmp_path, capsys):
-    from tavq.training.checkpoint import file_hash
+    from tavq.base.files import file_hash
 
     path = checkpoint / "tokenizer" / "config.json"
     config = json.loads(path.read_text())

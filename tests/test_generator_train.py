@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from tavq.commands.train_generator import main
 from tavq.data.text_encoder import TextEncoder
 from tavq.data.tokens import TokenMeta, TokenRecord, open_tokens, write_tokens
 from tavq.generator.model import Prior
 from tavq.generator.sampling import sample
 from tavq.generator.settings import SamplingConfig
 from tavq.generator.text_states import pack_states
-from tavq.generator.train import RUN_PRESETS, PriorTask, TokenExamples, main, train_prior
+from tavq.generator.train import RUN_PRESETS, PriorTask, TokenExamples, train_prior
 from tavq.training.checkpoint import tensor_hash
 from tavq.training.run_folder import read_log
 

@@ -13,7 +13,13 @@ from PIL import Image
 
 from tavq.metrics import features
 from tavq.metrics.features import ImageSet, extract_features, load_network, refuse_training_network
-from tavq.metrics.frechet import frechet_distance, image_metrics, inception_score, kid_score, precision_recall
+from tavq.metrics.frechet import (
+    frechet_distance,
+    image_metrics,
+    inception_score,
+    kid_score,
+    precision_recall,
+)
 
 
 class Projection(torch.nn.Module):

@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch import nn
 from vector_quantize_pytorch import VectorQuantize
 
+from tavq.alignment.adapters import adapt
+from tavq.alignment.aligner import AlignmentConfig, TextAligner, TextUnits
+from tavq.base.torchvision_ops import ensure_torchvision
+from tavq.commands import align
 from tavq.data.images import to_tensor
 from tavq.data.layouts import open_dataset
-from tavq.tokenizer import align
-from tavq.tokenizer.adapters import adapt
-from tavq.tokenizer.alignment import AlignmentConfig, TextAligner, TextUnits
 from tavq.tokenizer.heatmaps import aligned_levels
 from tavq.tokenizer.model import PRESETS, TAVQTokenizer
-from tavq.torchvision_ops import ensure_torchvision
 from tavq.training.run_folder import read_log
 
 SIZE = 32

@@ -6,14 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tavq.alignment.aligner import AlignmentConfig, TextAligner, TextBank, TextUnits, differentiable_lookup
+from tavq.alignment.text_index import UnitIndex
 from tavq.data.images import to_tensor
 from tavq.data.layouts import open_dataset
 from tavq.data.text_encoder import TextEncoder
-from tavq.data.text_index import UnitIndex
-from tavq.tokenizer.alignment import AlignmentConfig, TextAligner, TextBank, TextUnits, differentiable_lookup
+from tavq.tokenizer.fit_projections import codes_of_photos, fit_projections
 from tavq.tokenizer.heatmaps import aligned_levels_field
 from tavq.tokenizer.model import PRESETS, TAVQTokenizer
-from tavq.tokenizer.reading import codes_of_photos, fit_projections
 from tavq.tokenizer.retrieval import alignment_scores, text_to_image_ranks
 
 CONFIG = AlignmentConfig(samples=8, bank_size=16)

@@ -7,11 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
+from tavq.alignment.text_index import UnitIndex
+from tavq.commands import codebook, train_tokenizer
 from tavq.data.examples import ImageTextDataset
 from tavq.data.layouts import open_dataset
 from tavq.data.text_encoder import TextEncoder
-from tavq.data.text_index import UnitIndex
-from tavq.tokenizer import codebook, train
+from tavq.tokenizer import train
 from tavq.tokenizer.health import SAMPLE_TOKENS, CodebookWatch, code_use, level_costs, level_ids, use_chart
 from tavq.tokenizer.model import PRESETS, TAVQTokenizer
 from tavq.training.run_folder import read_log
@@ -67,7 +68,7 @@ def test_training_logs_the_health_and_stops_below_the_limit(tmp_path, capsys, mo
     monkeypatch.setattr(train, "open_dataset", lambda path, split: open_dataset(path, split).head(24))
     flags = ["--preset", "tiny", "--training.steps", "4", "--training.evaluate-every", "2"]
     flags += ["--training.batch-size", "2", "--losses.adversarial", "0"]
-    train.main([*flags, "--out", str(tmp_path / "a")])
+    train_tokenizer.main([*flags, "--out", str(tmp_path / "a")])
     first, last = (
         line for line in read_log(tmp_path / "a" / "training" / "log.jsonl") if "val/usage" in line
     )
@@ -75,7 +76,7 @@ def test_training_logs_the_health_and_stops_below_the_limit(tmp_path, capsys, mo
     assert "val/drift" not in first and 0 < last["val/drift"] < 1
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
-        train.main([*flags, "--min-usage", "1.01", "--out", str(tmp_path / "b")])
+        train_tokenizer.main([*flags, "--min-usage", "1.01", "--out", str(tmp_path / "b")])
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and "usage is" in error and "at step 2" in error
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tavq.commands.heatmap import main
 from tavq.data.text_encoder import TextEncoder
-from tavq.heatmap import main
 from tavq.pipeline import Pipeline
 from tavq.tokenizer.heatmaps import aligned_levels, check_aligned, heat_overlay, text_plan, unit_maps
 from tavq.tokenizer.model import PRESETS, TAVQTokenizer

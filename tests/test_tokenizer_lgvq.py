@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tavq.commands import train_tokenizer
 from tavq.data.text_encoder import TextEncoder
-from tavq.tokenizer import train as tokenizer_train
 from tavq.tokenizer.lgvq import CaptionReader, Captions, LanguageGuidance, LGVQConfig, hide_words
 from tavq.tokenizer.model import PRESETS, TAVQTokenizer
 from tavq.tokenizer.train import RUN_PRESETS, TokenizerTrainee
@@ -153,7 +153,7 @@ def test_guidance_learns_to_find_images_and_hidden_words():
 def test_the_command_trains_it_and_its_heads_stay_out_of_the_checkpoint(tmp_path):
     flags = ["--preset", "tiny", "--align", "lgvq", "--lgvq.width", "16", "--lgvq.layers", "1"]
     flags += ["--training.steps", "4", "--training.log-every", "1", "--out", str(tmp_path)]
-    tokenizer_train.main(flags)
+    train_tokenizer.main(flags)
     lines = read_log(tmp_path / "training" / "log.jsonl")
     assert all(math.isfinite(line["lgvq/words"]) for line in lines if "lgvq/words" in line)
     assert "val/t2i_R@10" in lines[-1] and "weight/align" not in lines[0]

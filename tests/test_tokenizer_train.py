@@ -9,16 +9,17 @@ import torch
 from PIL import Image
 from torch import nn
 
+from tavq.base.files import file_hash
+from tavq.commands.train_decoder import main as train_decoder
+from tavq.commands.train_tokenizer import main
 from tavq.data.examples import Example, ImageTextDataset
 from tavq.data.layouts import open_dataset
 from tavq.tokenizer import distillation
-from tavq.tokenizer.decoder import main as train_decoder
 from tavq.tokenizer.distillation import map_of_view, teacher_maps
 from tavq.tokenizer.losses import FrozenNetwork
 from tavq.tokenizer.model import TAVQTokenizer
 from tavq.tokenizer.photos import WHOLE, TrainingImages
-from tavq.tokenizer.train import RUN_PRESETS, TokenizerTask, main
-from tavq.training.checkpoint import file_hash
+from tavq.tokenizer.train import RUN_PRESETS, TokenizerTask
 
 TINY = RUN_PRESETS["tiny"]
 

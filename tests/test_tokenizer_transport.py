@@ -6,7 +6,7 @@ import ot
 import pytest
 import torch
 
-from tavq.tokenizer.transport import (
+from tavq.alignment.transport import (
     gaussian_cost,
     gaussian_unit_cost,
     single_unit_cost,

@@ -15,11 +15,12 @@ import pytest
 import torch
 from torch import nn
 
+from tavq.base.files import written_aside
+from tavq.base.seeding import mixed_seed
 from tavq.tokenizer import train as tokenizer_train
-from tavq.training.checkpoint import written_aside
 from tavq.training.loop import train
 from tavq.training.run_folder import read_log
-from tavq.training.stream import ShuffledStream, mixed_seed
+from tavq.training.stream import ShuffledStream
 from tavq.training.task import StepOutput, Task, TrainingConfig
 
 STEPS = 12

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from tavq.data.embedding_cache import default_cache_directory
+from tavq.base.cache import default_cache_directory
+from tavq.base.files import written_aside
 from tavq.data.examples import ImageTextDataset
 from tavq.data.images import UnreadableImageError, to_tensor
-from tavq.training.checkpoint import written_aside
 
 from .losses import FrozenNetwork
 

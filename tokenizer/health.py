@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tavq.data.text_index import UnitIndex
+from tavq.alignment.aligner import LEVEL_NAMES
+from tavq.alignment.text_index import UnitIndex
 
-from .alignment import LEVEL_NAMES
 from .blocks import to_sequence
 from .heatmaps import aligned_levels, text_plan
 from .model import TAVQTokenizer

@@ -16,12 +16,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from tavq.alignment.aligner import LEVEL_NAMES, AlignmentConfig
+from tavq.alignment.transport import sinkhorn_plan
+from tavq.alignment.units import split_units
 from tavq.data.images import grid, to_tensor
-from tavq.data.units import split_units
 
-from .alignment import LEVEL_NAMES, AlignmentConfig
 from .model import TAVQTokenizer
-from .transport import sinkhorn_plan
 
 TRANSPORT_METHODS = ("ot", "gaussian")
 PROBED_LEVELS = {1: 1, 2: 2, 3: 3}

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tavq.training.checkpoint import file_hash
+from tavq.base.files import file_hash
 from tavq.training.task import StepOutput
 
 from .blocks import group_norm
@@ -69,7 +69,7 @@ class LearnedPerceptual:
     hash = "lpips-vgg"
 
     def __init__(self) -> None:
-        from tavq.torchvision_ops import ensure_torchvision
+        from tavq.base.torchvision_ops import ensure_torchvision
 
         ensure_torchvision()
         try:

@@ -256,11 +256,6 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
 }
 
 
-def full_precision(like: Tensor) -> torch.autocast:
-    """A context without mixed precision: distances in bfloat16 give other ids (1.6 %, K = 1,024, E = 16)."""
-    return torch.autocast(like.device.type, enabled=False)
-
-
 @torch.no_grad()
 def agree_with_first_process(weight: Tensor) -> None:
     """Copy process 0's codes to the others: each re-draws codes from its own batch, and gradients alone would

@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tavq.alignment.projections import NUM_LEVELS
+from tavq.alignment.transport import single_unit_cost
 from tavq.data.text_encoder import TextEncoder
 
-from .model import NUM_LEVELS, TAVQTokenizer
-from .transport import single_unit_cost
+from .model import TAVQTokenizer
 
 IMAGES_AT_ONCE = 16
 

@@ -8,32 +8,30 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from tavq.arguments import parse, run_main
+from tavq.alignment.aligner import AlignmentConfig, TextAligner, draw_texts, units_and_banks
+from tavq.alignment.projections import NUM_LEVELS
+from tavq.alignment.text_index import UnitIndex
+from tavq.base.seeding import mixed_seed
 from tavq.data.embedding_cache import EmbeddingCache
 from tavq.data.layouts import open_dataset
 from tavq.data.text_encoder import TextEncoder
-from tavq.data.text_index import UnitIndex
 from tavq.training.card import continued
-from tavq.training.loop import train
-from tavq.training.stream import mixed_seed
 from tavq.training.task import StepOutput, Task, TrainingConfig
 
-from .alignment import AlignmentConfig, TextAligner, draw_texts, units_and_banks
 from .distillation import DistillationHead, map_of_view, teacher_maps
+from .fit_projections import fit_projections
 from .health import CodebookWatch, level_costs, level_ids, perplexity, use_chart
 from .heatmaps import LEVELS_FIELD, aligned_levels, aligned_levels_field
 from .lgvq import CaptionReader, Captions, LanguageGuidance, LGVQConfig
 from .losses import FrozenNetwork, PictureLossConfig, PictureLosses
-from .model import NUM_LEVELS, PRESETS, TEACHERS, Encoded, TAVQTokenizer, TokenizerConfig
+from .model import PRESETS, TEACHERS, Encoded, TAVQTokenizer, TokenizerConfig
 from .photos import TrainingImages, photo_batches, reconstruction_sheet
-from .reading import fit_projections
 from .retrieval import alignment_scores, recall_at, text_to_image_ranks
 
 HEAD_RATE = 5.0  # learning rate of the projections to text, relative to that of encoder and decoder
@@ -327,13 +325,3 @@ class TokenizerTask(Task):
     def save(self, model: TokenizerTrainee, directory: Path, card: str) -> None:
         model.tokenizer.card = continued(card, self.earlier_card)
         model.tokenizer.save_pretrained(directory)
-
-
-@run_main
-def main(argv: Sequence[str] | None = None) -> None:
-    task = TokenizerTask(parse(TokenizerRun, argv, prog="tavq train tokenizer", presets=RUN_PRESETS))
-    train(task, task.run.training, task.run.out, task.run)
-
-
-if __name__ == "__main__":
-    main()

@@ -24,12 +24,13 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from tavq.arguments import to_plain
+from tavq.base.arguments import to_plain
+from tavq.base.seeding import mixed_seed
 
 from .card import model_card
 from .optimizer import MuonAdamW
 from .run_folder import RunLog, StopRequest, claim_folder
-from .stream import ShuffledStream, mixed_seed
+from .stream import ShuffledStream
 from .task import StepOutput, Task, TrainingConfig
 
 ESTIMATE_AT_STEP = 20

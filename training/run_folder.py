@@ -10,9 +10,8 @@ from typing import Any
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
-from tavq.arguments import load_yaml, to_plain
-
-from .checkpoint import written_aside
+from tavq.base.arguments import load_yaml, to_plain
+from tavq.base.files import written_aside
 
 MAY_CHANGE = {
     "steps", "checkpoint_minutes", "log_every", "num_workers", "patience", "min_usage", "keep_evaluated",

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .embedding_cache import EmbeddingCache
-from .examples import Example, ImageTextDataset
-from .text_encoder import TextEncoder
+from tavq.data.embedding_cache import EmbeddingCache
+from tavq.data.examples import Example, ImageTextDataset
+from tavq.data.text_encoder import TextEncoder
+
 from .units import split_units
 
 KINDS = ("captions", "words", "phrases", "sentences")  # the place is the level; 0 is no level of the encoder

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tavq.data.text_index import UnitIndex
+from tavq.base.precision import full_precision
 
-from .model import NUM_LEVELS, TextProjections
-from .quantizer import full_precision
+from .projections import NUM_LEVELS, TextProjections
+from .text_index import UnitIndex
 from .transport import gaussian_cost, gaussian_unit_cost, single_unit_cost, transport_cost
 
 LEVEL_NAMES = ("words", "phrases", "sentences")

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tavq.arguments import parse, run_main
 from tavq.data.layouts import open_dataset
 from tavq.training.card import continued
-from tavq.training.loop import train
 from tavq.training.task import StepOutput, Task, TrainingConfig
 
 from .blocks import to_map
@@ -127,13 +124,3 @@ class DecoderTask(Task):
     def save(self, model: DecoderTrainee, directory: Path, card: str) -> None:
         model.tokenizer.card = continued(card, self.earlier_card)
         model.tokenizer.save_pretrained(directory)
-
-
-@run_main
-def main(argv: Sequence[str] | None = None) -> None:
-    run = parse(DecoderRun, argv, prog="tavq train decoder", presets=DECODER_PRESETS)
-    train(DecoderTask(run), run.training, run.out, run)
-
-
-if __name__ == "__main__":
-    main()

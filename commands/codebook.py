@@ -19,18 +19,19 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tyro.conf import Positional
 
-from tavq.arguments import Device, choose_device, parse, run_main
+from tavq.alignment.projections import NUM_LEVELS
+from tavq.alignment.text_index import units_of
+from tavq.base.arguments import parse, run_main
+from tavq.base.device import Device, choose_device
+from tavq.base.files import written_aside
 from tavq.data.embedding_cache import EmbeddingCache
 from tavq.data.examples import ImageTextDataset, readable_images
 from tavq.data.images import to_tensor
 from tavq.data.layouts import open_dataset
-from tavq.data.text_index import units_of
-from tavq.training.checkpoint import written_aside
-
-from .health import code_use
-from .heatmaps import aligned_levels
-from .model import NUM_LEVELS, TAVQTokenizer
-from .retrieval import text_encoder_of
+from tavq.tokenizer.health import code_use
+from tavq.tokenizer.heatmaps import aligned_levels
+from tavq.tokenizer.model import TAVQTokenizer
+from tavq.tokenizer.retrieval import text_encoder_of
 
 PATCH_PX, GAP_PX, LABEL_PX = 72, 3, 190
 RARE_WORD = 3  # photos that must name a word, lest slips of the pen stand beside a code

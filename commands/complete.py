@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from tyro.conf import OmitArgPrefixes, Positional
 
-from tavq.arguments import Device, choose_device, parse, run_main
-from tavq.commands import CHECKPOINT, free_names
+from tavq.base.arguments import parse, run_main
+from tavq.base.device import Device, choose_device
 from tavq.data.images import load_image
 from tavq.generator.sampling import SamplingConfig
-from tavq.pipeline import Pipeline
+from tavq.pipeline import CHECKPOINT, Pipeline
+
+from .generate import free_names
 
 MIN_MASK_GREY = 128  # of a mask picture; lighter is drawn anew
 

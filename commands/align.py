@@ -19,28 +19,29 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tavq.arguments import parse, run_main
+from tavq.alignment.adapters import Adapter, adapt
+from tavq.alignment.aligner import AlignmentConfig, TextAligner, draw_texts, units_and_banks
+from tavq.alignment.projections import NUM_LEVELS, TextProjections
+from tavq.alignment.text_index import UnitIndex
+from tavq.base.arguments import parse, run_main
+from tavq.base.files import written_aside
+from tavq.base.seeding import mixed_seed
 from tavq.data.embedding_cache import EmbeddingCache
 from tavq.data.images import to_uint8
 from tavq.data.layouts import open_dataset
 from tavq.data.text_encoder import TextEncoder
-from tavq.data.text_index import UnitIndex
 from tavq.metrics.image import psnr
-from tavq.training.checkpoint import written_aside
+from tavq.tokenizer.adapter import TAVQAdapter
+from tavq.tokenizer.fit_projections import fit_projections
+from tavq.tokenizer.health import CodebookWatch
+from tavq.tokenizer.heatmaps import PROBED_LEVELS
+from tavq.tokenizer.losses import GradientBalance, open_perceptual
+from tavq.tokenizer.model import TAVQTokenizer, TokenizerConfig
+from tavq.tokenizer.photos import TrainingImages, photo_batches
+from tavq.tokenizer.retrieval import image_to_text_ranks, recall_at, scores_of_codes, text_to_image_ranks
 from tavq.training.loop import train
 from tavq.training.run_folder import read_log
-from tavq.training.stream import mixed_seed
 from tavq.training.task import StepOutput, Task, TrainingConfig
-
-from .adapters import Adapter, adapt
-from .alignment import AlignmentConfig, TextAligner, draw_texts, units_and_banks
-from .health import CodebookWatch
-from .heatmaps import PROBED_LEVELS
-from .losses import GradientBalance, open_perceptual
-from .model import NUM_LEVELS, TAVQTokenizer, TextProjections, TokenizerConfig
-from .photos import TrainingImages, photo_batches
-from .reading import fit_projections
-from .retrieval import image_to_text_ranks, recall_at, scores_of_codes, text_to_image_ranks
 
 HEADS_FILE = "heads.safetensors"
 REPORT_FILE = "report.json"
@@ -261,7 +262,7 @@ def open_base(source: str) -> nn.Module:
 
 
 def _open_diffusers(place: str) -> nn.Module:
-    from tavq.torchvision_ops import ensure_torchvision
+    from tavq.base.torchvision_ops import ensure_torchvision
 
     ensure_torchvision()
     try:
@@ -336,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     own = isinstance(base, TAVQTokenizer)
     if run.image_size_px is None:
         run = dataclasses.replace(run, image_size_px=base.image_size_px if own else IMAGE_SIZE_PX)
-    adapter = adapt(base, run.image_size_px, run.stages)
+    adapter = (TAVQAdapter if own else adapt)(base, run.image_size_px, run.stages)
     if own and not run.probe_only:
         raise ValueError(
             "a tokenizer of ours is aligned by tavq train tokenizer; add --probe-only to learn to read its "
@@ -368,7 +369,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         if task.model.perceptual is not None:
             hashes["perceptual"] = task.model.perceptual.hash
     report(run, data, stages, hashes)
-
-
-if __name__ == "__main__":
-    main()

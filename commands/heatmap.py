@@ -14,15 +14,15 @@ from pathlib import Path
 from PIL import Image
 from tyro.conf import Positional
 
-from tavq.arguments import Device, choose_device, parse, run_main
-from tavq.commands import CHECKPOINT
+from tavq.alignment.aligner import LEVEL_NAMES
+from tavq.base.arguments import parse, run_main
+from tavq.base.device import Device, choose_device
+from tavq.base.files import written_aside
 from tavq.data.examples import readable_images
 from tavq.data.images import load_image
 from tavq.data.layouts import open_dataset
-from tavq.pipeline import Pipeline
-from tavq.tokenizer.alignment import LEVEL_NAMES
+from tavq.pipeline import CHECKPOINT, Pipeline
 from tavq.tokenizer.heatmaps import UnitMap, heat_overlay, overview
-from tavq.training.checkpoint import written_aside
 
 
 @dataclasses.dataclass(frozen=True)

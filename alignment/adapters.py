@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tavq.training.checkpoint import written_aside
+from tavq.base.files import written_aside
 
-from .model import NUM_LEVELS, TAVQTokenizer, TextProjections
+from .projections import NUM_LEVELS, TextProjections
 
 
 class Heard:
@@ -258,47 +258,6 @@ class VectorQuantizeAdapter(Adapter):
             torch.save(self.base.state_dict(), path)
 
 
-class TAVQAdapter(Adapter):
-    """This project's own tokenizer, whose encoder gives the three levels itself."""
-
-    latent_module, quantizer_module = "encoder", "quantizer"
-
-    def __init__(self, base: TAVQTokenizer, image_size_px: int, stages: tuple[str, ...] | None = None):
-        nn.Module.__init__(self)
-        self.base, self.image_size_px, self.heads = base, image_size_px, nn.ModuleList()
-        self.check()
-        if stages is not None or image_size_px != base.image_size_px:
-            raise ValueError(
-                f"got {image_size_px} px and stages {stages}, this tokenizer reads {base.image_size_px} px "
-                f"and has its own stages; set --image-size-px {base.image_size_px} and no --stages"
-            )
-
-    @property
-    def codebook(self) -> Tensor:
-        return self.base.quantizer.codebook
-
-    @property
-    def projections(self) -> TextProjections:
-        return self.base.projections
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[Heard]:
-        heard = Heard()
-        with self._outputs("encoder", "quantizer") as outputs:
-            yield heard
-        latents, quantized = outputs["encoder"], outputs["quantizer"]
-        normalise = self.base.quantizer.normalise
-        heard.features = [normalise(level.movedim(1, -1)).movedim(-1, 1) for level in latents]
-        heard.ids, heard.loss = quantized.ids.view(len(latents[0]), *self.base.grid_size), quantized.loss
-        heard.shared = latents
-
-    def images_of(self, output: Any) -> Tensor:
-        return output.images
-
-    def save(self, directory: Path) -> None:
-        self.base.save_pretrained(directory)
-
-
 def _keep(outputs: dict[str, Any], name: str, module: nn.Module, inputs: Any, output: Any) -> None:
     outputs[name] = output
 
@@ -317,9 +276,7 @@ def adapt(base: nn.Module, image_size_px: int, stages: tuple[str, ...] | None = 
         ValueError: the base cannot be aligned as it is; the message names the setting to change.
     """
     modules = dict(base.named_modules())
-    if isinstance(base, TAVQTokenizer):
-        fitting = TAVQAdapter
-    elif any(is_vector_quantize(module) for module in modules.values()):
+    if any(is_vector_quantize(module) for module in modules.values()):
         fitting = VectorQuantizeAdapter
     elif "quantize.embedding" in modules and "encoder.mid_block" in modules:
         fitting = DiffusersAdapter
@@ -330,6 +287,6 @@ def adapt(base: nn.Module, image_size_px: int, stages: tuple[str, ...] | None = 
     else:
         raise TypeError(
             f"{type(base).__name__} is no diffusers, taming or LlamaGen VQModel and holds no VectorQuantize; "
-            "write a subclass of tavq.tokenizer.adapters.Adapter"
+            "write a subclass of tavq.alignment.adapters.Adapter"
         )
     return fitting(base, image_size_px, stages)

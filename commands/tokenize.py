@@ -15,16 +15,17 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tavq.arguments import Device, choose_device, parse, run_main
+from tavq.base.arguments import parse, run_main
+from tavq.base.device import Device, choose_device
+from tavq.base.files import file_hash
+from tavq.base.seeding import mixed_seed
 from tavq.data.examples import ImageTextDataset, readable_images
 from tavq.data.images import to_tensor
 from tavq.data.layouts import open_dataset
 from tavq.data.tokens import TokenMeta, TokenRecord, write_tokens
-from tavq.training.checkpoint import WEIGHTS_FILE, file_hash, local_directory
-from tavq.training.stream import mixed_seed
-
-from .model import TAVQTokenizer
-from .photos import SMALLEST_CROP
+from tavq.tokenizer.model import TAVQTokenizer
+from tavq.tokenizer.photos import SMALLEST_CROP
+from tavq.training.checkpoint import WEIGHTS_FILE, local_directory
 
 SPLITS = ("train", "val", "test")
 IMAGES_AT_ONCE = 32
@@ -121,7 +122,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     write_tokens(run.out, records, meta)
     print(run.out)
-
-
-if __name__ == "__main__":
-    main()

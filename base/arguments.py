@@ -17,14 +17,13 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import dacite
 import tyro
 import yaml
 
 Config = TypeVar("Config")
-Device = Annotated[str, tyro.conf.arg(metavar="auto|cpu|cuda|mps")]
 USER_ERRORS = (
     ValueError,
     TypeError,
@@ -118,21 +117,6 @@ def from_dict(config_class: type[Config], values: Mapping[str, Any], *, source: 
         return dacite.from_dict(config_class, values, dacite.Config(strict=True, cast=[tuple, Path, float]))
     except dacite.DaciteError as error:
         raise ValueError(f"{source}: {error}; the fields are those of {config_class.__name__}") from error
-
-
-def choose_device(name: str) -> str:
-    """`auto` takes a GPU where there is one; a device that is asked for and absent is an error, never a
-    fallback."""
-    import torch
-
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        return next(device for device in ("cuda", "mps", "cpu") if available[device])
-    if not available.get(name.split(":")[0], False):
-        raise ValueError(
-            f"no device {name} here; choose one of: {', '.join(d for d, ok in available.items() if ok)}"
-        )
-    return name
 
 
 def to_plain(config: Any) -> dict[str, Any]:

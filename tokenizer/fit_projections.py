@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from tavq.alignment.aligner import LEVEL_NAMES, MAX_LOG_SCALE
+from tavq.alignment.text_index import UnitIndex
 from tavq.data.examples import ImageTextDataset
-from tavq.data.text_index import UnitIndex
 
-from .alignment import LEVEL_NAMES, MAX_LOG_SCALE
 from .model import TAVQTokenizer
 from .photos import photo_batches
 from .retrieval import scores_of_codes

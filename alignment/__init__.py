@@ -1,0 +1,1 @@
+"""Align the codes of any VQ model with text."""

@@ -1,0 +1,1 @@
+"""The commands of `tavq`, one file each, named as they are typed."""

@@ -1,0 +1,50 @@
+"""tavq export DIR --out DIR: copy a checkpoint for sharing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from tavq.base.arguments import parse, run_main
+from tavq.captioner.model import Captioner
+from tavq.generator.model import Prior
+from tavq.tokenizer.model import TAVQTokenizer
+from tavq.training.checkpoint import CONFIG_FILE, local_directory
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportRun:
+    """Copy a trained checkpoint for sharing, in half precision (the codebook stays in full).
+
+    Rounded weights change a few ids: tokenize with the exported tokenizer. Example: tavq export
+    runs/mine/tokenizer --out checkpoints/mine/tokenizer
+    """
+
+    source: Positional[str]
+    """Directory or hub id of a tokenizer, prior or captioner."""
+    out: Path
+    """Directory of the copy."""
+    half: bool = True
+    """Store float16; loading gives float32 again."""
+
+
+@run_main
+def main(argv: Sequence[str] | None = None) -> None:
+    run = parse(ExportRun, argv, prog="tavq export")
+    directory = local_directory(run.source)
+    kind = (
+        json.loads((directory / CONFIG_FILE).read_text()).get("kind")
+        if (directory / CONFIG_FILE).is_file()
+        else None
+    )
+    model_class = {c.kind: c for c in (TAVQTokenizer, Prior, Captioner)}.get(kind)
+    if model_class is None:
+        raise ValueError(
+            f"{directory} holds no tokenizer, prior or captioner; name the directory of one of them"
+        )
+    model_class.from_pretrained(directory).save_pretrained(run.out, half=run.half)
+    print(run.out)

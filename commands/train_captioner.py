@@ -1,0 +1,46 @@
+"""tavq train captioner --tokens DIR --out DIR: train the captioner."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from tavq.alignment.projections import NUM_LEVELS
+from tavq.base.arguments import parse, run_main
+from tavq.captioner.train import RUN_PRESETS, CaptionerRun, train_captioner
+from tavq.data.embedding_cache import EmbeddingCache
+from tavq.data.tokens import open_tokens, read_meta
+from tavq.tokenizer.heatmaps import check_aligned
+from tavq.tokenizer.model import TAVQTokenizer
+from tavq.tokenizer.retrieval import alignment_scores, text_encoder_of
+
+
+@run_main
+def main(argv: Sequence[str] | None = None) -> None:
+    run = parse(CaptionerRun, argv, prog="tavq train captioner", presets=RUN_PRESETS)
+    if run.tokenizer is None:
+        train_captioner(run)
+        return
+    tokenizer = TAVQTokenizer.from_pretrained(run.tokenizer)
+    if tokenizer.codebook_hash != read_meta(run.tokens).codebook_hash:
+        raise ValueError(f"{run.tokens} was made by another tokenizer than {run.tokenizer}; give that one")
+    agreement = caption_agreement(tokenizer, run.tokens) if run.model.quality_buckets else None
+    train_captioner(run, tokenizer.codebook, agreement)
+
+
+def caption_agreement(tokenizer: TAVQTokenizer, tokens: Path) -> list[np.ndarray]:
+    """The alignment score of each training caption with its image, for noise-aware captioning.
+
+    Raises ValueError for a plain tokenizer.
+    """
+    check_aligned(tokenizer, NUM_LEVELS)
+    cache = EmbeddingCache(text_encoder_of(tokenizer))
+    found = open_tokens(tokens, "train")
+    vectors = cache.encode([caption for captions in found.captions for caption in captions])
+    parts = vectors.split([len(captions) for captions in found.captions])
+    return [
+        alignment_scores(tokenizer, ids[:1], part)[0].numpy()
+        for ids, part in zip(found.ids.long(), parts, strict=True)
+    ]
