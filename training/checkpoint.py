@@ -41,6 +41,10 @@ class Checkpointed(nn.Module):
 
     config_class: ClassVar[type]
     kind: ClassVar[str]
+    renamed_weights: ClassVar[dict[str, str]] = {}
+    """Old part of a state-dict key -> its name today; checkpoints written before a renaming still load."""
+    renamed_fields: ClassVar[dict[str, str]] = {}
+    """Old field of `config.json` -> its name today, likewise."""
     float32_weights: ClassVar[tuple[str, ...]] = ()
     card: str = ""
 
@@ -77,17 +81,24 @@ class Checkpointed(nn.Module):
             ValueError: the checkpoint is of another kind, or its configuration has an unknown field.
         """
         directory = local_directory(source)
-        config = read_config(directory, cls.kind)
+        stored = read_config(directory, cls.kind)
+        config = {cls.renamed_fields.get(name, name): value for name, value in stored.items()}
         model = cls(
             dataclasses.replace(from_dict(cls.config_class, config, source=str(directory)), **changes)
         )
         tensors = load_file(directory / WEIGHTS_FILE)
         model.load_state_dict(
-            {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+            {cls._todays_name(name): t.float() if t.is_floating_point() else t for name, t in tensors.items()}
         )
         card = directory / CARD_FILE
         model.card = card.read_text() if card.exists() else ""
         return model.eval()
+
+    @classmethod
+    def _todays_name(cls, key: str) -> str:
+        for old, new in cls.renamed_weights.items():
+            key = key.replace(old, new)
+        return key
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
         """Upload to the Hugging Face hub, making the repository when needed. Returns the address of the
