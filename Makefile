@@ -10,7 +10,7 @@ NO_PYTHON := error: found no Python 3.11 or newer with venv; install one \
   or name it: make demo PYTHON=/path/to/python3
 SOURCES := pyproject.toml constraints.txt install.py
 
-.PHONY: demo test
+.PHONY: demo test types
 .DELETE_ON_ERROR:
 
 demo: .venv/installed-demo
@@ -20,6 +20,9 @@ test: .venv/installed-test
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
 	.venv/bin/python -m pytest $(ARGS)
+
+types: .venv/installed-test
+	.venv/bin/python .ci/typecheck.py
 
 .venv/installed-demo: EXTRAS := app
 .venv/installed-test: EXTRAS := app,eval,dev
