@@ -20,6 +20,7 @@ from PIL import Image
 from .examples import Example
 from .images import load_image
 from .layouts_json import clean_captions
+from .tar_shards import group_samples, list_members, read_member, read_range
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 _SPLIT_FOLDERS = {
@@ -92,7 +93,7 @@ def read_shards(shards: list[Path]) -> Iterator[Example]:
     """
     bare = []
     for shard in shards:
-        for key, members in _samples(shard).items():
+        for key, members in group_samples(list_members(shard)).items():
             image = next((m for kind, m in members.items() if f".{kind}" in IMAGE_SUFFIXES), None)
             if image is None:
                 continue
@@ -107,43 +108,19 @@ def read_shards(shards: list[Path]) -> Iterator[Example]:
         warnings.warn(f"left out {len(bare)} images without a caption, first {bare[0]}", stacklevel=2)
 
 
-def _samples(shard: Path) -> dict[str, dict[str, tarfile.TarInfo]]:
-    """Key -> extension -> member; as in WebDataset, the key ends at the first dot of the file's name."""
-    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
-    try:
-        with tarfile.open(shard) as archive:
-            for member in archive:
-                folder, _, name = member.name.rpartition("/")
-                key, _, kind = name.partition(".")
-                if member.isfile() and kind:
-                    samples.setdefault(f"{folder}/{key}" if folder else key, {})[kind.lower()] = member
-    except tarfile.TarError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{shard} cannot be read as tar ({reason}); write the shard again") from error
-    return samples
-
-
 def _sample_row(shard: Path, key: str, members: dict[str, tarfile.TarInfo]) -> dict[str, Any]:
     if "json" in members:
         member = members["json"]
-        return _json_object(
-            _bytes_in_shard(shard, member.offset_data, member.size).decode(), f"{shard}, {key}"
-        )
+        return _json_object(read_member(shard, member).decode(), f"{shard}, {key}")
     if "txt" in members:
         member = members["txt"]
-        text = _bytes_in_shard(shard, member.offset_data, member.size).decode()
+        text = read_member(shard, member).decode()
         return {"captions": text.splitlines()}
     return {}
 
 
-def _bytes_in_shard(shard: Path, offset: int, size: int) -> bytes:
-    with shard.open("rb") as file:
-        file.seek(offset)
-        return file.read(size)
-
-
 def _image_in_shard(shard: Path, name: str, offset: int, size: int) -> Image.Image:
-    buffer = io.BytesIO(_bytes_in_shard(shard, offset, size))
+    buffer = io.BytesIO(read_range(shard, offset, size))
     buffer.name = f"{shard}: {name}"
     return load_image(buffer)
 
