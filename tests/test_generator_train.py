@@ -137,7 +137,7 @@ def test_training_goes_on_from_a_prior_whose_tokenizer_was_trained_further(token
     ("argv", "message"),
     [
         (["--tokens", "nowhere"], "no token set in nowhere; make one with: tavq tokenize"),
-        (["--tokenizer", "somewhere"], "use the command `tavq train generator`"),
+        (["--tokenizer", "somewhere"], "no directory somewhere"),
         (["--null-text-rate", "1.5"], "null_text_rate is 1.5"),
     ],
 )
