@@ -196,7 +196,7 @@ class Actions:
             return shown, files, seed
 
     def _check(self, prompt: str) -> None:
-        """Refuse an empty prompt; warn on the page where one is longer than the prior reads."""
+        """Refuse an empty prompt; warn on the page where one is longer than the generator reads."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             self.pipeline.text_states([prompt])

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError("the demo needs gradio, which is not installed; pip install 'ta-vq[app]'")
     pipeline = Pipeline.from_pretrained(run.checkpoint, choose_device(run.device))
     # All parts are loaded here, so that a bad checkpoint fails before the page is up.
-    _ = pipeline.prior, pipeline.captioner, pipeline.text_encoder
+    _ = pipeline.generator, pipeline.captioner, pipeline.text_encoder
     with tempfile.TemporaryDirectory(prefix="tavq-demo-") as folder:
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         os.environ["GRADIO_TEMP_DIR"] = folder

@@ -1,6 +1,6 @@
-"""python benchmarks/decode.py [--quick] [--prior DIR] [--threads 1] [--into README.md]
+"""python benchmarks/decode.py [--quick] [--generator DIR] [--threads 1] [--into README.md]
 
-Tokens per second of the prior's decoder beside transformers' nearest architecture with equal weights and
+Tokens per second of the generator's decoder beside transformers' nearest architecture with equal weights and
 shapes (Qwen3ForCausalLM), the linear layers alone, and the limit that memory bandwidth sets; then the time of
 whole images with guidance, and how many tokens reduced precision flips. Writes a Markdown table.
 
@@ -26,7 +26,7 @@ from tavq.data.text_encoder import TextEncoder, TokenStates
 from tavq.eval.table import with_block, write_block
 from tavq.generator.decoding import Decoder
 from tavq.generator.linear import Precision
-from tavq.generator.model import PRESETS, Prior, PriorConfig
+from tavq.generator.model import PRESETS, GeneratorConfig, GeneratorModel
 from tavq.generator.noise import gumbel_rows
 from tavq.generator.sampling import sample
 from tavq.generator.settings import SamplingConfig
@@ -54,8 +54,8 @@ class DecodeBenchmark:
     rounds: int = 5
     threads: int = 0
     """Of torch; 0 leaves its own choice."""
-    prior: Path | None = None
-    """A trained prior for the flipped tokens and whole images; without it, random weights and no flips."""
+    generator: Path | None = None
+    """A trained generator for whole images and flipped tokens; without it, random weights and no flips."""
     quick: bool = False
     """flickr8k alone, two rounds of 16 steps."""
     into: Path | None = None
@@ -75,27 +75,27 @@ class Row:
     tokens_per_s: dict[str, float]
 
 
-def random_prior(preset: str) -> Prior:
-    """A prior none of whose weights is zero, as after training."""
+def random_model(preset: str) -> GeneratorModel:
+    """A generator none of whose weights is zero, as after training."""
     torch.manual_seed(0)
-    prior = Prior(PriorConfig.of(PRESETS[preset], grid_size=GRIDS[preset])).eval()
-    for parameter in prior.parameters():
+    generator = GeneratorModel(GeneratorConfig.of(PRESETS[preset], grid_size=GRIDS[preset])).eval()
+    for parameter in generator.parameters():
         torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-    return prior
+    return generator
 
 
-def full_texts(prior: Prior, count: int) -> TokenStates:
-    config = prior.config
+def full_texts(generator: GeneratorModel, count: int) -> TokenStates:
+    config = generator.config
     states = torch.randn(count, config.max_text_tokens, config.text_dim)
     return TokenStates(states, torch.ones(count, config.max_text_tokens, dtype=torch.bool))
 
 
-def as_qwen3(prior: Prior) -> torch.nn.Module:
+def as_qwen3(generator: GeneratorModel) -> torch.nn.Module:
     """The same matrices in transformers' Qwen3; its norm weights are 1, its positions one-dimensional."""
     ensure_torchvision()
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    config, width = prior.config, prior.config.width
+    config, width = generator.config, generator.config.width
     model = Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=config.num_codes,
@@ -109,8 +109,8 @@ def as_qwen3(prior: Prior) -> torch.nn.Module:
             tie_word_embeddings=False,
         )
     ).eval()
-    weights = {"model.embed_tokens.weight": prior.tokens.weight, "lm_head.weight": prior.head.weight}
-    for number, block in enumerate(prior.blocks):
+    weights = {"model.embed_tokens.weight": generator.tokens.weight, "lm_head.weight": generator.head.weight}
+    for number, block in enumerate(generator.blocks):
         name = f"model.layers.{number}."
         parts = dict(zip("qkv", block.qkv.weight.chunk(3), strict=True))
         weights |= {f"{name}self_attn.{key}_proj.weight": part for key, part in parts.items()}
@@ -125,10 +125,10 @@ def as_qwen3(prior: Prior) -> torch.nn.Module:
     return model
 
 
-def our_steps(prior: Prior, batch: int, steps: int, precision: Precision) -> Callable[[], float]:
-    decoder = Decoder(prior, batch, precision)
-    decoder.read(full_texts(prior, batch))
-    first = (prior.config.num_tokens - steps) // 2
+def our_steps(generator: GeneratorModel, batch: int, steps: int, precision: Precision) -> Callable[[], float]:
+    decoder = Decoder(generator, batch, precision)
+    decoder.read(full_texts(generator, batch))
+    first = (generator.config.num_tokens - steps) // 2
 
     def run() -> float:
         ids = torch.zeros(batch, dtype=torch.int64)
@@ -141,11 +141,11 @@ def our_steps(prior: Prior, batch: int, steps: int, precision: Precision) -> Cal
 
 
 def qwen3_steps(
-    model: torch.nn.Module, prior: Prior, batch: int, steps: int, static: bool
+    model: torch.nn.Module, generator: GeneratorModel, batch: int, steps: int, static: bool
 ) -> Callable[[], float]:
     from transformers import DynamicCache, StaticCache
 
-    config = prior.config
+    config = generator.config
     before = config.max_text_tokens + (config.num_tokens - steps) // 2
 
     def run() -> float:
@@ -164,9 +164,11 @@ def qwen3_steps(
     return run
 
 
-def linears_alone(prior: Prior, batch: int, steps: int, precision: Precision) -> Callable[[], float]:
+def linears_alone(
+    generator: GeneratorModel, batch: int, steps: int, precision: Precision
+) -> Callable[[], float]:
     """The matrices of a step, laid out as the decoder lays them out, on inputs that are there already."""
-    decoder, config = Decoder(prior, batch, precision), prior.config
+    decoder, config = Decoder(generator, batch, precision), generator.config
     x, hidden = torch.randn(batch, config.width), torch.randn(batch, config.hidden_width)
     x, hidden = x.to(decoder.dtype), hidden.to(decoder.dtype)
 
@@ -181,12 +183,12 @@ def linears_alone(prior: Prior, batch: int, steps: int, precision: Precision) ->
     return run
 
 
-def reading(prior: Prior, batch: int, steps: int) -> Callable[[], float]:
+def reading(generator: GeneratorModel, batch: int, steps: int) -> Callable[[], float]:
     """Read as many bytes as a step must: the weights, and the cache at its mean length."""
-    config = prior.config
+    config = generator.config
     weights = (
-        sum(m.weight.numel() for m in prior.modules() if isinstance(m, torch.nn.Linear))
-        - prior.text.weight.numel()
+        sum(m.weight.numel() for m in generator.modules() if isinstance(m, torch.nn.Linear))
+        - generator.text.weight.numel()
     )
     mean_length = config.max_text_tokens + config.num_tokens // 2
     cache = batch * config.num_layers * 2 * mean_length * config.width
@@ -204,15 +206,15 @@ def reading(prior: Prior, batch: int, steps: int) -> Callable[[], float]:
 @torch.inference_mode()
 def compare(preset: str, batch: int, steps: int, rounds: int) -> Row:
     """Tokens per second of all contestants, the best of `rounds` rounds each."""
-    prior = random_prior(preset)
-    qwen3 = as_qwen3(prior)
-    runs = {f"ours {p}": our_steps(prior, batch, steps, p) for p in PRECISIONS}
+    generator = random_model(preset)
+    qwen3 = as_qwen3(generator)
+    runs = {f"ours {p}": our_steps(generator, batch, steps, p) for p in PRECISIONS}
     runs |= {
-        "Qwen3 dynamic": qwen3_steps(qwen3, prior, batch, steps, static=False),
-        "Qwen3 static": qwen3_steps(qwen3, prior, batch, steps, static=True),
-        "linears float32": linears_alone(prior, batch, steps, "float32"),
-        "linears int8": linears_alone(prior, batch, steps, "int8"),
-        "bandwidth limit": reading(prior, batch, steps),
+        "Qwen3 dynamic": qwen3_steps(qwen3, generator, batch, steps, static=False),
+        "Qwen3 static": qwen3_steps(qwen3, generator, batch, steps, static=True),
+        "linears float32": linears_alone(generator, batch, steps, "float32"),
+        "linears int8": linears_alone(generator, batch, steps, "int8"),
+        "bandwidth limit": reading(generator, batch, steps),
     }
     best = {name: min(times) for name, times in zip(runs, _rounds(list(runs.values()), rounds), strict=True)}
     return Row(preset, batch, {name: batch * steps / seconds for name, seconds in best.items()})
@@ -252,7 +254,7 @@ RATIOS: dict[str, Callable[[dict[str, float]], float]] = {
 }
 
 
-def whole_images(prior: Prior, texts: TokenStates, rounds: int) -> str:
+def whole_images(generator: GeneratorModel, texts: TokenStates, rounds: int) -> str:
     """Seconds an image with guidance, plainly and with drafts, for 1 and 8 images at a time."""
     heads = []
     for count, draft_tokens, _ in WAYS:
@@ -264,13 +266,13 @@ def whole_images(prior: Prior, texts: TokenStates, rounds: int) -> str:
         cells = []
         for count, draft_tokens, micro_batch in WAYS:
             settings = SamplingConfig(precision=precision, draft_tokens=draft_tokens, micro_batch=micro_batch)
-            cells.append(f"{seconds_an_image(prior, texts, count, settings, rounds):.3f}")
+            cells.append(f"{seconds_an_image(generator, texts, count, settings, rounds):.3f}")
         lines.append(f"| {precision} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def seconds_an_image(
-    prior: Prior, texts: TokenStates, count: int, settings: SamplingConfig, rounds: int
+    generator: GeneratorModel, texts: TokenStates, count: int, settings: SamplingConfig, rounds: int
 ) -> float:
     """The best of `rounds` rounds, in each of which one image at a time draws every text once."""
     groups = [[row] for row in range(len(texts.mask))] if count == 1 else [[*range(len(texts.mask))] * 2]
@@ -278,19 +280,21 @@ def seconds_an_image(
     for _ in range(rounds):
         began = time.perf_counter()
         for rows in groups:
-            sample(prior, TokenStates(texts.states[rows], texts.mask[rows]), range(len(rows)), settings)
+            sample(generator, TokenStates(texts.states[rows], texts.mask[rows]), range(len(rows)), settings)
         times.append(time.perf_counter() - began)
     return min(times) / sum(map(len, groups))
 
 
 @torch.inference_mode()
-def flips(prior: Prior, texts: TokenStates, precision: Precision) -> float:
+def flips(generator: GeneratorModel, texts: TokenStates, precision: Precision) -> float:
     """Share of tokens that `precision` draws differently after the same beginning, without guidance."""
-    seeds, positions = list(range(len(texts.mask))), range(prior.config.num_tokens)
-    ids = sample(prior, texts, seeds, SamplingConfig(guidance=1.0, micro_batch=len(seeds), draft_tokens=1))
-    decoder = Decoder(prior, len(seeds), precision)
+    seeds, positions = list(range(len(texts.mask))), range(generator.config.num_tokens)
+    ids = sample(
+        generator, texts, seeds, SamplingConfig(guidance=1.0, micro_batch=len(seeds), draft_tokens=1)
+    )
+    decoder = Decoder(generator, len(seeds), precision)
     decoder.read(texts)
-    noise, different = gumbel_rows(seeds, positions, prior.config.num_codes), 0
+    noise, different = gumbel_rows(seeds, positions, generator.config.num_codes), 0
     for position in positions:
         logits = decoder.step(ids[:, position - 1] if position else None, position)
         different += int(((logits + noise[:, position]).argmax(-1) != ids[:, position]).sum())
@@ -307,13 +311,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = [
         compare(p, b, settings.steps, settings.rounds) for p in settings.presets for b in settings.batches
     ]
-    prior = Prior.from_pretrained(settings.prior) if settings.prior else random_prior("flickr8k")
-    texts = TextEncoder(prior.config.text_encoder).token_states(
-        PROMPTS, prior.config.max_text_tokens, batch_size=1
+    generator = (
+        GeneratorModel.from_pretrained(settings.generator) if settings.generator else random_model("flickr8k")
     )
-    parts = [_machine(), speed_table(rows), whole_images(prior, texts, settings.rounds)]
-    if settings.prior:
-        shares = ", ".join(f"{p} {100 * flips(prior, texts, p):.1f} %" for p in PRECISIONS if p != "float32")
+    texts = TextEncoder(generator.config.text_encoder).token_states(
+        PROMPTS, generator.config.max_text_tokens, batch_size=1
+    )
+    parts = [_machine(), speed_table(rows), whole_images(generator, texts, settings.rounds)]
+    if settings.generator:
+        shares = ", ".join(
+            f"{p} {100 * flips(generator, texts, p):.1f} %" for p in PRECISIONS if p != "float32"
+        )
         parts.append(f"Tokens drawn differently from float32 after the same beginning: {shares}.")
     table = "\n\n".join(parts)
     print(table)

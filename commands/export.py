@@ -11,7 +11,7 @@ from tyro.conf import Positional
 
 from tavq.base.arguments import parse, run_main
 from tavq.captioner.model import Captioner
-from tavq.generator.model import Prior
+from tavq.generator.model import GeneratorModel
 from tavq.tokenizer.model import TAVQTokenizer
 from tavq.training.checkpoint import CONFIG_FILE, local_directory
 
@@ -25,7 +25,7 @@ class ExportRun:
     """
 
     source: Positional[str]
-    """Directory or hub id of a tokenizer, prior or captioner."""
+    """Directory or hub id of a tokenizer, generator or captioner."""
     out: Path
     """Directory of the copy."""
     half: bool = True
@@ -41,10 +41,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if (directory / CONFIG_FILE).is_file()
         else None
     )
-    model_class = {c.kind: c for c in (TAVQTokenizer, Prior, Captioner)}.get(kind)
+    classes = (TAVQTokenizer, GeneratorModel, Captioner)
+    model_class = next((c for c in classes if kind in (c.kind, *c.former_kinds)), None)
     if model_class is None:
         raise ValueError(
-            f"{directory} holds no tokenizer, prior or captioner; name the directory of one of them"
+            f"{directory} holds no tokenizer, generator or captioner; name the directory of one of them"
         )
     model_class.from_pretrained(directory).save_pretrained(run.out, half=run.half)
     print(run.out)

@@ -1,6 +1,6 @@
 """tavq tokenize --data DIR --out DIR [--checkpoint DIR]
 
-Turn a data set into shards of ids, with mirrored and cropped variants, for training prior and captioner.
+Turn a data set into shards of ids, with mirrored and cropped variants, for training generator and captioner.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ IMAGES_AT_ONCE = 32
 
 @dataclasses.dataclass(frozen=True)
 class TokenizeRun:
-    """Turn images into ids, once, for training prior and captioner.
+    """Turn images into ids, once, for training generator and captioner.
 
     Example: tavq tokenize --data flickr8k/ --out runs/mine/tokens --checkpoint runs/mine/tokenizer
     """

@@ -1,7 +1,8 @@
 """Do generated pictures show what was asked for, and are they new? Without any foreign model.
 
 A judge, a checkpoint that drew none of the pictures, captions them and ranks the prompts; both scores must
-fall when the prompts are shuffled. The nearest training image in token space shows whether the prior recites.
+fall when the prompts are shuffled. The nearest training image in token space shows whether the
+generator recites.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def nearest_training_images(pipeline: Pipeline, images: Tensor, training: ImageT
 
     Args:
         images: (n, 3, S, S) uint8.
-        training: the split that the prior learned from.
+        training: the split that the generator learned from.
     """
     tokenizer, size = pipeline.tokenizer, pipeline.tokenizer.image_size_px
     wanted = tokenizer.quantizer.lookup(pipeline.encode(pictures_of(images)).flatten(1)).flatten(1)

@@ -1,1 +1,1 @@
-"""The prior: text to image ids."""
+"""The generator: text to image ids."""

@@ -21,14 +21,14 @@ from tavq.data.text_encoder import TokenStates
 
 from .attention import attend
 from .linear import Precision, prepared_linear
-from .model import Block, Prior
+from .model import Block, GeneratorModel
 
 
 class Decoder:
-    """A prior ready to decode a fixed number of rows; all memory is taken here.
+    """A generator ready to decode a fixed number of rows; all memory is taken here.
 
     Args:
-        prior: in float32; later changes of its weights are not seen.
+        model: in float32; later changes of its weights are not seen.
         rows: R.
         precision: of the weights in `step` and `window`; texts are read in float32.
         width: W of `window`.
@@ -37,49 +37,49 @@ class Decoder:
 
     def __init__(
         self,
-        prior: Prior,
+        model: GeneratorModel,
         rows: int,
         precision: Precision = "float32",
         width: int = 1,
         *,
         compiled: bool = False,
     ):
-        config, device = prior.config, prior.start.device
-        self.prior, self.dtype = prior, torch.bfloat16 if precision == "bfloat16" else torch.float32
+        config, device = model.config, model.start.device
+        self.model, self.dtype = model, torch.bfloat16 if precision == "bfloat16" else torch.float32
         head_width, slots = config.width // config.num_heads, config.length + width
         shape = (config.num_layers, 2, rows, config.num_heads, slots, head_width)  # a head's keys in a row
         self.cache = torch.zeros(shape, device=device, dtype=self.dtype).transpose(3, 4)
         self.bias = torch.zeros(rows, 1, slots, device=device, dtype=self.dtype)
         self.rows, self.columns, self.slots = (torch.arange(n, device=device) for n in (rows, width, slots))
         self.start, self.tokens, self.places = (
-            weights.detach().to(self.dtype) for weights in (prior.start, prior.tokens.weight, prior.places)
+            weights.detach().to(self.dtype) for weights in (model.start, model.tokens.weight, model.places)
         )
-        self.turns = torch.view_as_complex(prior.turns) * head_width**0.5
+        self.turns = torch.view_as_complex(model.turns) * head_width**0.5
         self.layers = [
             Layer(block, cache, precision, width, plain=compiled)
-            for block, cache in zip(prior.blocks, self.cache, strict=True)
+            for block, cache in zip(model.blocks, self.cache, strict=True)
         ]
-        head = prior.head.weight.detach() * config.width**0.5
+        head = model.head.weight.detach() * config.width**0.5
         self.head = prepared_linear(head, rows * width, precision, plain=compiled)
         if compiled:
             self.window = torch.compile(self.window, dynamic=False)
 
     def read(self, texts: TokenStates) -> None:
         """Fill the cache with the texts of all R rows, each by itself, so that no other text matters."""
-        prior, device = self.prior, self.prior.start.device
-        embedded, seen = prior.prefix(texts.states.to(device), texts.mask.to(device))
-        bias_R1S = prior.key_bias(seen)
+        model, device = self.model, self.model.start.device
+        embedded, seen = model.prefix(texts.states.to(device), texts.mask.to(device))
+        bias_R1S = model.key_bias(seen)
         self.bias[..., : bias_R1S.shape[-1]] = bias_R1S
         lengths = (seen * torch.arange(1, seen.shape[1] + 1, device=device)).amax(1).tolist()
         for row, length in enumerate(lengths):
             x, bias = embedded[row : row + 1, :length], bias_R1S[row : row + 1, :, :length]
-            for block, cache in zip(prior.blocks, self.cache[:, :, row : row + 1], strict=True):
-                x = block(x, prior.turns[:length], bias, cache)
+            for block, cache in zip(model.blocks, self.cache[:, :, row : row + 1], strict=True):
+                x = block(x, model.turns[:length], bias, cache)
 
     def step(self, ids_R: Tensor | None, position: int) -> Tensor:
         """Logits (R, K) of the token at `position`, given `ids_R` at the one before (None at the first)."""
         before = self.start.expand(len(self.bias), -1) if ids_R is None else F.embedding(ids_R, self.tokens)
-        x, at = before + self.places[position], self.prior.config.max_text_tokens + position
+        x, at = before + self.places[position], self.model.config.max_text_tokens + position
         turn, bias = self.turns[at], self.bias[..., : at + 1]
         for layer in self.layers:
             x = layer(x, turn, bias, (slice(None), slice(at, at + 1)), slice(at + 1))
@@ -93,11 +93,11 @@ class Decoder:
             first_R: positions, of each row its own; those past the last one compute nothing of use.
         """
         position_RW = first_R[:, None] + self.columns
-        at_RW = self.prior.config.max_text_tokens + position_RW
+        at_RW = self.model.config.max_text_tokens + position_RW
         place_RW = position_RW.clamp_max(len(self.places) - 1)
         before = torch.where(position_RW[..., None] == 0, self.start, F.embedding(ids_RW, self.tokens))
         x = (before + self.places[place_RW]).flatten(0, 1)
-        turn = self.turns[self.prior.config.max_text_tokens + place_RW][:, :, None, None]
+        turn = self.turns[self.model.config.max_text_tokens + place_RW][:, :, None, None]
         bias = self.bias.masked_fill(self.slots > at_RW[..., None], -math.inf)
         for layer in self.layers:
             x = layer(x, turn, bias, (self.rows[:, None], at_RW), slice(None))
@@ -105,7 +105,7 @@ class Decoder:
 
 
 class Layer:
-    """A block of the prior, one window of positions at a time."""
+    """A block of the generator, one window of positions at a time."""
 
     def __init__(
         self, block: Block, cache_2RShd: Tensor, precision: Precision, width: int, *, plain: bool = False

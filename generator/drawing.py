@@ -21,7 +21,7 @@ def draw_rows(
     decoder: Decoder, seeds: Sequence[int], settings: SamplingConfig, ids_MN: Tensor, known_MN: Tensor
 ) -> Iterator[int]:
     """Draw what is not known into `ids_MN`, in place; yields the number of each grid row when it is done."""
-    h, w = decoder.prior.config.grid_size
+    h, w = decoder.model.config.grid_size
     guidance, last = guidance_of(settings, h * w, ids_MN.device), None
     for row in range(h):
         noise = noise_of(decoder, seeds, range(row * w, (row + 1) * w), settings)
@@ -42,7 +42,7 @@ def draw_speculatively(
     drafts is drawn again: its first token is right, and each next one if all drafts before it were drawn as
     they stood. So tokens are those of plain decoding at every temperature, up to the rounding of kernels.
     """
-    (h, w), count = decoder.prior.config.grid_size, settings.draft_tokens
+    (h, w), count = decoder.model.config.grid_size, settings.draft_tokens
     spare = 2 * count  # places past the end, where windows of finished images run
     guidance = F.pad(guidance_of(settings, h * w, ids_MN.device), (0, spare))
     noise = noise_of(decoder, seeds, range(h * w), settings)
@@ -85,7 +85,7 @@ def noise_of(
     """(M, positions, K) noise on the device of the decoder; None at temperature 0."""
     if not settings.temperature:
         return None
-    noise = gumbel_rows(seeds, positions, decoder.prior.config.num_codes)
+    noise = gumbel_rows(seeds, positions, decoder.model.config.num_codes)
     return noise.to(decoder.bias.device)
 
 

@@ -1,4 +1,4 @@
-"""The prior: a decoder that reads a text prefix and predicts image ids in raster order.
+"""The generator: a decoder that reads a text prefix and predicts image ids in raster order.
 
 Legend: B rows, K codes, N = h*w image tokens, T text slots, L positions of a forward pass, S positions in all
 (T + N), D model width, E text width, h heads, d head width.
@@ -20,8 +20,8 @@ from .attention import Attention, attend
 
 
 @dataclasses.dataclass(frozen=True)
-class PriorShape:
-    """Size of the prior, and the text that it reads."""
+class GeneratorShape:
+    """Size of the generator, and the text that it reads."""
 
     width: int = 256
     num_layers: int = 5
@@ -47,8 +47,8 @@ class PriorShape:
 
 
 @dataclasses.dataclass(frozen=True)
-class PriorConfig(PriorShape):
-    """Everything that a prior is built from: its shape, the tokens it draws and what it was trained with."""
+class GeneratorConfig(GeneratorShape):
+    """Everything that a generator is built from: its shape, its tokens and what it was trained with."""
 
     num_codes: int = 1024
     """Codes of the tokenizer (K)."""
@@ -62,8 +62,8 @@ class PriorConfig(PriorShape):
     provenance: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, shape: PriorShape, **known: Any) -> Self:
-        """A prior of `shape`, with the fields that data and text encoder decide."""
+    def of(cls, shape: GeneratorShape, **known: Any) -> Self:
+        """A generator of `shape`, with the fields that data and text encoder decide."""
         return cls(**vars(shape), **known)
 
     @property
@@ -77,17 +77,17 @@ class PriorConfig(PriorShape):
         return self.max_text_tokens + self.num_tokens
 
 
-PRESETS: dict[str, PriorShape] = {
-    "flickr8k": PriorShape(),
-    "tiny": PriorShape(width=32, num_layers=2, num_heads=2, hidden_width=64),
-    "base": PriorShape(width=768, num_layers=14, num_heads=12, hidden_width=2048, max_text_tokens=64),
+PRESETS: dict[str, GeneratorShape] = {
+    "flickr8k": GeneratorShape(),
+    "tiny": GeneratorShape(width=32, num_layers=2, num_heads=2, hidden_width=64),
+    "base": GeneratorShape(width=768, num_layers=14, num_heads=12, hidden_width=2048, max_text_tokens=64),
 }
 
 
 class Block(nn.Module):
     """Attention and a gated feed-forward layer, each behind an RMSNorm without weights."""
 
-    def __init__(self, config: PriorConfig):
+    def __init__(self, config: GeneratorConfig):
         super().__init__()
         width = config.width
         self.num_heads, self.attention = config.num_heads, config.attention
@@ -134,7 +134,7 @@ def rotate(x_BL2hd: Tensor, turns: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
 
 
-def rotary_turns(config: PriorConfig) -> Tensor:
+def rotary_turns(config: GeneratorConfig) -> Tensor:
     """(S, d/2, 2) cosines and sines: half of the pairs turn with the row, half with the column, from 1 on.
 
     Text slots and the start token do not turn (Su et al. 2021, arXiv:2104.09864, in two dimensions). The slot
@@ -150,13 +150,14 @@ def rotary_turns(config: PriorConfig) -> Tensor:
     return torch.stack([angles.cos(), angles.sin()], -1).flatten(1, 2)
 
 
-class Prior(Checkpointed):
+class GeneratorModel(Checkpointed):
     """Text -> ids. A text whose mask is False throughout is the learned null text."""
 
-    config_class = PriorConfig
-    kind = "prior"
+    config_class = GeneratorConfig
+    kind = "ta-vq-generator"
+    former_kinds = ("prior", "ta-vq-prior")
 
-    def __init__(self, config: PriorConfig):
+    def __init__(self, config: GeneratorConfig):
         super().__init__()
         self.config = config
         self.text = nn.Linear(config.text_dim, config.width)
@@ -193,7 +194,7 @@ class Prior(Checkpointed):
     def _isometric_image(self, codebook: Tensor) -> Tensor:
         if codebook.shape[0] != self.config.num_codes:
             raise ValueError(
-                f"the codebook has {codebook.shape[0]} codes, the prior {self.config.num_codes}; "
+                f"the codebook has {codebook.shape[0]} codes, the generator {self.config.num_codes}; "
                 "give the tokenizer that made the tokens"
             )
         basis = nn.init.orthogonal_(torch.empty(self.config.width, codebook.shape[1]))
@@ -257,6 +258,6 @@ class Prior(Checkpointed):
         """Refuse a tokenizer other than the one whose ids were learned."""
         if codebook_hash != self.config.codebook_hash:
             raise ValueError(
-                f"the tokenizer's codebook is {codebook_hash}, the prior learned ids of "
-                f"{self.config.codebook_hash}; load that tokenizer, or train a prior on this one's tokens"
+                f"the tokenizer's codebook is {codebook_hash}, the generator learned ids of "
+                f"{self.config.codebook_hash}; load that tokenizer, or train a generator on this one's tokens"
             )

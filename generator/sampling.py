@@ -1,4 +1,4 @@
-"""Draw ids from the prior: guidance, temperature, top-k, top-p, completion, streaming.
+"""Draw ids from the generator: guidance, temperature, top-k, top-p, completion, streaming.
 
 An image depends on its prompt, its own seed and the settings alone: noise is keyed by seed and position, and
 micro-batches have a fixed size, since kernels round differently by batch.
@@ -19,7 +19,7 @@ from tavq.data.text_encoder import TokenStates
 
 from .decoding import Decoder
 from .drawing import draw_rows, draw_speculatively
-from .model import Prior
+from .model import GeneratorModel
 from .settings import SamplingConfig
 
 
@@ -37,7 +37,7 @@ class Partial:
 
 
 def sample(
-    prior: Prior,
+    model: GeneratorModel,
     texts: TokenStates,
     seeds: Sequence[int],
     settings: SamplingConfig,
@@ -48,22 +48,22 @@ def sample(
     """Draw one image a text.
 
     Args:
-        prior: the prior.
+        model: the generator.
         texts: B texts; for results that do not depend on the other prompts, encode each by itself.
         seeds: B seeds.
         settings: how to draw.
         given_ids: (B, N) or (N,) ids to keep where `given_mask`, same shape, is True; the rest is drawn.
 
     Returns:
-        (B, N) int64 on the device of the prior.
+        (B, N) int64 on the device of the generator.
     """
-    *_, last = stream(prior, texts, seeds, settings, given_ids=given_ids, given_mask=given_mask)
+    *_, last = stream(model, texts, seeds, settings, given_ids=given_ids, given_mask=given_mask)
     return last.ids
 
 
 @torch.inference_mode()
 def stream(
-    prior: Prior,
+    model: GeneratorModel,
     texts: TokenStates,
     seeds: Sequence[int],
     settings: SamplingConfig,
@@ -81,13 +81,13 @@ def stream(
         raise ValueError(f"got {len(texts.mask)} texts and {len(seeds)} seeds, expected one seed a text")
     if every_rows is not None and every_rows < 1:
         raise ValueError(f"every_rows is {every_rows}, expected 1 or more, or None for whole images")
-    if prior.training:
+    if model.training:
         raise ValueError(
-            "the prior is in training mode, where dropout disturbs every draw; call prior.eval()"
+            "the generator is in training mode, where dropout disturbs every draw; call model.eval()"
         )
-    ids, known = _given(prior, len(seeds), given_ids, given_mask)
+    ids, known = _given(model, len(seeds), given_ids, given_mask)
     rows = settings.micro_batch * settings.branches
-    decoder = Decoder(prior, rows, settings.precision, settings.draft_tokens, compiled=settings.compile)
+    decoder = Decoder(model, rows, settings.precision, settings.draft_tokens, compiled=settings.compile)
     plainly = settings.draft_tokens == 1 and not settings.compile
     draw = draw_rows if plainly else draw_speculatively
     for images in torch.arange(len(seeds)).split(settings.micro_batch):
@@ -95,9 +95,9 @@ def stream(
         decoder.read(_branches(texts, padded, settings))
         drawn, kept = ids[padded], known[padded]
         for row in draw(decoder, [int(seeds[i]) for i in padded], settings, drawn, kept):
-            done = (row + 1) * prior.config.grid_size[1]
+            done = (row + 1) * model.config.grid_size[1]
             ids[images, :done], known[images, :done] = drawn[: len(images), :done], True
-            if done == prior.config.num_tokens or (every_rows is not None and (row + 1) % every_rows == 0):
+            if done == model.config.num_tokens or (every_rows is not None and (row + 1) % every_rows == 0):
                 yield Partial(ids.clone(), known.clone())
 
 
@@ -111,9 +111,11 @@ def _branches(texts: TokenStates, images: Tensor, settings: SamplingConfig) -> T
     )
 
 
-def _given(prior: Prior, images: int, ids: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _given(
+    model: GeneratorModel, images: int, ids: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """(B, N) ids and mask of what is given, checked; nothing by default."""
-    config, device, shape = prior.config, prior.start.device, (images, prior.config.num_tokens)
+    config, device, shape = model.config, model.start.device, (images, model.config.num_tokens)
     if (ids is None) != (mask is None):
         raise ValueError("got one of given_ids and given_mask, expected both or neither; give the other too")
     if ids is None or mask is None:
@@ -128,6 +130,6 @@ def _given(prior: Prior, images: int, ids: Tensor | None, mask: Tensor | None) -
     if kept.min() < 0 or kept.max() >= config.num_codes:
         raise ValueError(
             f"given_ids reach from {kept.min()} to {kept.max()}, expected 0 to {config.num_codes - 1}; "
-            "give ids of the tokenizer that the prior was trained with"
+            "give ids of the tokenizer that the generator was trained with"
         )
     return kept, known

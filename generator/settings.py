@@ -1,4 +1,4 @@
-"""How ids are drawn from the prior."""
+"""How ids are drawn from the generator."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """tavq train generator --tokens DIR --out DIR [--tokenizer DIR] [--preset tiny|flickr8k|base]
 
-Train the prior on tokenised images and the frozen text encoder's token states of their captions. The same
+Train the generator on tokenised images and the frozen text encoder's token states of their captions. The same
 command resumes a stopped run.
 """
 
@@ -26,7 +26,7 @@ from tavq.training.checkpoint import tensor_hash
 from tavq.training.loop import train
 from tavq.training.task import StepOutput, Task, TrainingConfig
 
-from .model import PRESETS, Prior, PriorConfig, PriorShape
+from .model import PRESETS, GeneratorConfig, GeneratorModel, GeneratorShape
 from .sampling import sample
 from .settings import SamplingConfig
 from .text_states import pack_states
@@ -39,8 +39,8 @@ Decode = Callable[[Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
-class PriorRun:
-    """Train the prior (text -> ids).
+class GeneratorRun:
+    """Train the generator (text -> ids).
 
     Example: tavq train generator --tokens runs/tokens --tokenizer runs/tokenizer --out runs/generator
     """
@@ -54,7 +54,8 @@ class PriorRun:
     config: Path | None = None
     """YAML file of these fields, instead of a preset."""
     start: Path | None = None
-    """Prior to go on from, such as one of this tokenizer before it was trained further; its shape stands."""
+    """Generator to go on from, such as one of this tokenizer before it was trained further; its shape
+    stands."""
     tokenizer: Path | None = None
     """Tokenizer whose codebook the token embeddings start from, and that draws the sample grids."""
     label_smoothing: float = 0.05
@@ -63,7 +64,7 @@ class PriorRun:
     """Share of captions replaced by the learned null text, for guidance."""
     sampling: SamplingConfig = SamplingConfig()
     """Of the sample grids."""
-    model: PriorShape = PRESETS["flickr8k"]
+    model: GeneratorShape = PRESETS["flickr8k"]
     training: TrainingConfig = TrainingConfig(
         steps=1280,
         batch_size=16,
@@ -83,16 +84,16 @@ class PriorRun:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 <= {name} < 1")
 
 
-RUN_PRESETS: dict[str, PriorRun] = {
-    "flickr8k": PriorRun(),
-    "tiny": PriorRun(
+RUN_PRESETS: dict[str, GeneratorRun] = {
+    "flickr8k": GeneratorRun(),
+    "tiny": GeneratorRun(
         preset="tiny",
         model=PRESETS["tiny"],
         training=TrainingConfig(
             steps=60, batch_size=8, learning_rate=3e-3, warmup_steps=10, ema_decay=0.9, evaluate_every=30
         ),
     ),
-    "base": PriorRun(
+    "base": GeneratorRun(
         preset="base",
         model=PRESETS["base"],
         training=TrainingConfig(
@@ -125,16 +126,16 @@ class TokenExamples(Dataset):
         return self.ids_nVN[index, variant], self.first_caption[index] + caption
 
 
-class PriorTrainee(nn.Module):
-    """The prior with its loss."""
+class GeneratorTrainee(nn.Module):
+    """The generator with its loss."""
 
-    def __init__(self, run: PriorRun, prior: Prior):
+    def __init__(self, run: GeneratorRun, generator: GeneratorModel):
         super().__init__()
-        self.run, self.prior = run, prior
+        self.run, self.generator = run, generator
 
     def forward(self, batch: dict[str, Tensor], step: int) -> StepOutput:
         dropped = torch.rand(len(batch["ids"]), 1, device=batch["mask"].device) < self.run.null_text_rate
-        logits = self.prior(batch["ids"], batch["states"], batch["mask"] & ~dropped)
+        logits = self.generator(batch["ids"], batch["states"], batch["mask"] & ~dropped)
         targets = batch["ids"].flatten()
         loss = F.cross_entropy(logits.flatten(0, 1), targets, label_smoothing=self.run.label_smoothing)
         with torch.no_grad():
@@ -142,18 +143,20 @@ class PriorTrainee(nn.Module):
         return StepOutput(loss, {"loss": loss.detach(), "nats_per_token": plain})
 
 
-class PriorTask(Task):
-    """The prior as the training loop sees it; the validation loss decides which weights are kept."""
+class GeneratorTask(Task):
+    """The generator as the training loop sees it; the validation loss decides which weights are kept."""
 
-    name = "prior"
+    name = "generator"
     watch = ("loss", "min")
     hidden = frozenset({"blocks"})
 
-    def __init__(self, run: PriorRun, decode: Decode | None = None, codebook: Tensor | None = None):
-        earlier = None if run.start is None else Prior.from_pretrained(run.start)
+    def __init__(self, run: GeneratorRun, decode: Decode | None = None, codebook: Tensor | None = None):
+        earlier = None if run.start is None else GeneratorModel.from_pretrained(run.start)
         if earlier is not None:
-            names = [field.name for field in dataclasses.fields(PriorShape)]
-            run = dataclasses.replace(run, model=PriorShape(**{n: getattr(earlier.config, n) for n in names}))
+            names = [field.name for field in dataclasses.fields(GeneratorShape)]
+            run = dataclasses.replace(
+                run, model=GeneratorShape(**{n: getattr(earlier.config, n) for n in names})
+            )
         self.run, self.decode, self.earlier_card = run, decode, "" if earlier is None else earlier.card
         train_set, self.val_set = (open_tokens(run.tokens, split) for split in ("train", "val"))
         encoder = TextEncoder(run.model.text_encoder)
@@ -162,52 +165,52 @@ class PriorTask(Task):
         self.texts = pack_states(encoder, [c for captions in train_set.captions for c in captions], slots)
         self.val_texts = pack_states(encoder, [captions[0] for captions in self.val_set.captions], slots)
         torch.manual_seed(run.training.seed)
-        prior = Prior(_resolved(run, train_set.meta, encoder))
+        generator = GeneratorModel(_resolved(run, train_set.meta, encoder))
         if codebook is not None:
-            prior.check_codebook(tensor_hash(codebook))
-            prior.initialise(codebook)
+            generator.check_codebook(tensor_hash(codebook))
+            generator.initialise(codebook)
         if earlier is not None:
-            _check_start(run, earlier.config, prior.config)
-            prior.load_state_dict(earlier.state_dict())
-        self.model = PriorTrainee(run, prior)
+            _check_start(run, earlier.config, generator.config)
+            generator.load_state_dict(earlier.state_dict())
+        self.model = GeneratorTrainee(run, generator)
 
     def collate(self, examples: list[tuple[Tensor, int]]) -> dict[str, Tensor]:
         texts = self.texts.rows([caption for _, caption in examples])
         return {"ids": torch.stack([ids for ids, _ in examples]), "states": texts.states, "mask": texts.mask}
 
     @torch.inference_mode()
-    def evaluate(self, model: PriorTrainee, step: int) -> dict[str, float]:
+    def evaluate(self, model: GeneratorTrainee, step: int) -> dict[str, float]:
         """Nats a token on the validation split as it is, with the first caption and with the null text."""
         return {
-            "loss": self._nats(model.prior, with_text=True),
-            "loss_null_text": self._nats(model.prior, False),
+            "loss": self._nats(model.generator, with_text=True),
+            "loss_null_text": self._nats(model.generator, False),
         }
 
-    def _nats(self, prior: Prior, with_text: bool) -> float:
-        ids, total, device = self.val_set.ids[:, 0].flatten(1).long(), 0.0, prior.start.device
+    def _nats(self, generator: GeneratorModel, with_text: bool) -> float:
+        ids, total, device = self.val_set.ids[:, 0].flatten(1).long(), 0.0, generator.start.device
         for rows in torch.arange(len(ids)).split(EVALUATION_BATCH):
             texts, targets = self.val_texts.rows(rows.tolist()), ids[rows].to(device)
-            logits = prior(targets, texts.states.to(device), texts.mask.to(device) & with_text)
+            logits = generator(targets, texts.states.to(device), texts.mask.to(device) & with_text)
             total += float(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
         return total / ids.numel()
 
-    def pictures(self, model: PriorTrainee) -> dict[str, Any]:
+    def pictures(self, model: GeneratorTrainee) -> dict[str, Any]:
         if self.decode is None:
             return {}
         rows = range(min(PICTURES, len(self.val_set)))
-        ids = sample(model.prior, self.val_texts.rows(rows), list(rows), self.run.sampling)
-        images = self.decode(ids.unflatten(1, model.prior.config.grid_size))
+        ids = sample(model.generator, self.val_texts.rows(rows), list(rows), self.run.sampling)
+        images = self.decode(ids.unflatten(1, model.generator.config.grid_size))
         return {"samples": np.asarray(grid(to_pil(images), columns=8))}
 
-    def save(self, model: PriorTrainee, directory: Path, card: str) -> None:
-        model.prior.card = continued(card, self.earlier_card)
-        model.prior.save_pretrained(directory)
+    def save(self, model: GeneratorTrainee, directory: Path, card: str) -> None:
+        model.generator.card = continued(card, self.earlier_card)
+        model.generator.save_pretrained(directory)
 
 
-def _resolved(run: PriorRun, meta: TokenMeta, encoder: TextEncoder) -> PriorConfig:
+def _resolved(run: GeneratorRun, meta: TokenMeta, encoder: TextEncoder) -> GeneratorConfig:
     """The configuration of the model with all that data and encoder decide."""
     provenance = {"data": meta.data, "tokenizer": meta.tokenizer}
-    return PriorConfig.of(
+    return GeneratorConfig.of(
         run.model,
         num_codes=meta.num_codes,
         grid_size=meta.grid_size,
@@ -218,16 +221,16 @@ def _resolved(run: PriorRun, meta: TokenMeta, encoder: TextEncoder) -> PriorConf
     )
 
 
-def _check_start(run: PriorRun, earlier: PriorConfig, wanted: PriorConfig) -> None:
+def _check_start(run: GeneratorRun, earlier: GeneratorConfig, wanted: GeneratorConfig) -> None:
     for field in ("num_codes", "grid_size", "text_encoder_hash"):
         if getattr(earlier, field) != getattr(wanted, field):
             raise ValueError(
                 f"{run.start} has {field} {getattr(earlier, field)}, {run.tokens} needs "
-                f"{getattr(wanted, field)}; train a prior anew, without --start"
+                f"{getattr(wanted, field)}; train a generator anew, without --start"
             )
 
 
-def train_prior(run: PriorRun, decode: Decode | None = None, codebook: Tensor | None = None) -> None:
+def train_generator(run: GeneratorRun, decode: Decode | None = None, codebook: Tensor | None = None) -> None:
     """Train as `run` says.
 
     Args:
@@ -240,5 +243,5 @@ def train_prior(run: PriorRun, decode: Decode | None = None, codebook: Tensor | 
             f"tokenizer is {run.tokenizer}, but its decoder and codebook were not handed in; "
             "use the command `tavq train generator`"
         )
-    task = PriorTask(run, decode, codebook)
+    task = GeneratorTask(run, decode, codebook)
     train(task, run.training, run.out, task.run)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train tokenizer, prior and captioner, and measure them; `tavq table` makes the README's tables of the results:
+# Train tokenizer, generator and captioner, and measure them; `tavq table` makes the README's tables of the results:
 #
 #   DATA=../shared/data/flickr8k TEACHER=squeezenet_layers.pt FEATURES=mobilenet_v2_features.pt bash recipes/flickr8k.sh
 #   PRESET=tiny bash recipes/flickr8k.sh        # the same chain on generated shapes, in minutes

@@ -1,4 +1,4 @@
-"""Where tokenizer, prior and captioner meet: text to image, image to text, reconstruction, completion.
+"""Where tokenizer, generator and captioner meet: text to image, image to text, reconstruction, completion.
 
 The command line, the demo and the evaluations are thin over `Pipeline`, so that what is measured is what is
 shown.
@@ -29,7 +29,7 @@ from tavq.captioner.decoding import Caption, DecodingConfig, caption_ids, log_li
 from tavq.captioner.model import Captioner
 from tavq.data.images import to_pil, to_tensor
 from tavq.data.text_encoder import TextEncoder, TokenStates
-from tavq.generator.model import Prior
+from tavq.generator.model import GeneratorModel
 from tavq.generator.sampling import SamplingConfig, sample, stream
 from tavq.tokenizer.heatmaps import UnitMap, check_aligned, unit_maps
 from tavq.tokenizer.model import TAVQTokenizer
@@ -74,7 +74,7 @@ class Reconstruction:
 class Pipeline:
     """The whole chain, from a directory that holds `tokenizer/`, `generator/` and `captioner/`.
 
-    Prior, captioner and text encoder are loaded when they are first needed.
+    Generator, captioner and text encoder are loaded when they are first needed.
 
     Args:
         directory: of the three checkpoints; a part that is never used may be absent.
@@ -91,10 +91,10 @@ class Pipeline:
         return cls(local_directory(source), device)
 
     @functools.cached_property
-    def prior(self) -> Prior:
-        prior = Prior.from_pretrained(self.directory / "generator").to(self.device)
-        prior.check_codebook(self.tokenizer.codebook_hash)
-        return prior
+    def generator(self) -> GeneratorModel:
+        generator = GeneratorModel.from_pretrained(self.directory / "generator").to(self.device)
+        generator.check_codebook(self.tokenizer.codebook_hash)
+        return generator
 
     @functools.cached_property
     def captioner(self) -> Captioner:
@@ -104,8 +104,8 @@ class Pipeline:
 
     @functools.cached_property
     def text_encoder(self) -> TextEncoder:
-        """The text encoder that the prior reads."""
-        config = self.prior.config
+        """The text encoder that the generator reads."""
+        config = self.generator.config
         return TextEncoder.checked(config.text_encoder, config.text_encoder_hash, self.device)
 
     @functools.cached_property
@@ -124,11 +124,11 @@ class Pipeline:
     def text_states(self, prompts: Sequence[str]) -> TokenStates:
         """Token states of each prompt, encoded by itself so that no other prompt can matter.
 
-        Raises ValueError for an empty prompt; warns, naming the words, when one is longer than the prior
+        Raises ValueError for an empty prompt; warns, naming the words, when one is longer than the generator
         reads.
         """
         check_prompts(prompts)
-        return self.text_encoder.token_states(prompts, self.prior.config.max_text_tokens, batch_size=1)
+        return self.text_encoder.token_states(prompts, self.generator.config.max_text_tokens, batch_size=1)
 
     def generate(
         self,
@@ -169,7 +169,7 @@ class Pipeline:
         rows = [index for index in range(len(prompts)) for _ in range(count)]
         own = TokenStates(texts.states[rows], texts.mask[rows])
         drawn_seeds = [mixed_seed(seed, n) if n else seed for seed in seeds for n in range(count)]
-        return sample(self.prior, own, drawn_seeds, settings).unflatten(0, (-1, count))
+        return sample(self.generator, own, drawn_seeds, settings).unflatten(0, (-1, count))
 
     def _generated(
         self, ids: Tensor, prompt: str, seed: int, settings: SamplingConfig, more: dict[str, Any]
@@ -193,7 +193,7 @@ class Pipeline:
         """
         settings = settings or SamplingConfig()
         texts = self.text_states([prompt])
-        for partial in stream(self.prior, texts, [seed], settings, every_rows=every_rows):
+        for partial in stream(self.generator, texts, [seed], settings, every_rows=every_rows):
             drawn = self._generated(partial.ids[0], prompt, seed, settings, {"best_of": 1})
             known = partial.known[0].view(1, 1, *self.tokenizer.grid_size).float().cpu()
             yield dataclasses.replace(drawn, image=_blend(drawn.image, None, known))
@@ -306,7 +306,9 @@ class Pipeline:
         """Draw the tokens of `image` anew but for those `kept` (B, N); one picture a seed."""
         texts = _repeated(self.text_states([prompt]), 0, len(seeds))
         given = self.encode([image])[0].flatten().expand(len(seeds), -1)
-        ids = sample(self.prior, texts, seeds, settings, given_ids=given, given_mask=kept.to(given.device))
+        ids = sample(
+            self.generator, texts, seeds, settings, given_ids=given, given_mask=kept.to(given.device)
+        )
         more = {"completed_tokens": int((~kept[0]).sum())}
         return [self._generated(row, prompt, s, settings, more) for row, s in zip(ids, seeds, strict=True)]
 

@@ -17,8 +17,8 @@ import torch
 from tavq.captioner.model import PRESETS as CAPTIONER_PRESETS
 from tavq.captioner.model import Captioner, CaptionerConfig
 from tavq.data.text_encoder import TextEncoder
-from tavq.generator.model import PRESETS as PRIOR_PRESETS
-from tavq.generator.model import Prior, PriorConfig
+from tavq.generator.model import PRESETS as GENERATOR_PRESETS
+from tavq.generator.model import GeneratorConfig, GeneratorModel
 from tavq.pipeline import Pipeline
 from tavq.tokenizer.model import PRESETS, TAVQTokenizer
 
@@ -57,11 +57,11 @@ def tiny_checkpoint(tiny_tokenizer: TAVQTokenizer, tmp_path_factory: pytest.Temp
     shared = {"num_codes": tiny_tokenizer.num_codes, "grid_size": tiny_tokenizer.grid_size}
     shared["codebook_hash"] = tiny_tokenizer.codebook_hash
     torch.manual_seed(0)
-    prior = PriorConfig.of(PRIOR_PRESETS["tiny"], text_encoder_hash=TextEncoder().hash, **shared)
+    generator = GeneratorConfig.of(GENERATOR_PRESETS["tiny"], text_encoder_hash=TextEncoder().hash, **shared)
     words = tuple("a dog cat runs jumps over the log man woman red black in on grass water".split())
     captioner = CaptionerConfig(CAPTIONER_PRESETS["tiny"], code_dim=16, words=words, **shared)
     tiny_tokenizer.save_pretrained(folder / "tokenizer")
-    Prior(prior).save_pretrained(folder / "generator")
+    GeneratorModel(generator).save_pretrained(folder / "generator")
     Captioner(captioner).save_pretrained(folder / "captioner")
     return folder
 

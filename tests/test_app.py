@@ -206,7 +206,7 @@ def test_mistakes_are_one_line_that_says_what_to_do(client, tmp_path: Path):
 
 
 @pytest.mark.filterwarnings("ignore:.*are longer than")
-def test_a_prompt_longer_than_the_prior_reads_is_warned_of_on_the_page(
+def test_a_prompt_longer_than_the_generator_reads_is_warned_of_on_the_page(
     tiny_pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     from tavq.app import actions

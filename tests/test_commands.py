@@ -17,7 +17,7 @@ from tavq.cli import main
 from tavq.data.images import load_image
 from tavq.data.layouts import SPLITS
 from tavq.data.tokens import open_tokens
-from tavq.generator.model import Prior
+from tavq.generator.model import GeneratorModel
 from tavq.pipeline import RankBy, read_recipe
 from tavq.tokenizer.model import PRESETS, TAVQTokenizer
 from tavq.tokenizer.retrieval import alignment_scores
@@ -338,9 +338,9 @@ def test_a_picture_of_other_weights_is_not_drawn_again(tmp_path, checkpoint, tin
     run("generate", "a dog", "--out", tmp_path / "a", *checkpoint)
     other = shutil.copytree(tiny_checkpoint, tmp_path / "other")
     torch.manual_seed(1)
-    prior = Prior(Prior.from_pretrained(other / "generator").config)
+    generator = GeneratorModel(GeneratorModel.from_pretrained(other / "generator").config)
     shutil.rmtree(other / "generator")
-    prior.save_pretrained(other / "generator")
+    generator.save_pretrained(other / "generator")
     redo = ["generate", "--from-png", tmp_path / "a" / "000000.png", "--out", tmp_path / "b"]
     assert "was drawn with generator" in refused(*redo, "--checkpoint", other)
     assert not (tmp_path / "b").exists()

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from tavq.data.examples import Example, ImageTextDataset
-from tavq.eval import prior_curve, run_caption, run_t2i, run_tokenizer
+from tavq.eval import generator_curve, run_caption, run_t2i, run_tokenizer
 from tavq.eval.faithfulness import cycle_cider
 from tavq.eval.results import read_results
 from tavq.tokenizer.model import TAVQTokenizer
@@ -152,20 +152,20 @@ def test_a_killed_t2i_evaluation_goes_on_where_it_stopped(checkpoint, judge, net
     assert (tmp_path / "t2i.neighbours.png").exists()
 
 
-def test_the_curve_of_a_prior_is_drawn_from_the_weights_of_its_evaluations(
+def test_the_curve_of_a_generator_is_drawn_from_the_weights_of_its_evaluations(
     checkpoint, network, tmp_path, capsys
 ):
     run, out = tmp_path / "run", tmp_path / "curve.png"
     flags = [str(run), "--checkpoint", str(checkpoint), "--features", str(network), "--out", str(out), *LIMIT]
     with pytest.raises(SystemExit) as stopped:
-        prior_curve.main(flags)
+        generator_curve.main(flags)
     assert stopped.value.code == 2 and "train it with --training.keep-evaluated" in capsys.readouterr().err
     log = [{"step": step, "val/loss": 5.0 - step / 100, "val/loss_null_text": 5.0} for step in (10, 20)]
     for line in log:
         kept = run / "training" / "kept" / f"step-{line['step']:06d}"
         shutil.copytree(checkpoint / "generator", kept)
     (run / "training" / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-    prior_curve.main(flags)
+    generator_curve.main(flags)
     values = json.loads(out.with_suffix(".json").read_text())
     assert values["val/loss"] == [[10, 4.9], [20, 4.8]] and values["n"] == 12
     assert values["FD-moments"]["10"] == values["FD-moments"]["20"] > 0

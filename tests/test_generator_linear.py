@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from tavq.data.text_encoder import TokenStates
 from tavq.generator.linear import prepared_linear
-from tavq.generator.model import PRESETS, Prior, PriorConfig
+from tavq.generator.model import PRESETS, GeneratorConfig, GeneratorModel
 from tavq.generator.sampling import sample
 from tavq.generator.settings import SamplingConfig
 
@@ -57,13 +57,13 @@ def test_int8_beside_the_cpu_is_refused():
 @pytest.mark.parametrize("precision", ["int8", "bfloat16"])
 def test_reduced_precision_keeps_the_contract_and_most_tokens(precision):
     torch.manual_seed(1)
-    prior = Prior(PriorConfig.of(PRESETS["tiny"], num_codes=64, grid_size=(4, 4))).eval()
-    for parameter in prior.parameters():
+    model = GeneratorModel(GeneratorConfig.of(PRESETS["tiny"], num_codes=64, grid_size=(4, 4))).eval()
+    for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     texts = TokenStates(torch.randn(6, 32, 384), torch.arange(32).expand(6, -1) < 9)
     settings = SamplingConfig(precision=precision)
-    drawn = sample(prior, texts, range(6), settings)
-    alone = [sample(prior, TokenStates(texts.states[[i]], texts.mask[[i]]), [i], settings) for i in range(6)]
+    drawn = sample(model, texts, range(6), settings)
+    alone = [sample(model, TokenStates(texts.states[[i]], texts.mask[[i]]), [i], settings) for i in range(6)]
     assert torch.equal(torch.cat(alone), drawn)
-    full = sample(prior, texts, range(6), dataclasses.replace(settings, precision="float32"))
+    full = sample(model, texts, range(6), dataclasses.replace(settings, precision="float32"))
     assert (drawn == full).float().mean() > 0.5

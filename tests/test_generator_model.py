@@ -1,8 +1,9 @@
-"""The prior as a function: causality, cache, text mask, attention back ends, contracts of its checkpoint."""
+"""The generator as a function: causality, cache, text mask, attention back ends, its checkpoint."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import types
 
@@ -12,21 +13,21 @@ import torch
 from tavq.data.text_encoder import TokenStates
 from tavq.generator import attention
 from tavq.generator.decoding import Decoder
-from tavq.generator.model import PRESETS, Prior, PriorConfig, rotary_turns, rotate
+from tavq.generator.model import PRESETS, GeneratorConfig, GeneratorModel, rotary_turns, rotate
 
-TINY = PriorConfig.of(PRESETS["tiny"], num_codes=64, grid_size=(4, 4))
+TINY = GeneratorConfig.of(PRESETS["tiny"], num_codes=64, grid_size=(4, 4))
 
 
-def random_prior(config: PriorConfig = TINY) -> Prior:
-    """A prior none of whose weights is zero."""
+def random_model(config: GeneratorConfig = TINY) -> GeneratorModel:
+    """A generator none of whose weights is zero."""
     torch.manual_seed(1)
-    prior = Prior(config).eval()
-    for parameter in prior.parameters():
+    model = GeneratorModel(config).eval()
+    for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    return prior
+    return model
 
 
-def random_texts(count: int, config: PriorConfig = TINY, seed: int = 0) -> TokenStates:
+def random_texts(count: int, config: GeneratorConfig = TINY, seed: int = 0) -> TokenStates:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(3, config.max_text_tokens + 1, (count, 1), generator=generator)
     mask = torch.arange(config.max_text_tokens) < lengths
@@ -34,17 +35,17 @@ def random_texts(count: int, config: PriorConfig = TINY, seed: int = 0) -> Token
     return TokenStates(states * mask[..., None], mask)
 
 
-def random_ids(count: int, config: PriorConfig = TINY) -> torch.Tensor:
+def random_ids(count: int, config: GeneratorConfig = TINY) -> torch.Tensor:
     return torch.randint(
         config.num_codes, (count, config.num_tokens), generator=torch.Generator().manual_seed(3)
     )
 
 
 def test_outputs_have_exactly_no_gradient_from_later_inputs():
-    prior, texts, ids = random_prior(), random_texts(1), random_ids(1)
-    embedded = prior.tokens(ids).detach().requires_grad_()
-    prior.tokens.forward = lambda read: embedded[:, : read.shape[1]]
-    logits = prior(ids, texts.states, texts.mask)
+    model, texts, ids = random_model(), random_texts(1), random_ids(1)
+    embedded = model.tokens(ids).detach().requires_grad_()
+    model.tokens.forward = lambda read: embedded[:, : read.shape[1]]
+    logits = model(ids, texts.states, texts.mask)
     for k in (0, 5, TINY.num_tokens - 1):
         (gradient,) = torch.autograd.grad(logits[0, k].square().sum(), embedded, retain_graph=True)
         assert torch.count_nonzero(gradient[0, k:]) == 0
@@ -52,39 +53,39 @@ def test_outputs_have_exactly_no_gradient_from_later_inputs():
 
 
 def test_cached_decoding_agrees_with_the_full_forward():
-    prior, texts, ids = random_prior(), random_texts(3), random_ids(3)
+    model, texts, ids = random_model(), random_texts(3), random_ids(3)
     texts.mask[1] = False
     with torch.inference_mode():
-        full = prior(ids, texts.states, texts.mask)
-        decoder = Decoder(prior, rows=3)
+        full = model(ids, texts.states, texts.mask)
+        decoder = Decoder(model, rows=3)
         decoder.read(texts)
         steps = [decoder.step(ids[:, i - 1] if i else None, i) for i in range(TINY.num_tokens)]
     torch.testing.assert_close(torch.stack(steps, 1), full, atol=1e-5, rtol=1e-5)
 
 
 def test_empty_text_slots_do_not_matter_and_text_does():
-    prior, texts, ids = random_prior(), random_texts(2), random_ids(2)
+    model, texts, ids = random_model(), random_texts(2), random_ids(2)
     texts.mask[:] = torch.arange(TINY.max_text_tokens) < 5
     noisy = texts.states.clone()
     noisy[:, 5:] = 1000.0
-    expected = prior(ids, texts.states, texts.mask)
-    assert torch.equal(prior(ids, noisy, texts.mask), expected)
+    expected = model(ids, texts.states, texts.mask)
+    assert torch.equal(model(ids, noisy, texts.mask), expected)
     noisy[:, 4] += 1.0
-    assert not torch.allclose(prior(ids, noisy, texts.mask), expected)
+    assert not torch.allclose(model(ids, noisy, texts.mask), expected)
 
 
 def test_null_text_is_one_learned_vector_whatever_the_states():
-    prior, ids = random_prior(), random_ids(1)
+    model, ids = random_model(), random_ids(1)
     none = torch.zeros(1, TINY.max_text_tokens, dtype=torch.bool)
-    first, second = (prior(ids, random_texts(1, seed=s).states, none) for s in (1, 2))
+    first, second = (model(ids, random_texts(1, seed=s).states, none) for s in (1, 2))
     assert torch.equal(first, second)
-    (gradient,) = torch.autograd.grad(first.sum(), prior.null_text)
+    (gradient,) = torch.autograd.grad(first.sum(), model.null_text)
     assert torch.count_nonzero(gradient)
 
 
 def test_first_loss_is_that_of_a_uniform_guess():
-    prior, texts, ids = Prior(TINY).eval(), random_texts(4), random_ids(4)
-    logits = prior(ids, texts.states, texts.mask)
+    model, texts, ids = GeneratorModel(TINY).eval(), random_texts(4), random_ids(4)
+    logits = model(ids, texts.states, texts.mask)
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
     assert loss.item() == pytest.approx(math.log(TINY.num_codes), abs=1e-5)
 
@@ -135,35 +136,47 @@ def test_xformers_is_chosen_for_half_precision_on_cuda_only(monkeypatch):
 
 
 def test_embeddings_start_as_an_isometric_image_of_the_codebook():
-    prior, codebook = Prior(TINY), torch.nn.functional.normalize(torch.randn(TINY.num_codes, 8), dim=-1)
-    prior.initialise(codebook)
-    embedded = torch.nn.functional.normalize(prior.tokens.weight, dim=-1)
+    model, codebook = (
+        GeneratorModel(TINY),
+        torch.nn.functional.normalize(torch.randn(TINY.num_codes, 8), dim=-1),
+    )
+    model.initialise(codebook)
+    embedded = torch.nn.functional.normalize(model.tokens.weight, dim=-1)
     torch.testing.assert_close(embedded @ embedded.T, codebook @ codebook.T, atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match="the codebook has 3 codes, the prior 64"):
-        prior.initialise(codebook[:3])
+    with pytest.raises(ValueError, match="the codebook has 3 codes, the generator 64"):
+        model.initialise(codebook[:3])
 
 
-def test_saved_prior_loads_with_the_same_logits(tmp_path):
-    prior, texts, ids = (
-        random_prior(dataclasses.replace(TINY, codebook_hash="abc")),
+def test_saved_generator_loads_with_the_same_logits(tmp_path):
+    model, texts, ids = (
+        random_model(dataclasses.replace(TINY, codebook_hash="abc")),
         random_texts(2),
         random_ids(2),
     )
-    prior.save_pretrained(tmp_path)
-    loaded = Prior.from_pretrained(tmp_path)
-    assert loaded.config == prior.config
-    assert torch.equal(loaded(ids, texts.states, texts.mask), prior(ids, texts.states, texts.mask))
+    model.save_pretrained(tmp_path)
+    loaded = GeneratorModel.from_pretrained(tmp_path)
+    assert loaded.config == model.config
+    assert torch.equal(loaded(ids, texts.states, texts.mask), model(ids, texts.states, texts.mask))
     loaded.check_codebook("abc")
     with pytest.raises(
-        ValueError, match=r"codebook is xyz, the prior learned ids of abc; load that tokenizer"
+        ValueError, match=r"codebook is xyz, the generator learned ids of abc; load that tokenizer"
     ):
         loaded.check_codebook("xyz")
 
 
+@pytest.mark.parametrize("former", ["prior", "ta-vq-prior"])
+def test_checkpoints_that_call_it_a_prior_still_load(former, tmp_path):
+    random_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["kind"] == "ta-vq-generator"
+    (tmp_path / "config.json").write_text(json.dumps(config | {"kind": former}))
+    assert GeneratorModel.from_pretrained(tmp_path).config == TINY
+
+
 def test_base_has_about_a_hundred_million_weights():
     with torch.device("meta"):
-        priors = {name: Prior(PriorConfig.of(shape)) for name, shape in PRESETS.items()}
-        counts = {name: sum(p.numel() for p in prior.parameters()) for name, prior in priors.items()}
+        models = {name: GeneratorModel(GeneratorConfig.of(shape)) for name, shape in PRESETS.items()}
+        counts = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
     assert 90e6 < counts["base"] < 110e6 and 4e6 < counts["flickr8k"] < 5e6 and counts["tiny"] < 2e5
 
 
@@ -180,6 +193,6 @@ def test_impossible_shapes_are_refused(change, message):
 
 
 def test_text_of_another_encoder_is_refused():
-    prior, ids = random_prior(), random_ids(1)
+    model, ids = random_model(), random_ids(1)
     with pytest.raises(ValueError, match=r"text states are \(7, 384\), expected \(32, 384\)"):
-        prior(ids, torch.zeros(1, 7, 384), torch.ones(1, 7, dtype=torch.bool))
+        model(ids, torch.zeros(1, 7, 384), torch.ones(1, 7, dtype=torch.bool))

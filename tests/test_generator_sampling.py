@@ -12,24 +12,24 @@ import torch
 from tavq.data.text_encoder import TokenStates
 from tavq.generator.decoding import Decoder
 from tavq.generator.drawing import choose, cut
-from tavq.generator.model import PRESETS, Prior, PriorConfig
+from tavq.generator.model import PRESETS, GeneratorConfig, GeneratorModel
 from tavq.generator.noise import gumbel_noise
 from tavq.generator.sampling import sample, stream
 from tavq.generator.settings import SamplingConfig
 
-TINY = PriorConfig.of(PRESETS["tiny"], num_codes=64, grid_size=(4, 4))
+TINY = GeneratorConfig.of(PRESETS["tiny"], num_codes=64, grid_size=(4, 4))
 SETTINGS = SamplingConfig(guidance=2.0, micro_batch=4, draft_tokens=1)
 PINNED_TOKENS = [21, 47, 27, 42, 51, 13, 61, 57, 43, 4, 3, 20, 48, 28, 54, 46]
 
 
 @pytest.fixture(scope="module")
-def prior() -> Prior:
-    """A prior with random weights, none of them zero."""
+def model() -> GeneratorModel:
+    """A generator with random weights, none of them zero."""
     torch.manual_seed(1)
-    prior = Prior(TINY).eval()
-    for parameter in prior.parameters():
+    model = GeneratorModel(TINY).eval()
+    for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    return prior
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -48,21 +48,21 @@ def part(texts: TokenStates, rows: slice | list[int]) -> TokenStates:
     "settings",
     [SETTINGS, SamplingConfig(), SamplingConfig(guidance=1.0, micro_batch=4, top_k=20, top_p=0.9)],
 )
-def test_64_prompts_draw_the_same_at_batch_1_3_and_16(prior, texts, settings):
+def test_64_prompts_draw_the_same_at_batch_1_3_and_16(model, texts, settings):
     seeds = [7 * i for i in range(64)]
     drawn = {}
     for batch in (1, 3, 16):
         chunks = [slice(i, i + batch) for i in range(0, 64, batch)]
-        drawn[batch] = torch.cat([sample(prior, part(texts, c), seeds[c], settings) for c in chunks])
+        drawn[batch] = torch.cat([sample(model, part(texts, c), seeds[c], settings) for c in chunks])
     assert torch.equal(drawn[1], drawn[3]) and torch.equal(drawn[1], drawn[16])
     assert len({tuple(row) for row in drawn[1].tolist()}) == 64
 
 
-def test_place_in_the_batch_and_the_other_prompts_do_not_matter(prior, texts):
+def test_place_in_the_batch_and_the_other_prompts_do_not_matter(model, texts):
     order = [5, 9, 2, 33, 60]
     seeds = [11, 12, 13, 14, 15]
-    one = sample(prior, part(texts, order), seeds, SETTINGS)
-    turned = sample(prior, part(texts, order[::-1]), seeds[::-1], SETTINGS)
+    one = sample(model, part(texts, order), seeds, SETTINGS)
+    turned = sample(model, part(texts, order[::-1]), seeds[::-1], SETTINGS)
     assert torch.equal(one, turned.flip(0))
 
 
@@ -79,8 +79,8 @@ def test_noise_of_a_seed_is_pinned():
         )
 
 
-def test_tokens_of_a_seed_are_pinned(prior, texts):
-    assert sample(prior, part(texts, [0]), [42], SETTINGS)[0].tolist() == PINNED_TOKENS
+def test_tokens_of_a_seed_are_pinned(model, texts):
+    assert sample(model, part(texts, [0]), [42], SETTINGS)[0].tolist() == PINNED_TOKENS
 
 
 def test_noise_is_standard_gumbel_and_differs_by_seed_and_position():
@@ -100,60 +100,60 @@ def test_draws_follow_the_tempered_softmax():
     torch.testing.assert_close(shares, (logits[0] / 2.0).softmax(-1), atol=0.01, rtol=0)
 
 
-def test_temperature_0_is_argmax_whatever_the_seed(prior, texts):
+def test_temperature_0_is_argmax_whatever_the_seed(model, texts):
     greedy = dataclasses.replace(SETTINGS, temperature=0.0)
-    ids = sample(prior, part(texts, [3, 4]), [1, 2], greedy)
-    assert torch.equal(ids, sample(prior, part(texts, [3, 4]), [8, 9], greedy))
+    ids = sample(model, part(texts, [3, 4]), [1, 2], greedy)
+    assert torch.equal(ids, sample(model, part(texts, [3, 4]), [8, 9], greedy))
     with torch.inference_mode():
-        text, null = (prior(ids, texts.states[3:5], texts.mask[3:5] & seen) for seen in (True, False))
+        text, null = (model(ids, texts.states[3:5], texts.mask[3:5] & seen) for seen in (True, False))
     assert torch.equal((null + 2.0 * (text - null)).argmax(-1), ids)
 
 
-def test_scale_1_is_no_guidance(prior, texts):
-    ids = sample(prior, part(texts, [6]), [5], SamplingConfig(guidance=1.0))
+def test_scale_1_is_no_guidance(model, texts):
+    ids = sample(model, part(texts, [6]), [5], SamplingConfig(guidance=1.0))
     with torch.inference_mode():
-        logits = prior(ids, texts.states[6:7], texts.mask[6:7])[0]
+        logits = model(ids, texts.states[6:7], texts.mask[6:7])[0]
     noise = torch.stack([gumbel_noise(5, position, TINY.num_codes) for position in range(TINY.num_tokens)])
     assert torch.equal((logits + noise).argmax(-1), ids[0])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0, 1.7])
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
-def test_drafts_give_the_tokens_of_plain_decoding(prior, texts, temperature, guidance):
+def test_drafts_give_the_tokens_of_plain_decoding(model, texts, temperature, guidance):
     some, seeds = part(texts, slice(8)), list(range(8))
     plain = SamplingConfig(guidance, "cosine", temperature, top_k=50, draft_tokens=1)
-    expected = sample(prior, some, seeds, plain)
+    expected = sample(model, some, seeds, plain)
     for count in (2, 5, 30):
         drafted = dataclasses.replace(plain, draft_tokens=count, micro_batch=3)
-        assert torch.equal(sample(prior, some, seeds, drafted), expected)
+        assert torch.equal(sample(model, some, seeds, drafted), expected)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
-def test_compiled_decoding_gives_the_tokens_of_plain_decoding(prior, texts):
+def test_compiled_decoding_gives_the_tokens_of_plain_decoding(model, texts):
     plain = dataclasses.replace(SETTINGS, micro_batch=1)
     compiled = dataclasses.replace(plain, compile=True, draft_tokens=4)
     some = part(texts, slice(2))
-    assert torch.equal(sample(prior, some, [5, 6], compiled), sample(prior, some, [5, 6], plain))
+    assert torch.equal(sample(model, some, [5, 6], compiled), sample(model, some, [5, 6], plain))
 
 
-def test_drafts_take_fewer_passes_and_keep_what_is_given(prior, texts, monkeypatch):
+def test_drafts_take_fewer_passes_and_keep_what_is_given(model, texts, monkeypatch):
     passes, window = [], Decoder.window
     monkeypatch.setattr(Decoder, "window", lambda *args: passes.append(1) or window(*args))
     settings = dataclasses.replace(SETTINGS, draft_tokens=8, micro_batch=1)
-    whole = sample(prior, part(texts, [0]), [4], settings)
+    whole = sample(model, part(texts, [0]), [4], settings)
     assert 2 <= len(passes) < TINY.num_tokens
     passes.clear()
     kept = torch.ones(1, 16, dtype=torch.bool).index_fill(1, torch.tensor([15]), False)
     assert torch.equal(
-        sample(prior, part(texts, [0]), [4], settings, given_ids=whole, given_mask=kept), whole
+        sample(model, part(texts, [0]), [4], settings, given_ids=whole, given_mask=kept), whole
     )
     assert len(passes) == 2
 
 
-def test_seeds_survive_the_batch_with_drafts(prior, texts):
+def test_seeds_survive_the_batch_with_drafts(model, texts):
     settings = dataclasses.replace(SETTINGS, draft_tokens=4, micro_batch=2)
-    together = sample(prior, part(texts, slice(16)), range(16), settings)
-    alone = [sample(prior, part(texts, [i]), [i], settings) for i in range(16)]
+    together = sample(model, part(texts, slice(16)), range(16), settings)
+    alone = [sample(model, part(texts, [i]), [i], settings) for i in range(16)]
     assert torch.equal(torch.cat(alone), together)
 
 
@@ -181,33 +181,33 @@ def test_top_p_keeps_the_fewest_that_hold_p():
 
 
 @pytest.mark.parametrize("keep", ["top", "box", "random"])
-def test_completion_keeps_what_is_given(prior, texts, keep):
+def test_completion_keeps_what_is_given(model, texts, keep):
     given = torch.randint(TINY.num_codes, (2, TINY.num_tokens))
     mask = {
         "top": torch.arange(16) < 8,
         "box": torch.zeros(4, 4, dtype=torch.bool).index_fill(0, torch.tensor([1, 2]), True).flatten(),
         "random": torch.rand(2, 16) < 0.5,
     }[keep].expand(2, -1)
-    ids = sample(prior, part(texts, [0, 1]), [0, 1], SETTINGS, given_ids=given, given_mask=mask)
+    ids = sample(model, part(texts, [0, 1]), [0, 1], SETTINGS, given_ids=given, given_mask=mask)
     assert torch.equal(ids[mask], given[mask])
     assert not torch.equal(ids[~mask], given[~mask])
     all_kept = sample(
-        prior, part(texts, [0]), [0], SETTINGS, given_ids=ids[:1], given_mask=torch.ones(1, 16) > 0
+        model, part(texts, [0]), [0], SETTINGS, given_ids=ids[:1], given_mask=torch.ones(1, 16) > 0
     )
     assert torch.equal(all_kept, ids[:1])
 
 
-def test_completion_of_its_own_beginning_draws_the_rest_of_the_same_image(prior, texts):
-    whole = sample(prior, part(texts, [2]), [77], SETTINGS)
+def test_completion_of_its_own_beginning_draws_the_rest_of_the_same_image(model, texts):
+    whole = sample(model, part(texts, [2]), [77], SETTINGS)
     mask = torch.arange(16) < 6
-    again = sample(prior, part(texts, [2]), [77], SETTINGS, given_ids=whole[0], given_mask=mask)
+    again = sample(model, part(texts, [2]), [77], SETTINGS, given_ids=whole[0], given_mask=mask)
     assert torch.equal(again, whole)
 
 
-def test_stream_grows_row_by_row_to_the_sampled_image(prior, texts):
+def test_stream_grows_row_by_row_to_the_sampled_image(model, texts):
     seeds = [1, 2, 3, 4, 5]
-    parts = list(stream(prior, part(texts, slice(5)), seeds, SETTINGS, every_rows=1))
-    assert torch.equal(parts[-1].ids, sample(prior, part(texts, slice(5)), seeds, SETTINGS))
+    parts = list(stream(model, part(texts, slice(5)), seeds, SETTINGS, every_rows=1))
+    assert torch.equal(parts[-1].ids, sample(model, part(texts, slice(5)), seeds, SETTINGS))
     assert parts[-1].known.all() and len(parts) == 2 * TINY.grid_size[0]
     assert parts[0].known.sum(1).tolist() == [4, 4, 4, 4, 0]
     for partial in parts:
@@ -231,21 +231,21 @@ def test_impossible_settings_are_refused(change, message):
         SamplingConfig(**change)
 
 
-def test_a_prior_in_training_mode_is_refused(prior, texts):
-    with pytest.raises(ValueError, match=r"training mode.*call prior.eval\(\)"):
-        sample(Prior(TINY).train(), part(texts, [0]), [0], SETTINGS)
+def test_a_generator_in_training_mode_is_refused(model, texts):
+    with pytest.raises(ValueError, match=r"training mode.*call model.eval\(\)"):
+        sample(GeneratorModel(TINY).train(), part(texts, [0]), [0], SETTINGS)
     with pytest.raises(ValueError, match="every_rows is 0"):
-        next(stream(prior, part(texts, [0]), [0], SETTINGS, every_rows=0))
+        next(stream(model, part(texts, [0]), [0], SETTINGS, every_rows=0))
 
 
-def test_wrong_counts_and_shapes_are_refused(prior, texts):
+def test_wrong_counts_and_shapes_are_refused(model, texts):
     two = part(texts, [0, 1])
     with pytest.raises(ValueError, match="got 2 texts and 1 seeds"):
-        sample(prior, two, [1], SETTINGS)
+        sample(model, two, [1], SETTINGS)
     with pytest.raises(ValueError, match="expected both or neither"):
-        sample(prior, two, [1, 2], SETTINGS, given_ids=torch.zeros(16, dtype=torch.int64))
+        sample(model, two, [1, 2], SETTINGS, given_ids=torch.zeros(16, dtype=torch.int64))
     ones = torch.ones(16, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"given_ids are \(2, 4, 4\)"):
-        sample(prior, two, [1, 2], SETTINGS, given_ids=torch.zeros(2, 4, 4), given_mask=ones)
+        sample(model, two, [1, 2], SETTINGS, given_ids=torch.zeros(2, 4, 4), given_mask=ones)
     with pytest.raises(ValueError, match="given_ids reach from 64 to 64, expected 0 to 63"):
-        sample(prior, two, [1, 2], SETTINGS, given_ids=torch.full((16,), 64), given_mask=ones)
+        sample(model, two, [1, 2], SETTINGS, given_ids=torch.full((16,), 64), given_mask=ones)

@@ -1,4 +1,4 @@
-"""Training the prior: what it draws from the token set, and that the text comes to matter."""
+"""Training the generator: what it draws from the token set, and that the text comes to matter."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from tavq.commands.train_generator import main
 from tavq.data.text_encoder import TextEncoder
 from tavq.data.tokens import TokenMeta, TokenRecord, open_tokens, write_tokens
-from tavq.generator.model import Prior
+from tavq.generator.model import GeneratorModel
 from tavq.generator.sampling import sample
 from tavq.generator.settings import SamplingConfig
 from tavq.generator.text_states import pack_states
-from tavq.generator.train import RUN_PRESETS, PriorTask, TokenExamples, train_prior
+from tavq.generator.train import RUN_PRESETS, GeneratorTask, TokenExamples, train_generator
 from tavq.training.checkpoint import tensor_hash
 from tavq.training.run_folder import read_log
 
@@ -83,26 +83,26 @@ def test_training_learns_to_follow_the_text(tokens, tmp_path):
         tokenizer=tmp_path,
         training=dataclasses.replace(RUN_PRESETS["tiny"].training, steps=150, evaluate_every=75),
     )
-    train_prior(run, decode=decode, codebook=CODEBOOK)
+    train_generator(run, decode=decode, codebook=CODEBOOK)
     log = {
         name: value for line in read_log(tmp_path / "run/training/log.jsonl") for name, value in line.items()
     }
     assert log["val/loss"] < 0.5 and log["val/loss_null_text"] > log["val/loss"] + 0.05
     assert {tuple(ids.shape) for ids in shown} == {(8, 4, 4)}
-    prior = Prior.from_pretrained(tmp_path / "run")
-    texts = pack_states(TextEncoder(), SUBJECTS, prior.config.max_text_tokens).rows(range(4))
-    ids = sample(prior, texts, [0, 1, 2, 3], SamplingConfig(temperature=0.0))
+    generator = GeneratorModel.from_pretrained(tmp_path / "run")
+    texts = pack_states(TextEncoder(), SUBJECTS, generator.config.max_text_tokens).rows(range(4))
+    ids = sample(generator, texts, [0, 1, 2, 3], SamplingConfig(temperature=0.0))
     assert torch.equal(ids // 16, torch.arange(4)[:, None].expand(-1, 16))
-    assert prior.config.text_encoder_hash == TextEncoder().hash
-    assert prior.config.provenance == {"data": "made-up", "tokenizer": "tokenizer-hash"}
-    prior.check_codebook(tensor_hash(CODEBOOK))
+    assert generator.config.text_encoder_hash == TextEncoder().hash
+    assert generator.config.provenance == {"data": "made-up", "tokenizer": "tokenizer-hash"}
+    generator.check_codebook(tensor_hash(CODEBOOK))
 
 
 def test_null_text_replaces_a_share_of_the_captions(tokens):
     run = dataclasses.replace(RUN_PRESETS["tiny"], tokens=tokens, null_text_rate=0.25)
-    task = PriorTask(run)
+    task = GeneratorTask(run)
     seen = []
-    task.model.prior.forward = lambda ids, states, mask: seen.append(mask) or torch.zeros(*ids.shape, 64)
+    task.model.generator.forward = lambda ids, states, mask: seen.append(mask) or torch.zeros(*ids.shape, 64)
     batch = task.collate([task.dataset[(n % 32, n)] for n in range(400)])
     task.model(batch, 0)
     assert 0.18 < (~seen[0].any(1)).float().mean() < 0.32
@@ -111,26 +111,31 @@ def test_null_text_replaces_a_share_of_the_captions(tokens):
 
 def test_a_foreign_codebook_is_refused(tokens):
     run = dataclasses.replace(RUN_PRESETS["tiny"], tokens=tokens)
-    with pytest.raises(ValueError, match="the prior learned ids of"):
-        PriorTask(run, codebook=CODEBOOK.flip(0))
+    with pytest.raises(ValueError, match="the generator learned ids of"):
+        GeneratorTask(run, codebook=CODEBOOK.flip(0))
 
 
-def test_training_goes_on_from_a_prior_whose_tokenizer_was_trained_further(tokens, tmp_path):
+def test_training_goes_on_from_a_generator_whose_tokenizer_was_trained_further(tokens, tmp_path):
     run = dataclasses.replace(RUN_PRESETS["tiny"], tokens=tokens)
-    before = PriorTask(run).model.prior
+    before = GeneratorTask(run).model.generator
     before.config = dataclasses.replace(before.config, codebook_hash="before")
     before.card = "---\n---\n# The first training\n"
     before.save_pretrained(tmp_path / "before")
-    task = PriorTask(dataclasses.replace(RUN_PRESETS["flickr8k"], tokens=tokens, start=tmp_path / "before"))
-    prior = task.model.prior
-    prior.check_codebook(tensor_hash(CODEBOOK))
-    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), prior.parameters(), strict=True))
+    task = GeneratorTask(
+        dataclasses.replace(RUN_PRESETS["flickr8k"], tokens=tokens, start=tmp_path / "before")
+    )
+    generator = task.model.generator
+    generator.check_codebook(tensor_hash(CODEBOOK))
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), generator.parameters(), strict=True))
     task.save(task.model, tmp_path / "after", "---\n---\n# The second\n")
-    assert "# What it went on from: The first training" in Prior.from_pretrained(tmp_path / "after").card
+    assert (
+        "# What it went on from: The first training"
+        in GeneratorModel.from_pretrained(tmp_path / "after").card
+    )
     other = dataclasses.replace(before.config, grid_size=(2, 2))
-    Prior(other).save_pretrained(tmp_path / "before")
+    GeneratorModel(other).save_pretrained(tmp_path / "before")
     with pytest.raises(ValueError, match=r"has grid_size \(2, 2\), .* needs \(4, 4\)"):
-        PriorTask(dataclasses.replace(run, start=tmp_path / "before"))
+        GeneratorTask(dataclasses.replace(run, start=tmp_path / "before"))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ def shipped() -> Pipeline:
 
 
 def test_the_parts_fit_one_another_and_name_what_shaped_them(shipped):
-    assert shipped.prior.config.codebook_hash == shipped.tokenizer.codebook_hash
+    assert shipped.generator.config.codebook_hash == shipped.tokenizer.codebook_hash
     assert shipped.captioner.config.codebook_hash == shipped.tokenizer.codebook_hash
     assert {"align", "data", "text_encoder_hash", "perceptual"} <= shipped.tokenizer.config.provenance.keys()
 

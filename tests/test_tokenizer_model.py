@@ -84,8 +84,8 @@ def test_bad_checkpoints_are_refused_with_a_way_out(tiny_tokenizer, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"colour": 1}))
     with pytest.raises(ValueError, match="colour"):
         TAVQTokenizer.from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(config | {"kind": "ta-vq-prior"}))
-    with pytest.raises(ValueError, match="holds a ta-vq-prior, expected a ta-vq-tokenizer"):
+    (tmp_path / "config.json").write_text(json.dumps(config | {"kind": "ta-vq-generator"}))
+    with pytest.raises(ValueError, match="holds a ta-vq-generator, expected a ta-vq-tokenizer"):
         TAVQTokenizer.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="no directory"):
         TAVQTokenizer.from_pretrained(tmp_path / "nowhere")

@@ -99,7 +99,7 @@ class Points(torch.utils.data.Dataset):
 
 
 class LineTask(Task):
-    name = "prior"
+    name = "generator"
 
     def __init__(self, **options):
         self.model, self.dataset, self.saved = Line(**options), Points(), []

@@ -79,7 +79,7 @@ def test_its_state_is_saved_and_loaded():
 
 
 class Blocks(Task):
-    name = "prior"
+    name = "generator"
     hidden = frozenset({"blocks"})
 
     def __init__(self):
@@ -101,5 +101,5 @@ def test_muon_gets_the_matrices_of_the_named_blocks_and_nothing_else():
     assert len(vectors["params"]) == 4 and vectors["weight_decay"] == 0
     assert not task.parameter_groups(TrainingConfig())[0]["muon"]
     task.hidden = frozenset()
-    with pytest.raises(ValueError, match="the prior names no matrices for Muon"):
+    with pytest.raises(ValueError, match="the generator names no matrices for Muon"):
         task.parameter_groups(TrainingConfig(optimizer="muon"))

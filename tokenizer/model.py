@@ -179,8 +179,8 @@ class Decoder(nn.Module):
 class TAVQTokenizer(Checkpointed):
     """Image <-> grid of ids, with a codebook that is aligned with text.
 
-    `encode`, `decode`, `num_codes`, `grid_size` and `codebook` are all that prior and captioner know of it.
-    `project` takes codes to the space of the text encoder (the g_l of docs/method.md).
+    `encode`, `decode`, `num_codes`, `grid_size` and `codebook` are all that generator and captioner know of
+    it. `project` takes codes to the space of the text encoder (the g_l of docs/method.md).
     """
 
     config_class = TokenizerConfig
@@ -215,7 +215,7 @@ class TAVQTokenizer(Checkpointed):
 
     @property
     def codebook_hash(self) -> str:
-        """Names this codebook; prior and captioner record it and refuse another."""
+        """Names this codebook; generator and captioner record it and refuse another."""
         return tensor_hash(self.codebook)
 
     def forward(self, images: Tensor, *, decode: bool = True) -> Encoded:

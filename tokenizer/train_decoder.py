@@ -1,7 +1,7 @@
 """tavq train decoder --tokenizer DIR --data DIR --out DIR
 
 Train the decoder of a finished tokenizer further, all else frozen. Ids, codebook and alignment stay as they
-are, so priors, captioners and token files made with it stay valid; only the pictures change.
+are, so generators, captioners and token files made with it stay valid; only the pictures change.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ probably include those of Flickr8k.
 """
 PURPOSES = {
     "tokenizer": "Turns a square picture into a grid of ids of one codebook, and back.",
-    "prior": "Draws the ids of a picture from a text. Its config names the codebook that it needs.",
+    "generator": "Draws the ids of a picture from a text. Its config names the codebook that it needs.",
     "captioner": "Writes a sentence from the ids of a picture. Its config names the codebook that it needs.",
 }
 
@@ -32,7 +32,7 @@ def model_card(
     """Markdown with front matter: what the weights are, what they were made from, how, and how well they do.
 
     Args:
-        name: "tokenizer", "prior" or "captioner".
+        name: "tokenizer", "generator" or "captioner".
         resolved: configuration of the run, as `config.yaml` holds it.
         lines: of the run's log, for steps and validation metrics.
         examples: seen in training, by all processes together.

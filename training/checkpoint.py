@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -41,6 +42,8 @@ class Checkpointed(nn.Module):
 
     config_class: ClassVar[type]
     kind: ClassVar[str]
+    former_kinds: ClassVar[tuple[str, ...]] = ()
+    """What `config.json` called this kind in earlier versions; such checkpoints still load."""
     renamed_weights: ClassVar[dict[str, str]] = {}
     """Old part of a state-dict key -> its name today; checkpoints written before a renaming still load."""
     renamed_fields: ClassVar[dict[str, str]] = {}
@@ -81,7 +84,7 @@ class Checkpointed(nn.Module):
             ValueError: the checkpoint is of another kind, or its configuration has an unknown field.
         """
         directory = local_directory(source)
-        stored = read_config(directory, cls.kind)
+        stored = read_config(directory, cls.kind, cls.former_kinds)
         config = {cls.renamed_fields.get(name, name): value for name, value in stored.items()}
         model = cls(
             dataclasses.replace(from_dict(cls.config_class, config, source=str(directory)), **changes)
@@ -134,7 +137,7 @@ def local_directory(source: str | Path) -> Path:
         ) from error
 
 
-def read_config(directory: Path, kind: str) -> dict[str, Any]:
+def read_config(directory: Path, kind: str, former_kinds: Sequence[str] = ()) -> dict[str, Any]:
     """The configuration in `directory`, checked to be of `kind`, without the fields that describe the file
     itself."""
     path = directory / CONFIG_FILE
@@ -145,7 +148,7 @@ def read_config(directory: Path, kind: str) -> dict[str, Any]:
     config = json.loads(path.read_text())
     found = config.pop("kind", None)
     config.pop("weights", None)
-    if found != kind:
+    if found not in (kind, *former_kinds):
         raise ValueError(
             f"{directory} holds a {found or 'foreign checkpoint'}, expected a {kind}; name its directory"
         )

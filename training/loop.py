@@ -1,4 +1,4 @@
-"""The one training loop: tokenizer, prior and captioner all run through `train`.
+"""The one training loop: tokenizer, generator and captioner all run through `train`.
 
 Everything random in step t comes from (seed, t), the order of the data from the seed alone, so that weights,
 optimiser and step number are enough to resume bit for bit.

@@ -76,7 +76,7 @@ class Task(ABC):
     """One of the three models as the loop sees it; subclasses live beside their models.
 
     Attributes:
-        name: what is trained, as the model card calls it: "tokenizer", "prior" or "captioner".
+        name: what is trained, as the model card calls it: "tokenizer", "generator" or "captioner".
         model: called as `model(batch, step)`, returns StepOutput.
         critic: optional second player, called as `critic(output.for_critic, step)`, returns StepOutput.
         hidden: parts of the names of the modules whose matrices Muon may train: blocks, not what enters or

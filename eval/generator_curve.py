@@ -1,6 +1,6 @@
-"""python eval/prior_curve.py RUN --checkpoint DIR --features NETWORK.pt [--out curve.png]
+"""python eval/generator_curve.py RUN --checkpoint DIR --features NETWORK.pt [--out curve.png]
 
-Validation loss and Frechet distance of a prior against its training steps, as a picture and as JSON.
+Validation loss and Frechet distance of a generator against its training steps, as a picture and as JSON.
 RUN was trained with --training.keep-evaluated.
 """
 
@@ -33,16 +33,16 @@ from .run_t2i import draw
 
 
 @dataclasses.dataclass(frozen=True)
-class PriorCurve:
-    """Draw validation loss and Frechet distance of a prior against its training steps.
+class GeneratorCurve:
+    """Draw validation loss and Frechet distance of a generator against its training steps.
 
-    Example: python eval/prior_curve.py runs/flickr8k/generator --features mobilenet_v2_features.pt
+    Example: python eval/generator_curve.py runs/flickr8k/generator --features mobilenet_v2_features.pt
     """
 
     run: Positional[Path]
-    """Directory of a prior's training run, with the weights of its evaluations."""
+    """Directory of a generator's training run, with the weights of its evaluations."""
     checkpoint: Path = Path("checkpoints/flickr8k")
-    """Directory that holds the tokenizer/ of that prior."""
+    """Directory that holds the tokenizer/ of that generator."""
     data: str = "../shared/data/flickr8k"
     """Data set: a directory in any known layout, or `shapes`."""
     split: str = "val"
@@ -50,14 +50,14 @@ class PriorCurve:
     """Photos, with one picture each; a Frechet distance of so few is biased, alike for all steps."""
     features: Path | None = None
     """TorchScript feature network (uint8 B,3,H,W -> B,D); Inception v3 if not given."""
-    out: Path = Path("prior_curve.png")
+    out: Path = Path("generator_curve.png")
     """The picture; NAME.json beside it holds the numbers."""
     sampling: SamplingConfig = SamplingConfig()
 
 
 @run_main
 def main(argv: Sequence[str] | None = None) -> None:
-    run = parse(PriorCurve, argv, prog="python eval/prior_curve.py")
+    run = parse(GeneratorCurve, argv, prog="python eval/generator_curve.py")
     kept = sorted((run.run / "training" / KEPT).glob("step-*"))
     if not kept:
         raise FileNotFoundError(
@@ -84,8 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 LOSSES = {"val/loss": "with its caption", "val/loss_null_text": "without text"}
 
 
-def distance(run: PriorCurve, weights: Path, dataset: ImageTextDataset, network: FeatureNetwork) -> float:
-    """Frechet distance of one picture a photo, drawn by the prior in `weights`."""
+def distance(run: GeneratorCurve, weights: Path, dataset: ImageTextDataset, network: FeatureNetwork) -> float:
+    """Frechet distance of one picture a photo, drawn by the generator in `weights`."""
     with tempfile.TemporaryDirectory() as folder:
         os.symlink((run.checkpoint / "tokenizer").resolve(), Path(folder) / "tokenizer")
         os.symlink(weights.resolve(), Path(folder) / "generator")
