@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 
 from tavq.base.arguments import parse, run_main
-from tavq.base.torchvision_ops import ensure_torchvision
 from tavq.data.text_encoder import TextEncoder, TokenStates
 from tavq.eval.table import with_block, write_block
 from tavq.generator.decoding import Decoder
@@ -92,7 +91,6 @@ def full_texts(generator: GeneratorModel, count: int) -> TokenStates:
 
 def as_qwen3(generator: GeneratorModel) -> torch.nn.Module:
     """The same matrices in transformers' Qwen3; its norm weights are 1, its positions one-dimensional."""
-    ensure_torchvision()
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config, width = generator.config, generator.config.width

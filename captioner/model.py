@@ -15,7 +15,6 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from tavq.base.torchvision_ops import ensure_torchvision
 from tavq.training.checkpoint import Checkpointed, local_directory
 
 from .vocabulary import PretrainedVocabulary, Vocabulary, WordVocabulary
@@ -247,7 +246,6 @@ def start_captioner(config: CaptionerConfig) -> Captioner:
     """An untrained captioner; with `shape.decoder`, that language model and its tokenizer inside."""
     if config.shape.decoder is None:
         return Captioner(config)
-    ensure_torchvision()
     from transformers import AutoModelForCausalLM
 
     try:
@@ -282,7 +280,6 @@ def packed_mask(num_tokens: int, captions: int, length: int, like: Tensor) -> Te
 
 
 def _untrained_language(config: CaptionerConfig) -> nn.Module:
-    ensure_torchvision()
     from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
     if config.decoder_config is not None:

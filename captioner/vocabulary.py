@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tavq.base.torchvision_ops import ensure_torchvision
 from tavq.metrics.ptb import tokenize
 
 CLITIC = re.compile(r" (?=(?:'(?:s|re|ve|ll|d|m)|n't)(?: |$))")
@@ -86,7 +85,6 @@ class PretrainedVocabulary:
 
     @classmethod
     def load(cls, source: str | Path) -> PretrainedVocabulary:
-        ensure_torchvision()
         from transformers import AutoTokenizer
 
         return cls(AutoTokenizer.from_pretrained(source))

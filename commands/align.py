@@ -262,9 +262,6 @@ def open_base(source: str) -> nn.Module:
 
 
 def _open_diffusers(place: str) -> nn.Module:
-    from tavq.base.torchvision_ops import ensure_torchvision
-
-    ensure_torchvision()
     try:
         from diffusers import VQModel
     except ImportError as error:

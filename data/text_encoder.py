@@ -228,9 +228,6 @@ def minilm_directory() -> Path:
 
 def _load(source: str):
     """Load the tokenizer and the text half of a model in float32, without a progress bar."""
-    from tavq.base.torchvision_ops import ensure_torchvision
-
-    ensure_torchvision()
     from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging
 

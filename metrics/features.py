@@ -19,8 +19,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tavq.base.torchvision_ops import ensure_torchvision
-
 EXTENSIONS = (".png", ".jpg", ".jpeg")
 METRIC_LAYERS = ("fid", "kid", "prc", "isc")
 
@@ -152,7 +150,6 @@ def extract_features(
 
 
 def _extract(images: ImageSet, network: FeatureNetwork, device: str, batch_size: int) -> dict[str, Tensor]:
-    ensure_torchvision()
     from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
 
     _check_one_size(images)
@@ -189,7 +186,6 @@ def _checked(image: Tensor | np.ndarray) -> Tensor:
 
 
 def _torchscript(path: Path) -> FeatureNetwork:
-    ensure_torchvision()
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 
     if not path.is_file():
@@ -237,7 +233,6 @@ def _torchscript_extractor(path: Path) -> type:
 
 
 def _inception() -> FeatureNetwork:
-    ensure_torchvision()
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
     weights = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name

@@ -18,8 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tavq.base.torchvision_ops import ensure_torchvision
-
 from .features import FeatureNetwork, ImageSet, extract_features
 
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 250
@@ -106,7 +104,6 @@ def score_features(
 def frechet_distance(features: Tensor, reference: Tensor) -> float:
     """Return |mu_1 - mu_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^1/2) of features (n, D); C in float64."""
     _check(features, reference, at_least=2)
-    ensure_torchvision()
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
     statistics = (fid_features_to_statistics(values.cpu()) for values in (features, reference))
@@ -123,7 +120,6 @@ def kid_score(
 ) -> tuple[float, float]:
     """Return mean and standard deviation over random subsets of the unbiased squared MMD, cubic kernel."""
     _check(features, reference, at_least=subset_size, hint="add images, or take a smaller KID subset")
-    ensure_torchvision()
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
     options = {"kid_subsets": subsets, "kid_subset_size": subset_size, "rng_seed": seed, "verbose": False}
@@ -134,7 +130,6 @@ def kid_score(
 def precision_recall(features: Tensor, reference: Tensor, *, neighbours: int = 3) -> tuple[float, float]:
     """Return the share of images inside the reference's manifold, and of the reference inside the images'."""
     _check(features, reference, at_least=neighbours + 1)
-    ensure_torchvision()
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
     result = prc_features_to_metric(features, reference, prc_neighborhood=neighbours, verbose=False)
@@ -143,7 +138,6 @@ def precision_recall(features: Tensor, reference: Tensor, *, neighbours: int = 3
 
 def inception_score(logits: Tensor, *, splits: int = ISC_SPLITS, seed: int = 2020) -> tuple[float, float]:
     """Return mean and deviation over the splits of exp(E KL(p(y|x) || p(y))) from (n, classes) logits."""
-    ensure_torchvision()
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 
     if len(logits) < splits:

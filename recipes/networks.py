@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from tavq.base.arguments import parse, run_main
 from tavq.base.files import written_aside
-from tavq.base.torchvision_ops import ensure_torchvision
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for pixels in [0, 1]
 PARTS = ((0, 2), (2, 5), (5, 8), (8, 10), (10, 11), (11, 12), (12, 13))  # of SqueezeNet, as LPIPS cuts it
@@ -62,7 +61,6 @@ class NetworksRun:
 @run_main
 def main(argv: Sequence[str] | None = None) -> None:
     run = parse(NetworksRun, argv, prog="python recipes/networks.py")
-    ensure_torchvision()
     from torchvision.models import mobilenet_v2, squeezenet1_1
 
     weights = "DEFAULT" if run.pretrained else None

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tavq.base.torchvision_ops import ensure_torchvision
 from tavq.captioner.decoding import GREEDY, caption_ids, log_likelihood, word_log_probs
 from tavq.captioner.examples import caption_targets
 from tavq.captioner.model import PRESETS, Captioner, CaptionerConfig, start_captioner
@@ -211,7 +210,6 @@ def test_vocabulary_keeps_what_is_frequent():
 @pytest.fixture(scope="module")
 def pretrained_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny causal language model of another family, with its own tokenizer, as a directory."""
-    ensure_torchvision()
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

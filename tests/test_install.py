@@ -14,14 +14,22 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parent.parent
 PIN = "2.13.0"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+VISION_PIN = "0.28.0"
 STUB_PYTHON = """#!/bin/sh
 echo "$@" >> {log}
 case "$*" in
-    *"index versions"*"--index-url {index}"*) cat {answers}/on_cpu_index ;;
-    *"index versions"*) cat {answers}/configured ;;
-    *importlib.metadata*) cat {answers}/in_venv ;;
+    *"index versions torchvision"*"--index-url {index}"*) cat {answers}/torchvision_on_cpu_index ;;
+    *"index versions torchvision"*) cat {answers}/torchvision_configured ;;
+    *"index versions torch"*"--index-url {index}"*) cat {answers}/on_cpu_index ;;
+    *"index versions torch"*) cat {answers}/configured ;;
+    *"version('torchvision')"*) cat {answers}/torchvision_in_venv ;;
+    *"version('torch')"*) cat {answers}/in_venv ;;
+    *sysconfig*) echo {answers} ;;
+    *"import torchvision")
+        [ -e {answers}/torchvision_operators.pth ] || {{ cat {answers}/fault >&2; exit 1; }} ;;
 esac
 """
+FAULT = "Traceback ...\nRuntimeError: operator torchvision::nms does not exist\n"
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux wheels of torch carry CUDA")
 
@@ -36,8 +44,11 @@ class Clone:
             folder.mkdir(parents=True)
         for name in ("install.py", "Makefile", "pyproject.toml", "constraints.txt"):
             shutil.copy(ROOT / name, self.root / name)
+        shutil.copytree(ROOT / ".ci", self.root / ".ci")
         self.log.touch()
         self.answer(configured=f"2.15.0, {PIN}", on_cpu_index="", in_venv="")
+        self.answer(torchvision_configured=f"0.30.0, {VISION_PIN}", torchvision_on_cpu_index="")
+        self.answer(torchvision_in_venv="")
         script = STUB_PYTHON.format(log=self.log, index=CPU_INDEX, answers=self.answers)
         self.executable(self.root / ".venv" / "bin" / "python", script)
         self.gpu(present=False)
@@ -46,12 +57,12 @@ class Clone:
         path.write_text(text)
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
-    def answer(self, in_venv: str | None = None, **versions: str) -> None:
-        for name, listed in versions.items():
-            listing = f"torch\nAvailable versions: {listed}\n  INSTALLED: {PIN}+cpu\n"
-            (self.answers / name).write_text(listing if listed else "")
-        if in_venv is not None:
-            (self.answers / "in_venv").write_text(in_venv)
+    def answer(self, **answers: str) -> None:
+        """Set what the stub says: a version for `*in_venv`, else the versions that pip's listing shows."""
+        for name, answer in answers.items():
+            listing = f"torch\nAvailable versions: {answer}\n  INSTALLED: {PIN}+cpu\n"
+            text = answer if name.endswith("in_venv") or not answer else listing
+            (self.answers / name).write_text(text)
 
     def gpu(self, *, present: bool) -> None:
         reply = "echo 'GPU 0: Some Card'" if present else "echo 'NVIDIA-SMI has failed'; exit 9"
@@ -113,6 +124,70 @@ def test_a_torch_that_someone_installed_by_hand_stays(clone, installed):
     clone.answer(in_venv=installed)
     assert clone.install().returncode == 0
     assert f"torch=={PIN}" not in clone.installs()[0]
+
+
+def test_torch_and_torchvision_come_from_the_one_source_that_has_both(clone):
+    clone.answer(configured=f"{PIN}+cpu", on_cpu_index=f"{PIN}+cpu")
+    clone.answer(torchvision_on_cpu_index=f"{VISION_PIN}+cpu")
+    assert clone.install("eval,dev").returncode == 0
+    builds = f" torch=={PIN}+cpu torchvision=={VISION_PIN}+cpu --extra-index-url {CPU_INDEX} -e "
+    assert builds in clone.installs()[0]
+
+
+def test_torchvision_follows_a_cpu_build_of_torch_that_is_there_already(clone):
+    clone.answer(in_venv=f"{PIN}+cpu", torchvision_on_cpu_index=f"{VISION_PIN}+cpu")
+    assert clone.install("all").returncode == 0
+    assert f" torchvision=={VISION_PIN}+cpu --extra-index-url {CPU_INDEX} -e " in clone.installs()[0]
+    clone.answer(torchvision_on_cpu_index="")
+    assert clone.install("all").returncode == 0
+    assert " torchvision==" not in clone.installs()[1] and "index-url" not in clone.installs()[1]
+
+
+def test_a_demo_alone_needs_no_torchvision(clone):
+    clone.answer(configured=f"{PIN}+cpu")
+    assert clone.install("app").returncode == 0
+    assert "index versions torchvision" not in clone.log.read_text()
+
+
+def test_a_torchvision_that_does_not_fit_is_mended_once(clone):
+    clone.answer(configured=f"{PIN}+cpu", torchvision_in_venv=VISION_PIN)
+    (clone.answers / "fault").write_text(FAULT)
+    mended = clone.install("eval")
+    assert mended.returncode == 0 and "torchvision_operators.pth lets `import" in mended.stdout
+    assert (clone.answers / "torchvision_operators.pth").read_text() == "import torchvision_operators\n"
+    assert (clone.answers / "torchvision_operators.py").is_file()
+    assert "import torchvision" not in clone.install("eval").stdout
+
+
+def test_another_fault_of_torchvision_is_left_alone(clone):
+    clone.answer(configured=f"{PIN}+cpu", torchvision_in_venv=VISION_PIN)
+    (clone.answers / "fault").write_text("ImportError: libjpeg.so\n")
+    assert clone.install("eval").returncode == 0
+    assert not (clone.answers / "torchvision_operators.pth").exists()
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_the_hook_declares_the_operators_before_torchvision_is_imported(tmp_path, hooked):
+    """A stand-in asks for the operator as torchvision does, beside a library that cannot be loaded."""
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "_C.so").write_bytes(b"built for CUDA")
+    register = "torch.library.register_fake('torchvision::nms')(lambda dets, scores, threshold: dets)"
+    (tmp_path / "torchvision" / "__init__.py").write_text(f"import torch\n{register}\n")
+    code = f"""
+import sys
+sys.meta_path = [f for f in sys.meta_path if getattr(f, "__name__", "") != "TorchvisionFinder"]
+sys.modules.pop("torchvision_operators", None)  # that of this very environment
+if {hooked}:
+    import torchvision_operators
+import importlib.util
+assert importlib.util.find_spec("torchvision").origin.startswith({str(tmp_path)!r})
+assert "torch" not in sys.modules and "torchvision" not in sys.modules
+import torchvision
+"""
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT / '.ci'}"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.returncode == 0) is hooked, done.stderr
+    assert hooked or "torchvision::nms" in done.stderr
 
 
 def test_a_torch_of_another_version_does_not_count_as_installed(clone):

@@ -17,7 +17,6 @@ from vector_quantize_pytorch import VectorQuantize
 
 from tavq.alignment.adapters import adapt
 from tavq.alignment.aligner import AlignmentConfig, TextAligner, TextUnits
-from tavq.base.torchvision_ops import ensure_torchvision
 from tavq.commands import align
 from tavq.data.images import to_tensor
 from tavq.data.layouts import open_dataset
@@ -121,7 +120,6 @@ class Around(nn.Module):
 
 
 def vq_model_class() -> type[nn.Module]:
-    ensure_torchvision()
     from diffusers import VQModel
 
     return VQModel

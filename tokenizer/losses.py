@@ -69,9 +69,6 @@ class LearnedPerceptual:
     hash = "lpips-vgg"
 
     def __init__(self) -> None:
-        from tavq.base.torchvision_ops import ensure_torchvision
-
-        ensure_torchvision()
         try:
             import lpips
         except ImportError as error:
