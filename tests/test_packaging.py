@@ -29,7 +29,8 @@ ROWS = (
     {"pipeline"},
     {"commands", "eval"},
     {"app"},
-    {"cli", "__init__", "__main__"},
+    {"cli", "__init__"},
+    {"__main__"},
 )
 ROW = {part: number for number, row in enumerate(ROWS) for part in row}
 PUBLIC_NAMES = {"TAVQTokenizer": "tokenizer", "Pipeline": "pipeline"}  # `from tavq import ...` leads there

@@ -1,0 +1,77 @@
+"""Two real processes under torchrun (gloo, CPU): they read the same token set and train as one does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tavq.data.tokens import TokenMeta, TokenRecord, write_tokens
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def tokens_dir(tmp_path_factory):
+    random = np.random.default_rng(0)
+    records = []
+    for split in ("train", "val"):
+        for number in range(12):
+            ids = random.integers(0, 8, (2, 2, 4))
+            captions = (f"A dog by {number}.", "A cat by water.")
+            records.append(TokenRecord(f"{split}{number}", split, ids, captions))
+    directory = tmp_path_factory.mktemp("two-processes") / "tokens"
+    write_tokens(directory, records, TokenMeta(8, (2, 4), "codebook", "tokenizer", "made up", 16), 5)
+    return directory
+
+
+def run_processes(count: int, *arguments: object) -> str:
+    """Run `python ARGUMENTS` in `count` processes that form one group; return what they print."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    # `accelerate launch --cpu` would start one process and not say so.
+    environment = {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *launch, *map(str, arguments)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_every_process_reads_the_whole_token_set(tokens_dir, tmp_path):
+    script = tmp_path / "read.py"
+    script.write_text(
+        "import os, sys\n"
+        "from tavq.data.tokens import open_tokens\n"
+        "names = open_tokens(sys.argv[1], 'train').names\n"
+        "print(os.environ['RANK'], os.environ['WORLD_SIZE'], *names, flush=True)\n"
+    )
+    names = " ".join(f"train{n}" for n in range(12))
+    printed = run_processes(2, script, tokens_dir)
+    assert sorted(printed.splitlines()) == [f"{rank} 2 {names}" for rank in range(2)]
+
+
+@pytest.mark.parametrize("model", ["generator", "captioner"])
+def test_two_processes_of_four_examples_train_as_one_of_eight(tokens_dir, tmp_path, model):
+    flags = ["--preset", "tiny", "--tokens", tokens_dir, "--training.steps", 3, "--training.warmup-steps", 0]
+    # Each process draws its own dropout, and the two losses are averages over captions of one length.
+    flags += ["--model.dropout", 0]
+    flags += ["--null-text-rate", 0] if model == "generator" else ["--model.token-dropout", 1e-9]
+    weights = {}
+    for count in (1, 2):
+        out = tmp_path / f"of-{count}"
+        run_processes(
+            count, "-m", "tavq", "train", model, *flags, "--out", out, "--training.batch-size", 8 // count
+        )
+        weights[count] = load_file(out / "model.safetensors")
+    assert weights[1].keys() == weights[2].keys()
+    for name, one in weights[1].items():
+        np.testing.assert_allclose(one, weights[2][name], atol=2e-5, err_msg=name)
