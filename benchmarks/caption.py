@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from tavq.base.arguments import parse, run_main
-from tavq.captioner.decoding import GREEDY, DecodingConfig, describe, search
+from tavq.captioner.decoding import GREEDY, DecodingConfig, decode_word_ids, to_captions
 from tavq.captioner.model import Captioner
 from tavq.data.examples import readable_images
 from tavq.data.images import to_tensor
@@ -79,9 +79,9 @@ def measure(
         if batch and (image is None or len(batch) == batch_size):
             ids = tokenizer.encode(torch.stack(batch).to(device)).flatten(1)
             watch.lap("tokenizer")
-            found = search(captioner, ids, settings)
+            found = decode_word_ids(captioner, ids, settings)
             watch.lap("decoder")
-            describe(captioner, ids, found, settings)
+            to_captions(captioner, ids, found, settings)
             watch.lap("words")
             count, batch = count + len(batch), []
     return count, watch.seconds

@@ -1,8 +1,11 @@
-"""Captions from image tokens: greedy, beam search or sampling, then the probability of each word.
+"""Decode captions from image tokens: greedy decoding, beam search or sampling.
 
-A caption depends on the tokens of its image, the settings and, if sampled, its own seed: never on the batch.
+`generate` of transformers decodes the words behind the image prefix. A second pass over all captions, packed
+into one sequence, then gives the probability of each word. A caption depends on the tokens of its image, on
+the settings and, where it is sampled, on its seed; it never depends on the rest of the batch.
 
-Legend: B batch, N image tokens, h w token grid, C captions an image, T positions a caption, V vocabulary.
+Shapes: B images, N image tokens, h w token grid, G captions of each image (a group), T words of a caption,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,50 +13,52 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from tavq.base.seeding import mixed_seed
 
+from .likelihood import pad_captions, word_log_probs
 from .model import Captioner, Style
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodingConfig:
-    """How captions are searched for."""
+    """Options for decoding captions."""
 
     beam: int = 5
-    """Width of the beam search; 1 is greedy."""
+    """Number of beams; 1 is greedy decoding."""
     n_best: int = 1
-    """Captions an image, the best first; as many samples when `temperature` is above 0."""
+    """Number of captions per image, best first. With a temperature above 0, so many captions are sampled."""
     length_penalty: float = 1.0
-    """Exponent on the length that divides a beam's log-probability; above 1 favours longer captions."""
+    """Exponent of the length that divides a beam's log-probability; above 1 it favours longer captions."""
     no_repeat_ngram: int = 3
-    """No word sequence of this length occurs twice in a caption; 0 allows all."""
+    """No n-gram of this length occurs twice in a caption; 0 allows all repetitions."""
     max_words: int | None = None
-    """The longest caption; by default what the captioner was trained for."""
+    """Maximum length of a caption; by default the one that the captioner was trained for."""
     style: Style = "short"
-    """Captions, or long descriptions where the captioner was trained on dense text."""
+    """short gives captions, long gives descriptions (if the captioner was trained on dense text)."""
     temperature: float = 0.0
-    """Above 0 samples instead of searching."""
+    """Temperature of the softmax. 0 searches for the likeliest caption, a value above 0 samples."""
     seed: int = 0
-    """Of the samples."""
+    """Seed of the samples."""
     top_p: float = 1.0
-    """Samples come from the likeliest words that hold this much probability."""
+    """Nucleus sampling: samples come from the likeliest words that hold this much probability."""
     alignment: float = 0.0
-    """Above 0 aligned codes help to choose among the beams or samples: the weight of how well they fit the
-    sentence, beside its mean log-probability (4 was best on Flickr8k)."""
+    """Weight of the alignment score of codes and sentence, which is added to the mean log-probability when
+    beams or samples are ranked. 0 turns it off; 4 was best on Flickr8k."""
 
     @property
-    def candidates(self) -> int:
-        """Captions an image that are searched for."""
-        return self.beam if self.alignment and self.temperature == 0 else self.n_best
+    def num_candidates(self) -> int:
+        """Number of captions per image that are decoded, before the ranking takes `n_best` of them."""
+        # Alignment ranks the beams, so it needs all of them. Samples are ranked as they are.
+        ranks_beams = bool(self.alignment) and self.temperature == 0
+        return self.beam if ranks_beams else self.n_best
 
     def __post_init__(self) -> None:
         for name in ("beam", "n_best"):
@@ -68,11 +73,14 @@ class DecodingConfig:
             raise ValueError(
                 f"n_best is {self.n_best} and beam {self.beam}; widen the beam, or sample with a temperature"
             )
-        if self.alignment < 0 or (self.alignment and self.candidates == 1):
+        if self.alignment < 0 or (self.alignment and self.num_candidates == 1):
             raise ValueError(
-                f"alignment is {self.alignment} with {self.candidates} candidates an image, "
-                "expected 0 or more, and several to choose from: widen the beam, or draw several samples"
+                f"alignment is {self.alignment} with {self.num_candidates} candidates an image, "
+                "expected 0 or more, and several candidates to rank: widen the beam, or sample several"
             )
+
+
+GREEDY = DecodingConfig(beam=1, no_repeat_ngram=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,102 +89,150 @@ class Word:
 
     text: str
     probability: float
-    """That the model gave it, knowing the words before."""
+    """Probability that the captioner gave the word, knowing the words before it."""
     patches: np.ndarray | None = None
-    """(h, w) float32, sums to 1: the image tokens that its prediction looked at; only when asked for."""
+    """(h, w) float32, sums to 1: attention from the word's prediction to the image tokens, if asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Caption:
-    """A sentence with the model's own doubts."""
+    """A caption with its score and the probability of each of its words."""
 
     text: str
     score: float
-    """Mean log-probability of its words and of its end; plus what `DecodingConfig.alignment` adds."""
+    """Mean log-probability of the words and the end token, plus what `DecodingConfig.alignment` adds."""
     words: tuple[Word, ...]
 
     def marked(self, threshold: float) -> str:
-        """The words, those less probable than `threshold` in [brackets?]."""
+        """Join the words; those less probable than `threshold` are written as [word?]."""
         return " ".join(w.text if w.probability >= threshold else f"[{w.text}?]" for w in self.words)
 
 
-GREEDY = DecodingConfig(beam=1, no_repeat_ngram=0)
-Fit = Callable[[Tensor, Sequence[Sequence[str]]], Tensor]
-"""How well the codes of each image fit its C sentences: ids (B, N), B times C texts -> (B, C) in [-2, 0]."""
+AlignmentScore = Callable[[Tensor, Sequence[Sequence[str]]], Tensor]
+"""How well the codes of each image match its G sentences: ids (B, N), B groups of G texts -> (B, G)."""
 
 
 @torch.inference_mode()
-def caption_ids(
+def decode_captions(
     captioner: Captioner,
     ids: Tensor,
     settings: DecodingConfig | None = None,
     *,
     seeds: Sequence[int] | None = None,
     with_patches: bool = False,
-    fit: Fit | None = None,
+    alignment_score: AlignmentScore | None = None,
 ) -> list[list[Caption]]:
-    """Describe images.
+    """Caption images, given as tokens.
 
     Args:
         captioner: in eval mode.
         ids: (B, N) or (B, h, w) int64.
         settings: beam search of width 5 by default.
         seeds: B seeds for sampling; `settings.seed` for every image by default.
-        with_patches: give each word the map of the image tokens behind it (a slower attention).
-        fit: what `settings.alignment` weighs; `Pipeline.caption` gives its tokenizer's.
+        with_patches: give each word its attention over the image tokens (by a slower attention kernel).
+        alignment_score: the score that `settings.alignment` weighs; `Pipeline.caption` passes that of its
+            tokenizer.
 
     Returns:
-        For each image `n_best` captions, the best first.
+        For each image `n_best` captions, best first.
+
+    Raises:
+        ValueError: `settings.alignment` is set, but no `alignment_score` is given.
     """
     settings = settings or DecodingConfig()
-    if settings.alignment and fit is None:
-        raise ValueError(f"alignment is {settings.alignment}, but no fit is given; call Pipeline.caption")
+    if settings.alignment and alignment_score is None:
+        raise ValueError(
+            f"alignment is {settings.alignment}, but no alignment_score is given; call Pipeline.caption"
+        )
     if len(ids) == 0:
         return []
+
     ids = ids.flatten(1)
-    found = search(captioner, ids, settings, seeds)
-    captions = describe(captioner, ids, found, settings, with_patches=with_patches)
+    candidates = decode_word_ids(captioner, ids, settings, seeds)
+    captions = to_captions(captioner, ids, candidates, settings, with_patches=with_patches)
+
     if settings.alignment:
-        fits = fit(ids, [[caption.text for caption in group] for group in captions])
+        scores = alignment_score(ids, [[caption.text for caption in group] for group in captions])
         captions = [
-            [replace(c, score=c.score + settings.alignment * f) for c, f in zip(*pair, strict=True)]
-            for pair in zip(captions, fits.tolist(), strict=True)
+            [replace(c, score=c.score + settings.alignment * s) for c, s in zip(group, row, strict=True)]
+            for group, row in zip(captions, scores.tolist(), strict=True)
         ]
-    if settings.alignment or settings.temperature > 0:  # beams come in order
+    # Beam search returns its beams in order, by the length penalty. Samples come in the order of their draws.
+    if settings.alignment or settings.temperature > 0:
         captions = [sorted(group, key=lambda caption: -caption.score) for group in captions]
+
     return [group[: settings.n_best] for group in captions]
 
 
 @torch.inference_mode()
-def describe(
+def decode_word_ids(
+    captioner: Captioner, ids: Tensor, settings: DecodingConfig, seeds: Sequence[int] | None = None
+) -> list[list[list[int]]]:
+    """Decode `settings.num_candidates` captions for each image of ids (B, N), as word ids without the end."""
+    prefix = captioner.prefix_embeddings(ids, settings.style)
+    if settings.temperature > 0:
+        prefix = prefix.repeat_interleave(settings.num_candidates, dim=0)
+        strategy = _sampling_options(settings, seeds or [settings.seed] * len(ids))
+    else:
+        strategy = _beam_search_options(settings)
+
+    with warnings.catch_warnings():
+        # transformers warns that prompt n-grams are not checked; our prompt is an image prefix without words
+        warnings.filterwarnings("ignore", "Passing `no_repeat_ngram_size`")
+        rows = captioner.language_model.generate(
+            inputs_embeds=prefix,
+            attention_mask=torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device),
+            max_new_tokens=_max_words(captioner, settings),
+            min_new_tokens=1,
+            do_sample=False,
+            suppress_tokens=captioner.text.suppressed_ids or None,
+            no_repeat_ngram_size=settings.no_repeat_ngram,
+            eos_token_id=captioner.text.end_id,
+            pad_token_id=captioner.text.pad_id,
+            **strategy,
+        ).tolist()
+
+    captions = [_before_end(row, captioner.text.end_id) for row in rows]
+    size = settings.num_candidates
+    return [captions[first : first + size] for first in range(0, len(captions), size)]
+
+
+@torch.inference_mode()
+def to_captions(
     captioner: Captioner,
     ids: Tensor,
-    found: list[list[list[int]]],
+    candidates: list[list[list[int]]],
     settings: DecodingConfig,
     *,
     with_patches: bool = False,
 ) -> list[list[Caption]]:
-    """Turn what `search` found for ids (B, N) into captions, with the probability of each word."""
-    words_BCT = _padded(captioner, found)
-    starts_BC = torch.full_like(words_BCT[..., 0], captioner.start_id(settings.style))
-    log_probs_BCT = word_log_probs(captioner, ids, words_BCT, starts_BC).cpu()
-    patches = None
+    """Turn the word ids that `decode_word_ids` gave for ids (B, N) into captions with word probabilities.
+
+    The probabilities are those of the captioner itself: without temperature, top-p or any other constraint.
+    """
+    words_BGT = pad_captions(captioner, candidates)
+    starts_BG = torch.full_like(words_BGT[..., 0], captioner.start_id(settings.style))
+    log_probs_BGT = word_log_probs(captioner, ids, words_BGT, starts_BG).cpu()
+
+    maps_BGThw = None
     if with_patches:
-        patches = captioner.attention(ids, words_BCT, starts_BC).cpu()
-        patches = patches.unflatten(-1, captioner.config.grid_size)
-    limit = _limit(captioner, settings)
+        maps = captioner.attention_maps(ids, words_BGT, starts_BG).cpu()
+        maps_BGThw = maps.unflatten(-1, captioner.config.grid_size)
+
+    # A caption of maximum length was cut off: the captioner never said that it ends there.
+    limit = _max_words(captioner, settings)
     return [
         [
             _caption(
                 captioner,
                 words,
-                log_probs_BCT[b, c],
-                None if patches is None else patches[b, c],
+                log_probs_BGT[b, g],
+                None if maps_BGThw is None else maps_BGThw[b, g],
                 ended=len(words) < limit,
             )
-            for c, words in enumerate(candidates)
+            for g, words in enumerate(group)
         ]
-        for b, candidates in enumerate(found)
+        for b, group in enumerate(candidates)
     ]
 
 
@@ -186,145 +242,74 @@ def _caption(
     pieces = captioner.text.pieces(words)
     probabilities = log_probs[: len(words)].exp().tolist()
     patches = [None] * len(words) if maps is None else list(maps[: len(words)].numpy())
-    counted = log_probs[: len(words) + ended]
+
+    scored = log_probs[: len(words) + ended]
     return Caption(
         captioner.text.decode(words),
-        float(counted.mean()) if len(counted) else -math.inf,
+        float(scored.mean()) if len(scored) else -math.inf,
         tuple(Word(*parts) for parts in zip(pieces, probabilities, patches, strict=True)),
     )
 
 
-@torch.inference_mode()
-def search(
-    captioner: Captioner, ids: Tensor, settings: DecodingConfig, seeds: Sequence[int] | None = None
-) -> list[list[list[int]]]:
-    """For each image of ids (B, N), `settings.candidates` captions as ids, without the end."""
-    samples = settings.temperature > 0
-    prompt = captioner.prompt(ids, settings.style)
-    if samples:
-        prompt = prompt.repeat_interleave(settings.candidates, dim=0)
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "Passing `no_repeat_ngram_size`"
-        )  # the prompt holds no words anyway
-        rows = captioner.language.generate(
-            inputs_embeds=prompt,
-            attention_mask=torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device),
-            max_new_tokens=_limit(captioner, settings),
-            min_new_tokens=1,
-            do_sample=False,
-            suppress_tokens=captioner.text.suppressed_ids or None,
-            no_repeat_ngram_size=settings.no_repeat_ngram,
-            eos_token_id=captioner.text.end_id,
-            pad_token_id=captioner.text.pad_id,
-            **(_sampling(settings, seeds or [settings.seed] * len(ids)) if samples else _beams(settings)),
-        ).tolist()
-    captions = [_until_end(row, captioner.text.end_id) for row in rows]
-    return [captions[i : i + settings.candidates] for i in range(0, len(captions), settings.candidates)]
-
-
-def _beams(settings: DecodingConfig) -> dict[str, Any]:
+def _beam_search_options(settings: DecodingConfig) -> dict[str, Any]:
     if settings.beam == 1:
         return {"num_beams": 1}
     return {
         "num_beams": settings.beam,
-        "num_return_sequences": settings.candidates,
+        "num_return_sequences": settings.num_candidates,
         "length_penalty": settings.length_penalty,
         "early_stopping": False,
     }
 
 
-def _sampling(settings: DecodingConfig, seeds: Sequence[int]) -> dict[str, Any]:
-    """Sampling as the argmax of logits plus noise that belongs to (seed, copy, position)."""
+def _sampling_options(settings: DecodingConfig, seeds: Sequence[int]) -> dict[str, Any]:
+    """Sample by greedy decoding of logits to which noise of (seed, copy, position) is added.
+
+    `do_sample` of transformers draws from torch's global state for the whole batch at once: a caption would
+    depend on the other images of its batch.
+    """
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-    steps = [TemperatureLogitsWarper(settings.temperature)] if settings.temperature != 1 else []
-    steps += [TopPLogitsWarper(settings.top_p)] if settings.top_p < 1 else []
-    keys = [mixed_seed(seed, copy) for seed in seeds for copy in range(settings.candidates)]
-    return {"logits_processor": LogitsProcessorList([*steps, _Noise(keys)])}
+    processors: list[Any] = []
+    if settings.temperature != 1:
+        processors.append(TemperatureLogitsWarper(settings.temperature))
+    if settings.top_p < 1:
+        processors.append(TopPLogitsWarper(settings.top_p))
+    # The noise comes last: temperature and top-p act on the distribution, the argmax then samples from it.
+    keys = [mixed_seed(seed, copy) for seed in seeds for copy in range(settings.num_candidates)]
+    processors.append(_GumbelNoise(keys))
+
+    return {"logits_processor": LogitsProcessorList(processors)}
 
 
-class _Noise:
-    """Adds Gumbel noise to each row's logits; an argmax is then a draw (Gumbel-max trick)."""
+class _GumbelNoise:
+    """Add Gumbel noise to the logits of each row; their argmax is then a sample (Gumbel-max trick).
+
+    Args:
+        keys: one seed per row.
+    """
 
     def __init__(self, keys: Sequence[int]):
         self.keys = keys
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        noise = [self._row(key, input_ids.shape[1], scores.shape[1]) for key in self.keys]
+        noise = [self._noise(key, input_ids.shape[1], scores.shape[1]) for key in self.keys]
         return scores + torch.stack(noise).to(scores)
 
     @staticmethod
-    def _row(key: int, position: int, size: int) -> Tensor:
-        generator = torch.Generator().manual_seed(mixed_seed(key, position))
-        return -torch.empty(size, dtype=torch.float64).exponential_(generator=generator).log()
+    def _noise(key: int, position: int, size: int) -> Tensor:
+        # On the CPU, so that a seed gives the same noise on every device. In float64, since float32 has too
+        # few digits near 0 and would cut off the tail of the Gumbel distribution.
+        rng = torch.Generator().manual_seed(mixed_seed(key, position))
+        return -torch.empty(size, dtype=torch.float64).exponential_(generator=rng).log()
 
 
-def word_log_probs(
-    captioner: Captioner,
-    ids: Tensor,
-    words: Tensor,
-    starts: Tensor | None = None,
-    *,
-    without: Sequence[int] = (),
-    temperature: float = 1.0,
-) -> Tensor:
-    """Log-probability of each word of (B, C, T) and of the end behind it.
-
-    Padding is read as the end: entry t < length is the word's, entry `length` the end's; the rest is void.
-    Words in `without` have no share of the probability; none of `words` may be among them. The logits are
-    divided by `temperature`.
-
-    Returns:
-        (B, C, T + 1) float32.
-    """
-    logits = captioner(ids, words, starts).float() / temperature
-    if without:
-        logits[..., list(without)] = -torch.inf
-    ends = torch.full_like(words[..., :1], captioner.text.end_id)
-    targets = torch.cat([words, ends], dim=-1)
-    targets = targets.masked_fill(targets == captioner.text.pad_id, captioner.text.end_id)
-    return logits.log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
-
-
-@torch.inference_mode()
-def log_likelihood(captioner: Captioner, ids: Tensor, texts: Sequence[str]) -> Tensor:
-    """Log-probability of each text given its image, summed over its words and its end: (B,) float32.
-
-    Args:
-        captioner: in eval mode.
-        ids: (B, N) or (B, h, w) int64.
-        texts: B sentences; words outside the vocabulary count as the unknown word.
-    """
-    if len(texts) != len(ids):
-        raise ValueError(f"got {len(ids)} images and {len(texts)} texts, expected one text an image")
-    limit = captioner.config.shape.max_words
-    encoded = [captioner.text.encode(text) for text in texts]
-    longest = max(map(len, encoded))
-    if longest > limit:
-        warnings.warn(f"a text has {longest} words; only the first {limit} are scored", stacklevel=2)
-    encoded = [words[:limit] for words in encoded]
-    log_probs = word_log_probs(captioner, ids.flatten(1), _padded(captioner, [[words] for words in encoded]))
-    lengths = torch.tensor([len(words) for words in encoded], device=ids.device)
-    counted = torch.arange(log_probs.shape[-1], device=ids.device) <= lengths[:, None]
-    return (log_probs[:, 0] * counted).sum(-1)
-
-
-def _padded(captioner: Captioner, captions: Iterable[Sequence[Sequence[int]]]) -> Tensor:
-    """Captions of B images, C each -> (B, C, T), T at least 1."""
-    captions = list(captions)
-    rows = [torch.tensor(words, dtype=torch.long) for group in captions for words in group]
-    rows.append(torch.zeros(1, dtype=torch.long))  # so that T is 1 when all captions are empty
-    padded = pad_sequence(rows, batch_first=True, padding_value=captioner.text.pad_id)[:-1]
-    return padded.unflatten(0, (len(captions), -1)).to(captioner.starts.weight.device)
-
-
-def _limit(captioner: Captioner, settings: DecodingConfig) -> int:
-    longest = captioner.longest(settings.style)
+def _max_words(captioner: Captioner, settings: DecodingConfig) -> int:
+    longest = captioner.max_words(settings.style)
     if settings.max_words is not None and not 1 <= settings.max_words <= longest:
         raise ValueError(f"max_words is {settings.max_words}, expected 1 to {longest} as trained")
     return settings.max_words or longest
 
 
-def _until_end(row: list[int], end_id: int) -> list[int]:
-    return row[: row.index(end_id)] if end_id in row else row
+def _before_end(words: list[int], end_id: int) -> list[int]:
+    return words[: words.index(end_id)] if end_id in words else words

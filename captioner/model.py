@@ -1,7 +1,11 @@
-"""The captioner: image tokens, read by bidirectional blocks, then a causal language model of `transformers`.
+"""The captioner: a bidirectional encoder of image tokens, and a causal language model of `transformers`.
 
-Legend: B batch, N image tokens, C captions an image, T positions a caption, D width of the language model,
-    E code width, K codes, V vocabulary.
+The encoded image tokens are a prefix of the sentence, as in ClipCap (Mokady et al. 2021, arXiv:2111.09734).
+There is no cross-attention, so that any causal language model fits.
+
+Shapes: B images, N = h*w image tokens, G captions of each image (a group), T words of a caption,
+L = N + G * (T + 1) length of the packed sequence, D width of the language model, E code width, K codes,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -28,23 +32,28 @@ class CaptionerShape:
     """Size of the captioner."""
 
     decoder: str | None = None
-    """Causal language model of transformers to start from (hub id or directory); None: a small own GPT-2."""
+    """Pretrained causal language model of transformers (hub id or directory). None trains a small GPT-2 from
+    scratch."""
     width: int = 192
-    """Of the image blocks and of our own decoder."""
+    """Width of the image encoder, and of the decoder that is trained from scratch."""
     num_heads: int = 6
+    """Attention heads of both."""
     encoder_layers: int = 2
-    """Bidirectional blocks over the image tokens."""
+    """Bidirectional blocks of the image encoder."""
     decoder_layers: int = 3
-    """Of our own decoder."""
+    """Blocks of the decoder that is trained from scratch."""
     max_words: int = 20
-    """The longest caption; sub-words with a pretrained decoder."""
+    """Maximum length of a caption, in words (in sub-words with a pretrained decoder)."""
     long_words: int = 0
-    """The longest long description, a second style for data with dense text; 0: captions alone."""
+    """Maximum length of a long description, a second style for data with dense text. 0 trains captions
+    only."""
     quality_buckets: int = 0
-    """Degrees of agreement that training pairs are marked with; the best one is asked for. 0: none."""
+    """Number of quality tokens: a training caption starts with the token of its alignment score's quantile;
+    captions are decoded with the best one. 0 turns this off."""
     dropout: float = 0.1
+    """Dropout in the encoder and in the decoder that is trained from scratch."""
     token_dropout: float = 0.1
-    """Share of the image tokens that are hidden in training."""
+    """Fraction of the image tokens that are replaced by a mask token in training."""
 
     def __post_init__(self) -> None:
         if self.width % self.num_heads:
@@ -62,33 +71,36 @@ PRESETS: dict[str, CaptionerShape] = {
 
 @dataclasses.dataclass(frozen=True)
 class CaptionerConfig:
-    """Everything that a captioner is built from: its shape, the tokens it reads and the words it writes."""
+    """Everything that a captioner is built from: its size, its image tokens and its vocabulary."""
 
     shape: CaptionerShape
     num_codes: int
     code_dim: int
     grid_size: tuple[int, int]
     codebook_hash: str
-    """Names the codebook whose ids this captioner reads."""
+    """Hash of the codebook that the image tokens come from."""
     words: tuple[str, ...] = ()
-    """Our own vocabulary, most frequent first; empty with a pretrained decoder."""
+    """Words of the vocabulary, most frequent first; empty with a pretrained decoder, which brings its own."""
     decoder_config: dict[str, Any] | None = None
-    """The pretrained decoder's configuration, so that a checkpoint loads without its source."""
+    """Configuration of the pretrained decoder, so that a checkpoint loads without its source."""
     provenance: dict[str, str] = dataclasses.field(default_factory=dict)
-    """What shaped these weights: data, stage of training, tokenizer."""
+    """Data, tokenizer and stage of training that gave these weights."""
 
 
-class ImageReader(nn.Module):
-    """ids (B, N) in [0, K) -> prefix (B, N, D) of the language model."""
+class ImageEncoder(nn.Module):
+    """Encode ids (B, N) in [0, K) as the prefix (B, N, D) of the language model, by bidirectional blocks."""
 
     def __init__(self, config: CaptionerConfig, prefix_dim: int):
         super().__init__()
-        shape, (h, w) = config.shape, config.grid_size
-        self.codes = nn.Embedding(config.num_codes, config.code_dim)
-        self.enter = nn.Linear(config.code_dim, shape.width)
-        self.hidden = nn.Parameter(torch.randn(shape.width) * 0.02)
-        self.rows = nn.Parameter(torch.randn(h, 1, shape.width) * 0.02)
-        self.columns = nn.Parameter(torch.randn(1, w, shape.width) * 0.02)
+        shape = config.shape
+        h, w = config.grid_size
+
+        self.code_embedding = nn.Embedding(config.num_codes, config.code_dim)
+        self.in_proj = nn.Linear(config.code_dim, shape.width)
+        self.mask_token = nn.Parameter(torch.randn(shape.width) * 0.02)
+        self.row_embedding = nn.Parameter(torch.randn(h, 1, shape.width) * 0.02)
+        self.column_embedding = nn.Parameter(torch.randn(1, w, shape.width) * 0.02)
+
         block = nn.TransformerEncoderLayer(
             shape.width,
             shape.num_heads,
@@ -98,54 +110,76 @@ class ImageReader(nn.Module):
             batch_first=True,
             norm_first=True,
         )
-        block.self_attn.dropout = (
-            0.0  # the CPU's fast attention has none: 1.7 s a step with it, 1.3 s without
-        )
+        # No dropout on attention weights: with it the CPU has no fused kernel, 1.7 s a step instead of 1.3 s.
+        block.self_attn.dropout = 0.0
         self.blocks = nn.TransformerEncoder(block, shape.encoder_layers, enable_nested_tensor=False)
         self.norm = nn.LayerNorm(shape.width)
-        self.leave = nn.Linear(shape.width, prefix_dim) if prefix_dim != shape.width else nn.Identity()
+        self.out_proj = nn.Linear(shape.width, prefix_dim) if prefix_dim != shape.width else nn.Identity()
         self.token_dropout = shape.token_dropout
 
-    def start_from(self, codebook: Tensor) -> None:
-        """Take `codebook` (K, E) as the first embeddings, scaled to a root mean square of 1."""
-        if codebook.shape != self.codes.weight.shape:
+    def initialize_from(self, codebook: Tensor) -> None:
+        """Set the code embeddings to `codebook` (K, E), scaled to a root mean square of 1.
+
+        A fresh `nn.Embedding` has the same scale, so the layers behind it start as usual.
+        """
+        weight = self.code_embedding.weight
+        if codebook.shape != weight.shape:
             raise ValueError(
-                f"the codebook has shape {tuple(codebook.shape)}, expected {tuple(self.codes.weight.shape)}; "
+                f"the codebook has shape {tuple(codebook.shape)}, expected {tuple(weight.shape)}; "
                 "give the one of the tokenizer that made the tokens"
             )
         with torch.no_grad():
-            self.codes.weight.copy_(codebook / codebook.square().mean().sqrt())
+            weight.copy_(codebook / codebook.square().mean().sqrt())
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.enter(self.codes(ids))
+        x = self.in_proj(self.code_embedding(ids))
+
+        # The mask comes before the positions: a masked token is unknown, its place is not.
         if self.training and self.token_dropout:
-            dropped = torch.rand(ids.shape, device=ids.device) < self.token_dropout
-            x = torch.where(dropped[..., None], self.hidden, x)
-        x = self.blocks(x + (self.rows + self.columns).flatten(0, 1))
-        return self.leave(self.norm(x))
+            masked = torch.rand(ids.shape, device=ids.device) < self.token_dropout
+            x = torch.where(masked[..., None], self.mask_token, x)
+        x = x + (self.row_embedding + self.column_embedding).flatten(0, 1)
+
+        return self.out_proj(self.norm(self.blocks(x)))
 
 
 class Captioner(Checkpointed):
-    """Image tokens -> sentences. Captions are made by `decoding.caption_ids`; this class only computes."""
+    """Image tokens -> logits of words. `decoding.decode_captions` turns them into captions."""
 
     config_class = CaptionerConfig
     kind = "ta-vq-captioner"
+    renamed_weights: ClassVar[dict[str, str]] = {
+        "image.codes.": "image_encoder.code_embedding.",
+        "image.enter.": "image_encoder.in_proj.",
+        "image.hidden": "image_encoder.mask_token",
+        "image.rows": "image_encoder.row_embedding",
+        "image.columns": "image_encoder.column_embedding",
+        "image.leave.": "image_encoder.out_proj.",
+        "image.": "image_encoder.",
+        "language.": "language_model.",
+        "starts.": "start_embedding.",
+    }
 
-    def __init__(self, config: CaptionerConfig, language: nn.Module | None = None):
-        """Build from `config`; `language` is the pretrained decoder, or None to build an untrained one."""
+    def __init__(self, config: CaptionerConfig, language_model: nn.Module | None = None):
+        """Build from `config`, around the pretrained decoder `language_model` or an untrained one."""
         super().__init__()
         self.config = config
-        self.language = _untrained_language(config) if language is None else language
-        # a pretrained decoder may bring settings of its own, which no checkpoint of ours would keep
-        self.language.generation_config = type(self.language.generation_config)()
-        self.language.config.pad_token_id = (
-            None  # else transformers warns of padding that its own search made
-        )
+        self.language_model = _untrained_language_model(config) if language_model is None else language_model
+        # A pretrained decoder may bring generation settings of its own, which our checkpoints would not keep.
+        self.language_model.generation_config = type(self.language_model.generation_config)()
+        # With a padding id in the config, transformers warns about the padding that its own search has made.
+        self.language_model.config.pad_token_id = None
+
         self.text: Vocabulary | None = WordVocabulary(config.words) if config.words else None
-        dim = self.language.get_input_embeddings().embedding_dim
-        self.image = ImageReader(config, dim)
-        self.starts = nn.Embedding(max(1, config.shape.quality_buckets) + bool(config.shape.long_words), dim)
-        nn.init.normal_(self.starts.weight, std=0.02)
+        dim = self.language_model.get_input_embeddings().embedding_dim
+        self.image_encoder = ImageEncoder(config, dim)
+
+        # One start token per quality bucket, and one more for the long style.
+        num_starts = max(1, config.shape.quality_buckets) + bool(config.shape.long_words)
+        self.start_embedding = nn.Embedding(num_starts, dim)
+        nn.init.normal_(self.start_embedding.weight, std=0.02)
+
+        # safetensors stores no tensor twice; these hooks leave out a tied output head and restore it.
         self.register_state_dict_post_hook(_drop_tied_head)
         self.register_load_state_dict_pre_hook(_restore_tied_head)
 
@@ -156,68 +190,74 @@ class Captioner(Checkpointed):
         return h * w
 
     def start_id(self, style: Style = "short") -> int:
-        """The start that asks for a text of `style`; for captions, the one of the best agreement."""
+        """Return the start token of a style; for captions it is that of the best quality bucket."""
         if style == "short":
             return max(1, self.config.shape.quality_buckets) - 1
         if not self.config.shape.long_words:
             raise ValueError("this captioner was trained on captions alone; use --style short")
-        return self.starts.num_embeddings - 1
+        return self.start_embedding.num_embeddings - 1
 
-    def longest(self, style: Style) -> int:
-        """Words of the longest text of `style`."""
+    def max_words(self, style: Style) -> int:
+        """Return the maximum length of a text of `style`."""
         return self.config.shape.max_words if style == "short" else self.config.shape.long_words
 
     def check_codebook(self, codebook_hash: str) -> None:
-        """Refuse tokens of another codebook than the one this captioner was trained on."""
+        """Raise ValueError unless `codebook_hash` is that of the codebook this captioner was trained on."""
         if codebook_hash != self.config.codebook_hash:
             raise ValueError(
                 f"the tokens are of codebook {codebook_hash}, the captioner was trained on "
                 f"{self.config.codebook_hash}; use its tokenizer, or train a captioner on these tokens"
             )
 
-    def prompt(self, ids: Tensor, style: Style = "short") -> Tensor:
-        """What stands before the first word: ids (B, N) -> (B, N + 1, D)."""
-        start = self.starts.weight[self.start_id(style)].expand(len(ids), 1, -1)
-        return torch.cat([self.image(self._checked(ids)), start], dim=1)
+    def prefix_embeddings(self, ids: Tensor, style: Style = "short") -> Tensor:
+        """Embed what precedes the first word, image tokens and start token: ids (B, N) -> (B, N + 1, D)."""
+        start = self.start_embedding.weight[self.start_id(style)].expand(len(ids), 1, -1)
+        return torch.cat([self.image_encoder(self._checked(ids)), start], dim=1)
 
     def forward(self, ids: Tensor, words: Tensor, starts: Tensor | None = None) -> Tensor:
-        """Logits of C captions of each image, all in one sequence behind one image prefix.
+        """Compute the logits of G captions of each image, packed into one sequence behind one prefix.
 
-        A caption sees the image and itself. Five captions thus cost one prefix.
+        A caption attends to the image and to itself, never to another caption. So the image is encoded once
+        for all of its captions.
 
         Args:
             ids: (B, N) int64 in [0, K).
-            words: (B, C, T) int64, padded at the right with any id.
-            starts: (B, C) int64, what each caption is marked with; `start_id()` by default.
+            words: (B, G, T) int64, padded at the right with any id.
+            starts: (B, G) int64 start tokens; `start_id()` by default.
 
         Returns:
-            (B, C, T + 1, V): entry t predicts word t, and the last one what follows the last word.
+            (B, G, T + 1, V): entry t predicts word t, and the last one what follows the last word.
         """
-        return self._run(ids, words, starts).logits.unflatten(1, (words.shape[1], -1))
+        return self._packed(ids, words, starts).logits.unflatten(1, (words.shape[1], -1))
 
-    def attention(self, ids: Tensor, words: Tensor, starts: Tensor | None = None) -> Tensor:
-        """How much each word's prediction looks at each image token, mean over layers and heads.
+    def attention_maps(self, ids: Tensor, words: Tensor, starts: Tensor | None = None) -> Tensor:
+        """Compute how much each word's prediction attends to each image token, mean over layers and heads.
 
         Returns:
-            (B, C, T + 1, N), non-negative, each row sums to 1.
+            (B, G, T + 1, N), non-negative; each row sums to 1.
         """
-        with _eager(self.language):
-            layers = self._run(ids, words, starts, output_attentions=True).attentions
-        seen = torch.stack(layers).float().mean(dim=(0, 2))[:, self.num_tokens :, : self.num_tokens]
-        return (seen / seen.sum(-1, keepdim=True)).unflatten(1, (words.shape[1], -1))
+        with _eager_attention(self.language_model):
+            layers = self._packed(ids, words, starts, output_attentions=True).attentions
+        weights = torch.stack(layers).float().mean(dim=(0, 2))
 
-    def _run(self, ids: Tensor, words: Tensor, starts: Tensor | None, **options: Any) -> Any:
-        B, C, T = words.shape
+        # What a word attends to among the words is left out; the rest is normalised to a distribution again.
+        to_image = weights[:, self.num_tokens :, : self.num_tokens]
+        return (to_image / to_image.sum(-1, keepdim=True)).unflatten(1, (words.shape[1], -1))
+
+    def _packed(self, ids: Tensor, words: Tensor, starts: Tensor | None, **options: Any) -> Any:
+        """Run the language model over image prefix and captions, packed into one sequence of length L."""
+        B, G, T = words.shape
         if starts is None:
-            starts = torch.full((B, C), self.start_id(), device=ids.device)
-        starts_BC1D = self.starts(starts)[:, :, None]
-        words_BCTD = self.language.get_input_embeddings()(words)
-        text = torch.cat([starts_BC1D, words_BCTD], dim=2).flatten(1, 2)
-        return self.language(
-            inputs_embeds=torch.cat([self.image(self._checked(ids)), text], dim=1),
-            attention_mask=packed_mask(self.num_tokens, C, T + 1, text),
-            position_ids=packed_positions(self.num_tokens, C, T + 1, ids.device),
-            logits_to_keep=C * (T + 1),
+            starts = torch.full((B, G), self.start_id(), device=ids.device)
+        starts_BG1D = self.start_embedding(starts)[:, :, None]
+        words_BGTD = self.language_model.get_input_embeddings()(words)
+        text = torch.cat([starts_BG1D, words_BGTD], dim=2).flatten(1, 2)
+
+        return self.language_model(
+            inputs_embeds=torch.cat([self.image_encoder(self._checked(ids)), text], dim=1),
+            attention_mask=packed_mask(self.num_tokens, G, T + 1, text),
+            position_ids=packed_positions(self.num_tokens, G, T + 1, ids.device),
+            logits_to_keep=G * (T + 1),
             use_cache=False,
             **options,
         )
@@ -242,49 +282,59 @@ class Captioner(Checkpointed):
         return captioner
 
 
-def start_captioner(config: CaptionerConfig) -> Captioner:
-    """An untrained captioner; with `shape.decoder`, that language model and its tokenizer inside."""
+def create_captioner(config: CaptionerConfig) -> Captioner:
+    """Create an untrained captioner; with `shape.decoder`, around that language model and its tokenizer.
+
+    Raises:
+        FileNotFoundError: there is no language model of that name.
+    """
     if config.shape.decoder is None:
         return Captioner(config)
+
     from transformers import AutoModelForCausalLM
 
     try:
-        language = AutoModelForCausalLM.from_pretrained(config.shape.decoder, dtype=torch.float32)
+        language_model = AutoModelForCausalLM.from_pretrained(config.shape.decoder, dtype=torch.float32)
     except OSError as error:
         raise FileNotFoundError(
             f"no causal language model {config.shape.decoder!r} here or on the hub; check --model.decoder"
         ) from error
-    config = dataclasses.replace(config, words=(), decoder_config=language.config.to_dict())
-    captioner = Captioner(config, language)
+
+    config = dataclasses.replace(config, words=(), decoder_config=language_model.config.to_dict())
+    captioner = Captioner(config, language_model)
     captioner.text = PretrainedVocabulary.load(config.shape.decoder)
     return captioner
 
 
 def packed_positions(num_tokens: int, captions: int, length: int, device: torch.device) -> Tensor:
-    """Each caption counts on from the image prefix: (1, N + C * length)."""
+    """Number the positions of a packed sequence, each caption from N on: (1, N + captions * length)."""
     image = torch.arange(num_tokens, device=device)
     text = torch.arange(num_tokens, num_tokens + length, device=device).repeat(captions)
     return torch.cat([image, text])[None]
 
 
 def packed_mask(num_tokens: int, captions: int, length: int, like: Tensor) -> Tensor:
-    """Additive mask (1, 1, L, L), L = N + C * length: causal, and no caption sees another one."""
+    """Make the additive attention mask (1, 1, L, L) of a packed sequence: causal, captions apart."""
     caption = torch.arange(captions, device=like.device).repeat_interleave(length)
-    group = torch.cat([caption.new_full((num_tokens,), -1), caption])
-    seen = (group[None] == -1) | (group[None] == group[:, None])
-    seen &= torch.ones_like(seen).tril()
+    segment = torch.cat([caption.new_full((num_tokens,), -1), caption])  # -1 is the image prefix
+
+    allowed = (segment[None] == -1) | (segment[None] == segment[:, None])
+    allowed &= torch.ones_like(allowed).tril()
+
+    # transformers masks with the lowest finite number, not with -inf
     lowest = torch.finfo(like.dtype).min
-    return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill(~seen, lowest)[
-        None, None
-    ]
+    mask = torch.zeros(allowed.shape, dtype=like.dtype, device=like.device).masked_fill(~allowed, lowest)
+    return mask[None, None]
 
 
-def _untrained_language(config: CaptionerConfig) -> nn.Module:
+def _untrained_language_model(config: CaptionerConfig) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
     if config.decoder_config is not None:
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.decoder_config))
-    shape, (h, w) = config.shape, config.grid_size
+
+    shape = config.shape
+    h, w = config.grid_size
     vocabulary = WordVocabulary(config.words)
     return GPT2LMHeadModel(
         GPT2Config(
@@ -295,7 +345,7 @@ def _untrained_language(config: CaptionerConfig) -> nn.Module:
             n_head=shape.num_heads,
             resid_pdrop=shape.dropout,
             embd_pdrop=shape.dropout,
-            attn_pdrop=0.0,
+            attn_pdrop=0.0,  # as in the image encoder
             bos_token_id=vocabulary.end_id,
             eos_token_id=vocabulary.end_id,
         )
@@ -303,32 +353,37 @@ def _untrained_language(config: CaptionerConfig) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _eager(language: nn.Module) -> Iterator[None]:
-    """Attention weights exist in the eager implementation only."""
-    before = language.config._attn_implementation
-    language.set_attn_implementation("eager")
+def _eager_attention(language_model: nn.Module) -> Iterator[None]:
+    """Switch to the eager attention, the only implementation that returns its weights."""
+    before = language_model.config._attn_implementation
+    language_model.set_attn_implementation("eager")
     try:
         yield
     finally:
-        language.set_attn_implementation(before)
+        language_model.set_attn_implementation(before)
 
 
 def _tied_head(captioner: Captioner, prefix: str) -> tuple[str, str] | None:
-    """Names of output and input embeddings where they are one tensor: safetensors stores no tensor twice."""
-    head, table = captioner.language.get_output_embeddings(), captioner.language.get_input_embeddings()
-    if head is None or head.weight is not table.weight:
+    """Return the keys of the output head and of the input embeddings where they are one tensor, else None."""
+    head = captioner.language_model.get_output_embeddings()
+    embeddings = captioner.language_model.get_input_embeddings()
+    if head is None or head.weight is not embeddings.weight:
         return None
     names = {module: name for name, module in captioner.named_modules()}
-    return f"{prefix}{names[head]}.weight", f"{prefix}{names[table]}.weight"
+    return f"{prefix}{names[head]}.weight", f"{prefix}{names[embeddings]}.weight"
 
 
 def _drop_tied_head(captioner: Captioner, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
-    tied = _tied_head(captioner, prefix)
-    if tied is not None:
-        state.pop(tied[0])
+    keys = _tied_head(captioner, prefix)
+    if keys is not None:
+        head, _ = keys
+        state.pop(head)
 
 
 def _restore_tied_head(captioner: Captioner, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    tied = _tied_head(captioner, prefix)
-    if tied is not None and tied[1] in state:
-        state[tied[0]] = state[tied[1]]
+    keys = _tied_head(captioner, prefix)
+    if keys is None:
+        return
+    head, embeddings = keys
+    if embeddings in state:
+        state[head] = state[embeddings]

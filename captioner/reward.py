@@ -1,8 +1,8 @@
-"""CIDEr-D as a reward: the metric's own formula over words, with references prepared once.
+"""CIDEr-D as a reward: the metric's formula, with the references' tf-idf vectors computed once.
 
 Vedantam et al. 2015, arXiv:1411.5726, sec. 4, as pycocoevalcap computes it. In training the end of a caption
-is a word like any other, in candidates, references and frequencies; without it captions learn to break off
-("a man on a"), since a missing end costs no n-gram.
+is a word like any other, in candidates, references and document frequencies. Without it captions learn to
+break off ("a man on a"), since a missing end costs no n-gram.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-END = "</s>"  # no token of the metric's form
-ORDERS = 4
-SIGMA = 6.0
+END = "</s>"  # the Penn Treebank tokenizer never gives this token
+ORDERS = 4  # n-grams of 1 to 4 words
+SIGMA = 6.0  # of the Gaussian length penalty, in bigrams
 FUNCTION_WORDS = frozenset(
     """a an the and or but nor of in on at by to from with without into onto over under near behind beside
     between through across along around against for as than while is are was were be being been am has have
@@ -29,17 +29,20 @@ Ngram = tuple[str, ...]
 
 @dataclass(frozen=True)
 class DocumentFrequencies:
-    """In how many images' references an n-gram occurs, out of `images`."""
+    """Document frequencies: an n-gram's document is the set of references of one image."""
 
     images: int
+    """Number of images."""
     counts: Counter[Ngram]
+    """In how many images' references each n-gram occurs."""
 
     @classmethod
     def of(cls, references: Iterable[Sequence[Sequence[str]]]) -> DocumentFrequencies:
-        """Count over images; each has several references, each a sequence of words."""
+        """Count over images, each with several references, each a sequence of words."""
         counts: Counter[Ngram] = Counter()
         images = 0
         for captions in references:
+            # A set: an n-gram counts once per image, however many of its references hold it.
             counts.update({ngram for words in captions for ngram in _ngrams(words)})
             images += 1
         return cls(images, counts)
@@ -47,26 +50,30 @@ class DocumentFrequencies:
 
 @dataclass(frozen=True)
 class _Vector:
-    """One sentence: tf-idf by n-gram for each order, their norms, and the length that CIDEr-D compares."""
+    """The tf-idf vectors of one sentence."""
 
     weights: tuple[dict[Ngram, float], ...]
+    """For each order, n-gram -> tf-idf."""
     norms: tuple[float, ...]
+    """L2 norm of each."""
     length: int
+    """Length of the sentence in bigrams, which the length penalty compares."""
 
 
 class CiderD:
-    """CIDEr-D of candidates against the references of the images they describe.
+    """CIDEr-D of captions against the references of their images.
 
     Args:
         references: for each image its reference captions as words; see `with_end`.
-        frequencies: document frequencies; those of `references` by default, as the metric has it.
+        frequencies: document frequencies; by default those of `references`, as in the published metric.
     """
 
     def __init__(
         self, references: Sequence[Sequence[Sequence[str]]], frequencies: DocumentFrequencies | None = None
     ):
         frequencies = frequencies or DocumentFrequencies.of(references)
-        self.log_images, self.counts = math.log(frequencies.images), frequencies.counts
+        self.log_images = math.log(frequencies.images)
+        self.counts = frequencies.counts
         self.references = [[self._vector(words) for words in captions] for captions in references]
 
     def __deepcopy__(self, memo: dict) -> CiderD:
@@ -74,7 +81,15 @@ class CiderD:
         return self
 
     def scores(self, candidates: Sequence[Sequence[str]], images: Sequence[int]) -> np.ndarray:
-        """CIDEr-D of each candidate (words) against the references of `images[i]`: (n,) float64, 0 to 10."""
+        """Score n candidates.
+
+        Args:
+            candidates: n captions as words.
+            images: n indices into the references, the image of each candidate.
+
+        Returns:
+            (n,) float64, 0 to 10.
+        """
         pairs = zip(candidates, images, strict=True)
         return np.array([self._score(self._vector(words), self.references[image]) for words, image in pairs])
 
@@ -85,19 +100,22 @@ class CiderD:
     def _vector(self, words: Sequence[str]) -> _Vector:
         weights: tuple[dict[Ngram, float], ...] = tuple({} for _ in range(ORDERS))
         for ngram, count in Counter(_ngrams(words)).items():
+            # An n-gram of no reference counts as one of a single image, as in pycocoevalcap.
             idf = self.log_images - math.log(max(1.0, self.counts.get(ngram, 0)))
             weights[len(ngram) - 1][ngram] = count * idf
+
         norms = tuple(math.sqrt(sum(value * value for value in order.values())) for order in weights)
-        return _Vector(weights, norms, max(0, len(words) - 1))  # the metric counts bigrams
+        # pycocoevalcap takes the number of bigrams for the length.
+        return _Vector(weights, norms, max(0, len(words) - 1))
 
 
 def with_end(words: Sequence[str]) -> list[str]:
-    """The words of a caption that is complete, with the end as one more word."""
+    """Append the end to the words of a complete caption, as one more word."""
     return [*words, END]
 
 
 def ends_in_function_word(words: Sequence[str]) -> bool:
-    """Whether a caption breaks off behind a word that must be followed by another."""
+    """Tell whether a caption breaks off behind a word that must be followed by another."""
     return bool(words) and words[-1] in FUNCTION_WORDS
 
 
@@ -107,13 +125,19 @@ def _ngrams(words: Sequence[str]) -> list[Ngram]:
 
 
 def _similarity(candidate: _Vector, reference: _Vector) -> float:
-    """Sum over the orders of the clipped cosine, times the Gaussian of the difference in length."""
+    """Sum the clipped cosine similarities of all orders, and multiply by the Gaussian length penalty."""
     total = 0.0
-    parts = zip(candidate.weights, candidate.norms, reference.weights, reference.norms, strict=True)
-    for own, own_norm, other, other_norm in parts:
-        if own_norm and other_norm:
-            dot = sum(
-                min(value, other[ngram]) * other[ngram] for ngram, value in own.items() if ngram in other
-            )
-            total += dot / (own_norm * other_norm)
+    orders = zip(candidate.weights, candidate.norms, reference.weights, reference.norms, strict=True)
+    for weights, norm, reference_weights, reference_norm in orders:
+        # Too short for an n-gram of this order, or every n-gram occurs in all images (idf 0).
+        if not norm or not reference_norm:
+            continue
+        # Clipped at the reference's weight, so that repeating a word does not pay.
+        dot = sum(
+            min(weight, reference_weights[ngram]) * reference_weights[ngram]
+            for ngram, weight in weights.items()
+            if ngram in reference_weights
+        )
+        total += dot / (norm * reference_norm)
+
     return total * math.exp(-((candidate.length - reference.length) ** 2) / (2 * SIGMA**2))

@@ -1,8 +1,8 @@
 """tavq train captioner --tokens DIR --out DIR [--preset tiny|flickr8k|base]
 tavq train captioner --tokens DIR --out DIR --preset flickr8k-self-critical --start DIR
 
-Train the captioner on image tokens: by cross-entropy, then self-critically with CIDEr-D as the reward. The
-same command resumes a stopped run.
+Train the captioner on image tokens: with cross-entropy, then by self-critical training with CIDEr-D as the
+reward. Rerunning the command resumes a stopped run.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from tavq.training.card import continued
 from tavq.training.loop import train
 from tavq.training.task import StepOutput, Task, TrainingConfig
 
-from .decoding import GREEDY, search
-from .examples import Agreement, TokenCaptions, caption_targets, quality_buckets
-from .model import PRESETS, Captioner, CaptionerConfig, CaptionerShape, start_captioner
+from .dataset import AlignmentScores, CaptionDataset, caption_targets, quality_buckets
+from .decoding import GREEDY, decode_word_ids
+from .model import PRESETS, Captioner, CaptionerConfig, CaptionerShape, create_captioner
 from .reward import CiderD, DocumentFrequencies, ends_in_function_word, with_end
-from .self_critical import Baseline, reinforce
+from .self_critical import Baseline, self_critical_loss
 from .vocabulary import WordVocabulary, metric_words
 
 EVALUATION_BATCH = 100
@@ -39,32 +39,35 @@ class CaptionerRun:
     """
 
     tokens: Path = Path("runs/tokens")
-    """Token set, as `tavq tokenize` writes it."""
+    """Token set that `tavq tokenize` wrote."""
     out: Path = Path("runs/captioner")
-    """Directory of the run; holds the checkpoint, its log and the state to resume from."""
+    """Directory of the run, for the checkpoint, the log and the state to resume from."""
     preset: str = "flickr8k"
     """flickr8k or flickr8k-self-critical, tiny or tiny-self-critical (seconds on a CPU), base."""
     config: Path | None = None
     """YAML file of these fields, instead of a preset."""
     stage: Literal["cross-entropy", "self-critical"] = "cross-entropy"
-    """Self-critical training goes on from the captioner in `start`."""
+    """Training loss. self-critical needs a captioner in --start."""
     start: Path | None = None
-    """Captioner to go on from; its shape and vocabulary stand. It reads the codebook that it read, or, where
-    `tokenizer` is named, that one's: a tokenizer that was trained further."""
+    """Captioner to start from; its size and vocabulary stay. The tokens must come from its codebook, unless
+    --tokenizer names a tokenizer that was trained further."""
     tokenizer: Path | None = None
-    """Tokenizer whose codebook gives the first embeddings (without it they are random) and, for
-    model.quality-buckets, the alignment score of image and caption."""
+    """Tokenizer that made the tokens. Its codebook initialises the code embeddings (they are random without),
+    and --model.quality-buckets needs its alignment scores."""
     captions_per_image: int = 5
-    """Captions of an image that share one pass."""
+    """Captions per image and step; they share one pass over the image."""
     min_word_count: int = 5
-    """Words rarer than this in the training captions are unknown."""
+    """Words that occur less often in the training captions become the unknown word."""
     label_smoothing: float = 0.1
+    """Label smoothing of the cross-entropy."""
     samples_per_image: int = 5
-    """Captions that self-critical training draws of an image."""
+    """Captions that self-critical training samples per image."""
     sample_temperature: float = 0.3
-    """Of those; at 1 they score far below the greedy caption, and training makes captions alike."""
+    """Temperature of these samples. At 1 they score far below the greedy caption, and training makes captions
+    alike."""
     baseline: Baseline = "samples"
-    """What a sample must beat: the greedy caption (Rennie et al.), or the mean of the other samples (Luo)."""
+    """Reward baseline of a sample: the greedy caption (Rennie et al.), or the mean of the other samples
+    (Luo)."""
     model: CaptionerShape = PRESETS["flickr8k"]
     training: TrainingConfig = TrainingConfig(
         steps=1280,
@@ -137,20 +140,24 @@ RUN_PRESETS: dict[str, CaptionerRun] = {
 }
 
 
-class CaptionerTrainee(nn.Module):
-    """The captioner under one of the two losses."""
+class CaptionerWithLoss(nn.Module):
+    """The captioner with its loss: cross-entropy, or the self-critical loss where `reward` is given."""
 
     def __init__(self, captioner: Captioner, run: CaptionerRun, reward: CiderD | None):
         super().__init__()
-        self.captioner, self.run = captioner, run
+        self.captioner = captioner
+        self.run = run
         self.reward = reward
 
     def forward(self, batch: dict[str, Tensor], step: int) -> StepOutput:
         return self._cross_entropy(batch) if self.reward is None else self._self_critical(batch)
 
     def _cross_entropy(self, batch: dict[str, Tensor]) -> StepOutput:
-        longest = max(1, int(batch["lengths"].max()))
-        words, lengths = batch["words"][..., :longest], batch["lengths"]
+        # The data set pads to the maximum length; a batch is only as long as its longest caption.
+        lengths = batch["lengths"]
+        longest = max(1, int(lengths.max()))
+        words = batch["words"][..., :longest]
+
         logits = self.captioner(batch["ids"], words, batch["starts"]).float()
         targets = caption_targets(words, lengths, self.captioner.text.end_id)
         loss = F.cross_entropy(
@@ -159,115 +166,162 @@ class CaptionerTrainee(nn.Module):
         return StepOutput(loss, {"loss": loss.detach()})
 
     def _self_critical(self, batch: dict[str, Tensor]) -> StepOutput:
-        self.captioner.eval()  # samples and gradient belong to one policy
-        run, images = self.run, batch["index"].tolist()
-        draw = (run.samples_per_image, run.baseline, run.sample_temperature)
-        return reinforce(self.captioner, batch["ids"], images, self.reward, *draw)
+        # No dropout: samples and gradient must belong to one policy.
+        self.captioner.eval()
+        return self_critical_loss(
+            self.captioner,
+            batch["ids"],
+            batch["index"].tolist(),
+            self.reward,
+            self.run.samples_per_image,
+            self.run.baseline,
+            self.run.sample_temperature,
+        )
 
 
 class CaptionerTask(Task):
-    """The captioner as the training loop sees it."""
+    """The captioner as the training loop sees it; the validation CIDEr decides which weights are saved."""
 
     name = "captioner"
     watch = ("CIDEr", "max")
-    hidden = frozenset({"blocks", "h", "layers"})  # of the image reader, of GPT-2, of Llama's likes
+    hidden = frozenset({"blocks", "h", "layers"})  # of the image encoder, of GPT-2, of Llama and its kind
 
-    def __init__(self, run: CaptionerRun, codebook: Tensor | None = None, agreement: Agreement | None = None):
+    def __init__(
+        self,
+        run: CaptionerRun,
+        codebook: Tensor | None = None,
+        alignment_scores: AlignmentScores | None = None,
+    ):
         self.run = run
-        tokens, self.val = open_tokens(run.tokens, "train"), open_tokens(run.tokens, "val")
+        tokens = open_tokens(run.tokens, "train")
+        self.val = open_tokens(run.tokens, "val")
+
         torch.manual_seed(run.training.seed)
-        captioner = _captioner(run, tokens, codebook)
+        captioner = _initial_captioner(run, tokens, codebook)
         self.earlier_card = captioner.card
-        buckets, count = None, captioner.config.shape.quality_buckets
-        if count and run.stage == "cross-entropy":
-            if agreement is None:
-                raise ValueError(
-                    f"{count} quality buckets, but no alignment scores; add --model.quality-buckets {count} "
-                    "and the --tokenizer that gives them"
-                )
-            buckets = quality_buckets(agreement, count)
+
+        buckets = _buckets(run, captioner, alignment_scores)
+        self.dataset = CaptionDataset(tokens, captioner, run.captions_per_image, buckets)
+
         reward = None
         if run.stage == "self-critical":
+            # The end is a word of the reward: without it captions learn to break off.
             references = [[with_end(metric_words(text)) for text in texts] for texts in tokens.captions]
             reward = CiderD(references, DocumentFrequencies.of(references))
-        self.dataset = TokenCaptions(tokens, captioner, run.captions_per_image, buckets)
-        self.model = CaptionerTrainee(captioner, run, reward)
-        self.val_reward = CiderD([[metric_words(text) for text in texts] for texts in self.val.captions])
+        self.model = CaptionerWithLoss(captioner, run, reward)
+
+        # Validation scores captions as the published metric does, without the end.
+        self.val_cider = CiderD([[metric_words(text) for text in texts] for texts in self.val.captions])
 
     @torch.inference_mode()
-    def evaluate(self, model: CaptionerTrainee, step: int) -> dict[str, float]:
-        """CIDEr of greedy captions on the validation split, and how many break off behind a function word."""
+    def evaluate(self, model: CaptionerWithLoss, step: int) -> dict[str, float]:
+        """Score greedy captions of the validation split, and count how many end in a function word."""
         captioner = model.captioner
-        device = captioner.starts.weight.device
+        device = captioner.start_embedding.weight.device
+        # Variant 0 of each image is the image as it is, not mirrored or cropped.
         ids = self.val.ids[:, 0].flatten(1).long()
         captions = [
-            captioner.text.words(found[0])
+            captioner.text.words(group[0])
             for batch in ids.split(EVALUATION_BATCH)
-            for found in search(captioner, batch.to(device), GREEDY)
+            for group in decode_word_ids(captioner, batch.to(device), GREEDY)
         ]
         return {
-            "CIDEr": float(self.val_reward.scores(captions, range(len(captions))).mean()),
+            "CIDEr": float(self.val_cider.scores(captions, range(len(captions))).mean()),
             "function_word_end": float(np.mean([ends_in_function_word(words) for words in captions])),
             "words": float(np.mean([len(words) for words in captions])),
             "distinct": len(set(map(tuple, captions))) / len(captions),
         }
 
-    def save(self, model: CaptionerTrainee, directory: Path, card: str) -> None:
+    def save(self, model: CaptionerWithLoss, directory: Path, card: str) -> None:
         model.captioner.card = continued(card, self.earlier_card)
         model.captioner.save_pretrained(directory)
 
 
-def _captioner(run: CaptionerRun, tokens: TokenSet, codebook: Tensor | None) -> Captioner:
-    """The captioner that training starts from."""
+def train_captioner(
+    run: CaptionerRun, codebook: Tensor | None = None, alignment_scores: AlignmentScores | None = None
+) -> None:
+    """Train the captioner into `run.out`.
+
+    Args:
+        run: the run.
+        codebook: (K, E) of `run.tokenizer`, which initialises the code embeddings.
+        alignment_scores: of each training caption with its image, for quality buckets.
+    """
+    task = CaptionerTask(run, codebook, alignment_scores)
+    # `run.start` decides the size, not the flags: the saved configuration shall say what was trained.
+    shape = task.model.captioner.config.shape
+    train(task, run.training, run.out, dataclasses.replace(run, model=shape))
+
+
+def _initial_captioner(run: CaptionerRun, tokens: TokenSet, codebook: Tensor | None) -> Captioner:
+    """Return the captioner that training starts from: the one in `run.start`, or a new one."""
     if run.start is not None:
-        captioner = Captioner.from_pretrained(run.start)
-        if codebook is None:
-            captioner.check_codebook(tokens.meta.codebook_hash)
-        config = captioner.config
-        if (config.num_codes, config.grid_size) != (tokens.meta.num_codes, tokens.meta.grid_size):
-            raise ValueError(
-                f"{run.start} reads {config.grid_size} tokens of {config.num_codes} codes, {run.tokens} "
-                f"holds {tokens.meta.grid_size} of {tokens.meta.num_codes}; train a captioner anew, without "
-                "--start"
-            )
-        made = {"data": tokens.meta.data, "tokenizer": tokens.meta.tokenizer, "stage": run.stage}
-        captioner.config = dataclasses.replace(
-            config, codebook_hash=tokens.meta.codebook_hash, provenance=config.provenance | made
-        )
-        return captioner
+        return _loaded_captioner(run, run.start, tokens, codebook)
     if run.stage == "self-critical":
         raise ValueError("self-critical training needs a captioner to go on from; add --start DIR")
     if (run.tokenizer is None) != (codebook is None):
         raise ValueError(f"no codebook of tokenizer {run.tokenizer} was handed in; run tavq train captioner")
-    texts = [text for captions in tokens.captions for text in captions]
-    if run.model.long_words:
-        texts += [text for text in tokens.long_texts if text]
-    own = run.model.decoder is None
-    config = CaptionerConfig(
-        shape=run.model,
-        num_codes=tokens.meta.num_codes,
-        code_dim=run.model.width if codebook is None else codebook.shape[1],
-        grid_size=tokens.meta.grid_size,
+    return _new_captioner(run, tokens, codebook)
+
+
+def _loaded_captioner(run: CaptionerRun, start: Path, tokens: TokenSet, codebook: Tensor | None) -> Captioner:
+    captioner = Captioner.from_pretrained(start)
+    # With a codebook in hand the user has named the tokenizer, so other codes than before are meant.
+    if codebook is None:
+        captioner.check_codebook(tokens.meta.codebook_hash)
+
+    config = captioner.config
+    if (config.num_codes, config.grid_size) != (tokens.meta.num_codes, tokens.meta.grid_size):
+        raise ValueError(
+            f"{start} reads {config.grid_size} tokens of {config.num_codes} codes, {run.tokens} "
+            f"holds {tokens.meta.grid_size} of {tokens.meta.num_codes}; train a captioner anew, without "
+            "--start"
+        )
+    captioner.config = dataclasses.replace(
+        config,
         codebook_hash=tokens.meta.codebook_hash,
-        words=WordVocabulary.build(texts, run.min_word_count).names if own else (),
-        provenance={"data": tokens.meta.data, "tokenizer": tokens.meta.tokenizer, "stage": run.stage},
+        provenance=config.provenance | _provenance(run, tokens),
     )
-    captioner = start_captioner(config)
-    if codebook is not None:
-        captioner.image.start_from(codebook)
     return captioner
 
 
-def train_captioner(
-    run: CaptionerRun, codebook: Tensor | None = None, agreement: Agreement | None = None
-) -> None:
-    """Train into `run.out`.
+def _new_captioner(run: CaptionerRun, tokens: TokenSet, codebook: Tensor | None) -> Captioner:
+    texts = [text for captions in tokens.captions for text in captions]
+    if run.model.long_words:
+        texts += [text for text in tokens.long_texts if text]
+    # A pretrained decoder brings its own vocabulary.
+    from_scratch = run.model.decoder is None
 
-    Args:
-        run: the run.
-        codebook: (K, E) of `run.tokenizer`, for the first embeddings.
-        agreement: the alignment score of each training caption with its image, for quality buckets.
-    """
-    task = CaptionerTask(run, codebook, agreement)
-    shape = task.model.captioner.config.shape  # of `run.start`, where there is one
-    train(task, run.training, run.out, dataclasses.replace(run, model=shape))
+    captioner = create_captioner(
+        CaptionerConfig(
+            shape=run.model,
+            num_codes=tokens.meta.num_codes,
+            code_dim=run.model.width if codebook is None else codebook.shape[1],
+            grid_size=tokens.meta.grid_size,
+            codebook_hash=tokens.meta.codebook_hash,
+            words=WordVocabulary.build(texts, run.min_word_count).names if from_scratch else (),
+            provenance=_provenance(run, tokens),
+        )
+    )
+    if codebook is not None:
+        captioner.image_encoder.initialize_from(codebook)
+    return captioner
+
+
+def _provenance(run: CaptionerRun, tokens: TokenSet) -> dict[str, str]:
+    return {"data": tokens.meta.data, "tokenizer": tokens.meta.tokenizer, "stage": run.stage}
+
+
+def _buckets(
+    run: CaptionerRun, captioner: Captioner, alignment_scores: AlignmentScores | None
+) -> list[list[int]] | None:
+    """Return the quality bucket of each training caption, None where the captioner is trained without."""
+    count = captioner.config.shape.quality_buckets
+    if not count or run.stage != "cross-entropy":
+        return None
+    if alignment_scores is None:
+        raise ValueError(
+            f"{count} quality buckets, but no alignment scores; add --model.quality-buckets {count} "
+            "and the --tokenizer that gives them"
+        )
+    return quality_buckets(alignment_scores, count)

@@ -1,6 +1,7 @@
-"""Words and ids: our own vocabulary in the metric's form, or the tokenizer of a pretrained language model.
+"""Word ids: a vocabulary of whole words, or the sub-word tokenizer of a pretrained language model.
 
-Both offer the same: `encode` a caption, `decode` ids for people, `words` for the metric, `pieces` to show.
+Both have the same methods: `encode` a caption, `decode` ids to a sentence, `words` for the caption metrics,
+and `pieces` to show one string per id.
 """
 
 from __future__ import annotations
@@ -17,22 +18,28 @@ CLITIC = re.compile(r" (?=(?:'(?:s|re|ve|ll|d|m)|n't)(?: |$))")
 
 
 def metric_words(caption: str) -> list[str]:
-    """The caption as the metric sees it: lower-case Penn Treebank tokens without punctuation."""
+    """Split a caption as the metrics do: lower-case Penn Treebank tokens without punctuation."""
     return tokenize(caption).split()
 
 
 def detokenize(words: Iterable[str]) -> str:
-    """Words in the metric's form as a plain lower-case sentence; `metric_words` of it gives the same words.
+    """Join Penn Treebank tokens to a plain sentence, which `metric_words` splits into the same tokens.
 
-    There is no full stop: behind a single letter or an abbreviation it would become part of a token.
+    The sentence has no full stop: behind a single letter or an abbreviation it would become part of a token.
     """
     return CLITIC.sub("", " ".join(words))
 
 
 class WordVocabulary:
-    """Words seen often enough in the training captions, behind three special ids."""
+    """The frequent words of the training captions, behind three special ids.
 
-    pad_id, end_id, unknown_id = 0, 1, 2
+    Args:
+        words: most frequent first.
+    """
+
+    pad_id = 0
+    end_id = 1
+    unknown_id = 2
     num_special = 3
 
     def __init__(self, words: Sequence[str]):
@@ -41,40 +48,47 @@ class WordVocabulary:
 
     @classmethod
     def build(cls, captions: Iterable[str], min_count: int = 5) -> WordVocabulary:
-        """The words that `captions` hold at least `min_count` times, the most frequent first."""
+        """Collect the words that occur at least `min_count` times in `captions`."""
         counts = Counter(word for caption in captions for word in metric_words(caption))
-        kept = [word for word, count in counts.items() if count >= min_count]
-        if not kept:
+        frequent = [word for word, count in counts.items() if count >= min_count]
+        if not frequent:
             raise ValueError(f"no word occurs {min_count} times in the captions; lower --min-word-count")
-        return cls(sorted(kept, key=lambda word: (-counts[word], word)))
+        # Equally frequent words are in alphabetical order: ids do not depend on the order of the captions.
+        return cls(sorted(frequent, key=lambda word: (-counts[word], word)))
 
     def __len__(self) -> int:
         return self.num_special + len(self.names)
 
     @property
     def suppressed_ids(self) -> list[int]:
-        """What no caption may hold."""
+        """Ids that are never decoded or sampled."""
         return [self.pad_id, self.unknown_id]
 
     def encode(self, caption: str) -> list[int]:
-        """Ids of a caption, without the end; a rare word becomes `unknown_id`."""
+        """Turn a caption into ids, without the end token; a rare word becomes `unknown_id`."""
         return [self.ids.get(word, self.unknown_id) for word in metric_words(caption)]
 
     def words(self, ids: Iterable[int]) -> list[str]:
-        """The caption's words in the metric's form."""
+        """Return the caption's words as the metrics have them."""
         return self.pieces(ids)
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
-        """One string an id."""
+        """Return one string per id."""
         return [self.names[i - self.num_special] for i in ids]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The caption for people."""
+        """Turn ids into a sentence."""
         return detokenize(self.pieces(ids))
 
 
 class PretrainedVocabulary:
-    """The tokenizer of a pretrained causal language model; captions are lower-case, without full stop."""
+    """The sub-word tokenizer of a pretrained causal language model.
+
+    Captions are lower-case and have no full stop, as with `WordVocabulary`: what the two say is comparable.
+
+    Args:
+        tokenizer: of transformers.
+    """
 
     def __init__(self, tokenizer: Any):
         if tokenizer.eos_token_id is None:
@@ -85,28 +99,35 @@ class PretrainedVocabulary:
 
     @classmethod
     def load(cls, source: str | Path) -> PretrainedVocabulary:
+        """Load from a directory or a hub id."""
         from transformers import AutoTokenizer
 
         return cls(AutoTokenizer.from_pretrained(source))
 
     @property
     def suppressed_ids(self) -> list[int]:
+        """No ids: a sub-word tokenizer has no unknown word, and its padding may be its end token."""
         return []
 
     def save(self, directory: Path) -> None:
         self.tokenizer.save_pretrained(directory)
 
     def encode(self, caption: str) -> list[int]:
+        """Turn a caption into ids, without the end token."""
         text = detokenize(metric_words(caption))
+        # With a space before it the first word gets the same id as in the middle of a sentence.
         return self.tokenizer(" " + text, add_special_tokens=False)["input_ids"]
 
     def words(self, ids: Iterable[int]) -> list[str]:
+        """Return the caption's words as the metrics have them."""
         return metric_words(self.decode(ids))
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
+        """Return one string per id."""
         return [self.tokenizer.decode([i]).strip() for i in ids]
 
     def decode(self, ids: Iterable[int]) -> str:
+        """Turn ids into a sentence."""
         return " ".join(self.tokenizer.decode(list(ids)).split())
 
 

@@ -10,8 +10,8 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from tavq.base.arguments import parse, run_main
 from tavq.base.device import Device, choose_device
+from tavq.captioner.caption_folder import caption_folder
 from tavq.captioner.decoding import DecodingConfig
-from tavq.captioner.folder import caption_folder
 from tavq.data.images import load_image
 from tavq.pipeline import CHECKPOINT, Pipeline
 

@@ -26,12 +26,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = TAVQTokenizer.from_pretrained(run.tokenizer)
     if tokenizer.codebook_hash != read_meta(run.tokens).codebook_hash:
         raise ValueError(f"{run.tokens} was made by another tokenizer than {run.tokenizer}; give that one")
-    agreement = caption_agreement(tokenizer, run.tokens) if run.model.quality_buckets else None
-    train_captioner(run, tokenizer.codebook, agreement)
+    scores = caption_alignment_scores(tokenizer, run.tokens) if run.model.quality_buckets else None
+    train_captioner(run, tokenizer.codebook, scores)
 
 
-def caption_agreement(tokenizer: TAVQTokenizer, tokens: Path) -> list[np.ndarray]:
-    """The alignment score of each training caption with its image, for noise-aware captioning.
+def caption_alignment_scores(tokenizer: TAVQTokenizer, tokens: Path) -> list[np.ndarray]:
+    """Compute the alignment score of each training caption with its image, for quality buckets.
 
     Raises ValueError for a plain tokenizer.
     """

@@ -25,7 +25,8 @@ from torch import Tensor
 from tavq.alignment.projections import NUM_LEVELS
 from tavq.base.files import file_hash, written_aside
 from tavq.base.seeding import mixed_seed
-from tavq.captioner.decoding import Caption, DecodingConfig, caption_ids, log_likelihood
+from tavq.captioner.decoding import Caption, DecodingConfig, decode_captions
+from tavq.captioner.likelihood import log_likelihood
 from tavq.captioner.model import Captioner
 from tavq.data.images import to_pil, to_tensor
 from tavq.data.text_encoder import TextEncoder, TokenStates
@@ -225,9 +226,11 @@ class Pipeline:
     ) -> list[list[Caption]]:
         """Describe pictures: for each, `settings.n_best` captions, the best first."""
         ids = self.encode(images)
-        return caption_ids(self.captioner, ids, settings, with_patches=with_patches, fit=self._fit)
+        return decode_captions(
+            self.captioner, ids, settings, with_patches=with_patches, alignment_score=self._alignment_score
+        )
 
-    def _fit(self, ids: Tensor, texts: Sequence[Sequence[str]]) -> Tensor:
+    def _alignment_score(self, ids: Tensor, texts: Sequence[Sequence[str]]) -> Tensor:
         """How well each image's codes (B, N) fit its own C texts: (B, C) in [-2, 0]."""
         check_aligned(self.tokenizer, NUM_LEVELS)
         vectors = self.alignment_encoder.encode([text for group in texts for text in group])

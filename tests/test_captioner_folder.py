@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tavq.captioner.caption_folder import caption_folder
 from tavq.captioner.decoding import Caption, Word
-from tavq.captioner.folder import caption_folder
 
 
 @pytest.fixture

@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tavq.captioner.decoding import GREEDY, caption_ids, log_likelihood, word_log_probs
-from tavq.captioner.examples import caption_targets
-from tavq.captioner.model import PRESETS, Captioner, CaptionerConfig, start_captioner
+from tavq.captioner.dataset import caption_targets
+from tavq.captioner.decoding import GREEDY, decode_captions
+from tavq.captioner.likelihood import log_likelihood, word_log_probs
+from tavq.captioner.model import PRESETS, Captioner, CaptionerConfig, create_captioner
 from tavq.captioner.vocabulary import PretrainedVocabulary, WordVocabulary, detokenize, metric_words
 
 WORDS = tuple(
@@ -55,8 +56,8 @@ def test_packed_captions_equal_each_alone(captioner: Captioner):
 
 def test_packed_logits_equal_plain_decoding_with_a_cache(captioner: Captioner):
     ids, words = random_ids(1), torch.tensor([[[5, 9, 7, 4]]])
-    language = captioner.language
-    step = language(inputs_embeds=captioner.prompt(ids), use_cache=True)
+    language = captioner.language_model
+    step = language(inputs_embeds=captioner.prefix_embeddings(ids), use_cache=True)
     expected = [step.logits[:, -1]]
     for word in words[0, 0]:
         embedded = language.get_input_embeddings()(word.view(1, 1))
@@ -67,12 +68,12 @@ def test_packed_logits_equal_plain_decoding_with_a_cache(captioner: Captioner):
 
 def test_no_logit_depends_on_a_later_word(captioner: Captioner):
     words = torch.tensor([[[5, 9, 7, 4]]])
-    embedded = captioner.language.get_input_embeddings()(words).detach().requires_grad_()
-    captioner.language.get_input_embeddings().forward = lambda _: embedded
+    embedded = captioner.language_model.get_input_embeddings()(words).detach().requires_grad_()
+    captioner.language_model.get_input_embeddings().forward = lambda _: embedded
     try:
         captioner(random_ids(1), words)[0, 0, 2].sum().backward()
     finally:
-        del captioner.language.get_input_embeddings().forward
+        del captioner.language_model.get_input_embeddings().forward
     seen = embedded.grad[0, 0].abs().sum(-1)
     assert (seen[:2] > 0).all() and (seen[2:] == 0).all()
 
@@ -117,7 +118,7 @@ def test_log_likelihood_says_when_a_text_is_cut(captioner: Captioner):
 def test_attention_maps_are_distributions_and_leave_the_logits_alone(captioner: Captioner):
     ids, words = random_ids(2), torch.randint(3, 23, (2, 3, 5))
     before = captioner(ids, words)
-    maps = captioner.attention(ids, words)
+    maps = captioner.attention_maps(ids, words)
     assert maps.shape == (2, 3, 6, 12) and (maps >= 0).all()
     torch.testing.assert_close(maps.sum(-1), torch.ones(2, 3, 6))
     assert torch.equal(captioner(ids, words), before)
@@ -125,10 +126,10 @@ def test_attention_maps_are_distributions_and_leave_the_logits_alone(captioner: 
 
 def test_codebook_starts_the_embeddings_and_must_fit(captioner: Captioner):
     fresh, codebook = captioner_of(), F.normalize(torch.randn(32, 8), dim=-1)
-    fresh.image.start_from(codebook)
-    torch.testing.assert_close(fresh.image.codes.weight, codebook * 8**0.5)
+    fresh.image_encoder.initialize_from(codebook)
+    torch.testing.assert_close(fresh.image_encoder.code_embedding.weight, codebook * 8**0.5)
     with pytest.raises(ValueError, match=r"\(16, 8\), expected \(32, 8\)"):
-        fresh.image.start_from(codebook[:16])
+        fresh.image_encoder.initialize_from(codebook[:16])
 
 
 def test_other_codebook_and_shape_are_refused(captioner: Captioner):
@@ -138,7 +139,7 @@ def test_other_codebook_and_shape_are_refused(captioner: Captioner):
     ):
         captioner.check_codebook("xyz")
     with pytest.raises(ValueError, match=r"\(1, 5\), expected \(B, 12\)"):
-        captioner.prompt(torch.zeros(1, 5, dtype=torch.long))
+        captioner.prefix_embeddings(torch.zeros(1, 5, dtype=torch.long))
 
 
 def test_checkpoint_gives_the_same_logits_bit_for_bit(captioner: Captioner, tmp_path: Path):
@@ -147,7 +148,7 @@ def test_checkpoint_gives_the_same_logits_bit_for_bit(captioner: Captioner, tmp_
     ids, words = random_ids(2), torch.randint(3, 23, (2, 2, 4))
     assert torch.equal(loaded(ids, words), captioner(ids, words))
     assert loaded.config == captioner.config
-    tied = loaded.language
+    tied = loaded.language_model
     assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight
 
 
@@ -163,9 +164,10 @@ def test_quality_is_asked_for_at_its_best():
 def test_long_style_has_its_own_start_and_length():
     captioner, ids = captioner_of(long_words=30), random_ids(2)
     assert (captioner.start_id("short"), captioner.start_id("long")) == (0, 1)
-    assert not torch.equal(captioner.prompt(ids, "short"), captioner.prompt(ids, "long"))
+    short, long = (captioner.prefix_embeddings(ids, style) for style in ("short", "long"))
+    assert not torch.equal(short, long)
     with pytest.raises(ValueError, match="trained on captions alone"):
-        captioner_of().prompt(ids, "long")
+        captioner_of().prefix_embeddings(ids, "long")
 
 
 def test_ten_images_are_learned_by_heart():
@@ -180,7 +182,7 @@ def test_ten_images_are_learned_by_heart():
         loss.backward()
         optimizer.step()
     assert loss < 0.05
-    found = caption_ids(captioner.eval(), ids, GREEDY)
+    found = decode_captions(captioner.eval(), ids, GREEDY)
     assert [c[0].text for c in found] == [captioner.text.decode(row[0].tolist()) for row in words]
     assert found[0][0].score > -0.1 and min(word.probability for word in found[0][0].words) > 0.8
 
@@ -237,7 +239,7 @@ def pretrained_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_pretrained_decoder_loads_without_its_source(pretrained_dir: Path, tmp_path: Path):
     shape = dataclasses.replace(PRESETS["tiny"], decoder=str(pretrained_dir))
     config = CaptionerConfig(shape, num_codes=32, code_dim=8, grid_size=(3, 4), codebook_hash="abc")
-    captioner = start_captioner(config).eval()
+    captioner = create_captioner(config).eval()
     assert isinstance(captioner.text, PretrainedVocabulary)
     assert captioner.text.decode(captioner.text.encode("A man's dog.")) == "a man's dog"
     captioner.save_pretrained(tmp_path)
@@ -247,10 +249,11 @@ def test_pretrained_decoder_loads_without_its_source(pretrained_dir: Path, tmp_p
     ids = random_ids(3)
     texts = ["a dog", "the man runs", "snow"]
     assert torch.equal(log_likelihood(loaded, ids, texts), log_likelihood(captioner, ids, texts))
-    assert [c[0].text for c in caption_ids(loaded, ids)] == [c[0].text for c in caption_ids(captioner, ids)]
+    before, after = (decode_captions(model, ids) for model in (captioner, loaded))
+    assert [group[0].text for group in after] == [group[0].text for group in before]
 
 
 def test_missing_pretrained_decoder_is_named():
     shape = dataclasses.replace(PRESETS["tiny"], decoder="./nowhere")
     with pytest.raises(FileNotFoundError, match=r"\./nowhere"):
-        start_captioner(CaptionerConfig(shape, 32, 8, (3, 4), "abc"))
+        create_captioner(CaptionerConfig(shape, 32, 8, (3, 4), "abc"))

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from tavq.captioner.decoding import DecodingConfig, caption_ids
-from tavq.captioner.examples import quality_buckets
+from tavq.captioner.dataset import quality_buckets
+from tavq.captioner.decoding import DecodingConfig, decode_captions
 from tavq.captioner.model import PRESETS, Captioner
 from tavq.captioner.reward import CiderD, with_end
-from tavq.captioner.self_critical import advantages, reinforce, roll_out
+from tavq.captioner.self_critical import advantages, sample_rollout, self_critical_loss
 from tavq.captioner.train import RUN_PRESETS, CaptionerRun, CaptionerTask, train_captioner
 from tavq.captioner.vocabulary import metric_words
-from tavq.commands.train_captioner import caption_agreement, main
+from tavq.commands.train_captioner import caption_alignment_scores, main
 from tavq.data.tokens import TokenMeta, TokenRecord, open_tokens, write_tokens
 
 NOUNS, PLACES = ("dog", "girl", "man", "bird"), ("snow", "grass", "water", "street")
@@ -52,7 +52,7 @@ def test_cross_entropy_learns_to_read_the_tokens(trained_dir: Path, tokens_dir: 
     captioner, val = Captioner.from_pretrained(trained_dir), open_tokens(tokens_dir, "val")
     assert captioner.config.codebook_hash == "abc"
     assert captioner.config.provenance == {"data": "made up", "tokenizer": "def", "stage": "cross-entropy"}
-    found = caption_ids(captioner, val.ids[:, 0].long())
+    found = decode_captions(captioner, val.ids[:, 0].long())
     right = [
         sum(word in caption.text.split() for word in NOUNS + PLACES if word in references[0].split())
         for [caption], references in zip(found, val.captions, strict=True)
@@ -69,7 +69,7 @@ def test_self_critical_raises_the_reward(trained_dir: Path, tokens_dir: Path):
     torch.manual_seed(0)
     rewards = []
     for _ in range(12):
-        output = reinforce(captioner, ids, images, reward, samples=4, baseline="samples")
+        output = self_critical_loss(captioner, ids, images, reward, samples=4, baseline="samples")
         output.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -86,7 +86,7 @@ def test_hand_worked_advantages():
 def test_roll_out_draws_from_the_model_and_ends_with_greedy(trained_dir: Path, tokens_dir: Path):
     captioner, val = Captioner.from_pretrained(trained_dir), open_tokens(tokens_dir, "val")
     ids = val.ids[:, 0].flatten(1).long()
-    rollout = roll_out(captioner, ids, samples=3)
+    rollout = sample_rollout(captioner, ids, samples=3)
     assert rollout.words.shape[:2] == (12, 4) and rollout.ended.any()
     place = torch.arange(rollout.words.shape[-1])
     words_only = place < rollout.lengths[..., None]
@@ -96,7 +96,7 @@ def test_roll_out_draws_from_the_model_and_ends_with_greedy(trained_dir: Path, t
     greedy, best = rollout.words[:, -1], logits.argmax(-1)[:, :-1]
     assert torch.equal(greedy[words_only[:, -1]], best[words_only[:, -1]])
     assert len({tuple(row) for row in rollout.words[0].tolist()}) > 1
-    cold = roll_out(captioner, ids, samples=2, temperature=1e-4).words
+    cold = sample_rollout(captioner, ids, samples=2, temperature=1e-4).words
     assert torch.equal(cold[:, 0], cold[:, -1]) and torch.equal(cold[:, 1], cold[:, -1])
 
 
@@ -106,7 +106,7 @@ def test_the_second_stage_goes_on_from_the_first(trained_dir: Path, tokens_dir: 
     second, first = Captioner.from_pretrained(tmp_path), Captioner.from_pretrained(trained_dir)
     assert second.config.provenance["stage"] == "self-critical"
     assert second.config.words == first.config.words
-    assert not torch.equal(second.starts.weight, first.starts.weight)
+    assert not torch.equal(second.start_embedding.weight, first.start_embedding.weight)
 
 
 def test_self_critical_needs_a_start(tokens_dir: Path, capsys: pytest.CaptureFixture):
@@ -127,7 +127,8 @@ def test_tokens_of_another_codebook_are_refused(trained_dir: Path, tokens_dir: P
     captioner = CaptionerTask(further, torch.zeros(8, 6)).model.captioner
     captioner.check_codebook("xyz")
     before = Captioner.from_pretrained(trained_dir)
-    assert torch.equal(captioner.image.codes.weight, before.image.codes.weight)
+    embeddings = [model.image_encoder.code_embedding.weight for model in (captioner, before)]
+    assert torch.equal(*embeddings)
     write_tokens(tmp_path / "other", records, TokenMeta(9, (2, 4), "xyz", "def", "made up", 16))
     with pytest.raises(ValueError, match="train a captioner anew"):
         CaptionerTask(further, torch.zeros(9, 6))
@@ -137,7 +138,7 @@ def test_the_codebook_gives_the_first_embeddings(tokens_dir: Path):
     run = CaptionerRun(tokens=tokens_dir, tokenizer=Path("somewhere"), min_word_count=1)
     codebook = torch.nn.functional.normalize(torch.randn(8, 6), dim=-1)
     task = CaptionerTask(run, codebook)
-    torch.testing.assert_close(task.model.captioner.image.codes.weight, codebook * 6**0.5)
+    torch.testing.assert_close(task.model.captioner.image_encoder.code_embedding.weight, codebook * 6**0.5)
     with pytest.raises(ValueError, match="no codebook of tokenizer somewhere"):
         train_captioner(run)
 
@@ -153,7 +154,7 @@ def test_examples_hold_a_variant_and_every_caption(tokens_dir: Path):
         for row, length in zip(example["words"], example["lengths"], strict=True)
         if length > 0
     }
-    assert texts == {tuple(ids) for ids in dataset.encoded[3]}
+    assert texts == {tuple(ids) for ids in dataset.captions[3]}
 
 
 def test_long_text_is_a_style_of_its_own(tmp_path: Path):
@@ -168,8 +169,8 @@ def test_long_text_is_a_style_of_its_own(tmp_path: Path):
     train_captioner(run)
     captioner = Captioner.from_pretrained(tmp_path / "out")
     image = torch.arange(8)[None]
-    assert caption_ids(captioner, image)[0][0].text == "a dog in the snow"
-    assert caption_ids(captioner, image, DecodingConfig(style="long"))[0][0].text == dense
+    assert decode_captions(captioner, image)[0][0].text == "a dog in the snow"
+    assert decode_captions(captioner, image, DecodingConfig(style="long"))[0][0].text == dense
 
 
 def test_quality_buckets_are_equally_full():
@@ -203,7 +204,7 @@ def test_a_captioner_learns_a_word_for_how_well_a_caption_fits(
     flags += ["--model.quality-buckets", 3, "--out", tmp_path / "captioner"]
     main([str(word) for word in [*flags, *few]])
     captioner = Captioner.from_pretrained(tmp_path / "captioner")
-    assert captioner.start_id() == 2 and captioner.starts.num_embeddings == 3
+    assert captioner.start_id() == 2 and captioner.start_embedding.num_embeddings == 3
     further = [
         "--preset",
         "tiny-self-critical",
@@ -219,7 +220,7 @@ def test_a_captioner_learns_a_word_for_how_well_a_caption_fits(
     with pytest.raises(SystemExit):
         main([str(word) for word in [*flags, *few, "--tokens", tmp_path / "others"]])
     assert "was made by another tokenizer" in capsys.readouterr().err
-    fit = caption_agreement(tiny_tokenizer, tmp_path / "tokens")
+    fit = caption_alignment_scores(tiny_tokenizer, tmp_path / "tokens")
     assert [scores.shape for scores in fit] == [(2,)] * 6 and all((scores < 0).all() for scores in fit)
 
 

@@ -1,0 +1,173 @@
+"""Caption a folder of images into a file or a directory. Calling it again resumes.
+
+The suffix of the output decides its format: `.jsonl`, `.json`, `.csv`, or none: a directory of `.txt` files.
+Captions are first appended to a journal, a file of JSON lines: a killed process loses one batch at most.
+"""
+
+from __future__ import annotations
+
+import collections
+import csv
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm.auto import tqdm
+
+from tavq.base.files import written_aside
+from tavq.data.examples import Example, ImageTextDataset, readable_images
+from tavq.data.layouts_folder import IMAGE_SUFFIXES
+
+from .decoding import Caption
+
+CaptionImages = Callable[[Sequence[Image.Image]], list[list[Caption]]]
+OUTPUT_SUFFIXES = (".jsonl", ".json", ".csv", "")
+CSV_COLUMNS = ("image", "caption", "score")
+
+
+def caption_folder(
+    folder: str | Path, out: str | Path, caption_images: CaptionImages, *, batch_size: int = 32
+) -> int:
+    """Caption every image in `folder` and below that `out` does not hold yet.
+
+    Args:
+        folder: searched for image files of any usual kind.
+        out: `.jsonl`, `.json` or `.csv` file, or a directory of `.txt` files with the names of the images
+            (`a.jpg.txt` and `a.png.txt` where both images exist, else `a.txt`).
+        caption_images: RGB images -> captions of each, best first.
+        batch_size: images passed to `caption_images` at once.
+
+    Returns:
+        How many images were captioned by this call. Unreadable images are named in one warning.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no image in it.
+        ValueError: the output has an unknown suffix, or more than 1 % of the images are unreadable.
+    """
+    folder = Path(folder)
+    out = Path(out)
+    if out.suffix not in OUTPUT_SUFFIXES:
+        raise ValueError(
+            f"cannot write {out.suffix} files ({out}); name a .jsonl, .json or .csv file, or a directory"
+        )
+
+    names = _image_names(folder)
+    text_files = _text_files(out, names)
+    # JSON lines can be appended to, so there the output is its own journal.
+    journal = out if out.suffix == ".jsonl" else out.with_name(f"{out.name}.unfinished.jsonl")
+    done = _captioned(out, text_files) | {row["image"] for row in _read_journal(journal)}
+    remaining = [name for name in names if name not in done]
+
+    examples = [Example(name, folder / name, (), None, "") for name in remaining]
+    dataset = ImageTextDataset(str(folder), examples)
+    count = 0
+    with (
+        journal.open("a", encoding="utf-8") as file,
+        tqdm(total=len(names), initial=len(names) - len(remaining), unit="image", disable=None) as bar,
+    ):
+        for batch in _batches(dataset, batch_size, len(names)):
+            groups = caption_images([image for _, image in batch])
+            for (name, _), captions in zip(batch, groups, strict=True):
+                file.write(json.dumps(_row(name, captions), ensure_ascii=False) + "\n")
+            file.flush()
+            count += len(batch)
+            bar.update(len(batch))
+
+    # First the output, then the journal goes: a process killed between the two repeats the first step.
+    if journal != out:
+        _write(out, _read_journal(journal), text_files)
+        journal.unlink()
+    return count
+
+
+def _image_names(folder: Path) -> list[str]:
+    """List the image files in `folder` and below, as paths relative to it."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}; give one that holds images")
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise FileNotFoundError(f"no image in {folder}; expected one of {', '.join(sorted(IMAGE_SUFFIXES))}")
+    return [file.relative_to(folder).as_posix() for file in files]
+
+
+def _text_files(out: Path, names: list[str]) -> dict[str, Path]:
+    """Map each image to its text file in the directory `out`."""
+    stems = {name: Path(name).with_suffix("") for name in names}
+    # Where a.jpg and a.png lie side by side, one a.txt would be overwritten by the other.
+    counts = collections.Counter(stems.values())
+    return {
+        name: out / (f"{name}.txt" if counts[stem] > 1 else stem.with_name(f"{stem.name}.txt"))
+        for name, stem in stems.items()
+    }
+
+
+def _captioned(out: Path, text_files: dict[str, Path]) -> set[str]:
+    """Return the images that a finished output holds; those of an unfinished one are in its journal."""
+    if out.suffix == "":
+        return {name for name, path in text_files.items() if path.exists()}
+    if out.suffix == ".jsonl" or not out.exists():
+        return set()
+    return {row["image"] for row in _read(out)}
+
+
+def _batches(dataset: ImageTextDataset, size: int, total: int) -> Iterator[list[tuple[str, Image.Image]]]:
+    """Yield batches of (name, image). Of `total` images, which earlier calls share, 1 % may be unreadable."""
+    named = ((dataset[index].id, image) for index, image in readable_images(dataset, total=total))
+    while batch := list(itertools.islice(named, size)):
+        yield batch
+
+
+def _row(name: str, captions: list[Caption]) -> dict[str, Any]:
+    best = captions[0]
+    row: dict[str, Any] = {
+        "image": name,
+        "caption": best.text,
+        "score": round(best.score, 4),
+        "words": [[word.text, round(word.probability, 4)] for word in best.words],
+    }
+    if len(captions) > 1:
+        row["others"] = [{"caption": other.text, "score": round(other.score, 4)} for other in captions[1:]]
+    return row
+
+
+def _read_journal(journal: Path) -> list[dict[str, Any]]:
+    """Read the rows of a journal, and cut off a last line that a killed process left half-written."""
+    if not journal.exists():
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        return []
+    # As bytes: the last line may end within a UTF-8 character.
+    complete, _, broken = journal.read_bytes().rpartition(b"\n")
+    if broken:
+        with written_aside(journal) as path:
+            path.write_bytes(complete + b"\n" if complete else b"")
+    return [json.loads(line) for line in complete.split(b"\n") if line]
+
+
+def _read(out: Path) -> list[dict[str, Any]]:
+    """Read the rows of a finished .json or .csv output."""
+    if out.suffix == ".json":
+        return json.loads(out.read_text(encoding="utf-8"))
+    with out.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _write(out: Path, rows: list[dict[str, Any]], text_files: dict[str, Path]) -> None:
+    """Add `rows` to a finished output other than .jsonl; writing the same rows twice changes nothing."""
+    if out.suffix == "":
+        for row in rows:
+            with written_aside(text_files[row["image"]]) as path:
+                path.write_text(row["caption"] + "\n", encoding="utf-8")
+        return
+
+    present = _read(out) if out.exists() else []
+    rows = list({row["image"]: row for row in present + rows}.values())
+    with written_aside(out) as path, path.open("w", newline="", encoding="utf-8") as file:
+        if out.suffix == ".json":
+            json.dump(rows, file, indent=1, ensure_ascii=False)
+        else:
+            writer = csv.DictWriter(file, CSV_COLUMNS, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
