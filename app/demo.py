@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def serve(pipeline: Pipeline, folder: Path, run: DemoRun) -> None:
     """Serve the page until the process is stopped; prints the address."""
-    from .page import CSS, THEME, build
+    from tavq.app.page import CSS, THEME, build
 
     page = build(pipeline, folder)
     try:

@@ -36,7 +36,7 @@ from tavq.data.layouts import open_dataset
 from tavq.data.text_encoder import TextEncoder
 from tavq.eval.table import with_block, write_block
 from tavq.tokenizer.model import TAVQTokenizer
-from tavq.tokenizer.train import RUN_PRESETS, TokenizerRun, TokenizerTrainee
+from tavq.tokenizer.train import RUN_PRESETS, TokenizerRun, TokenizerTrainer
 
 LEVELS = (1, 2, 3)
 OURS = ("none", "gaussian", "sampled", "full")
@@ -80,6 +80,7 @@ class Batch:
     """Photos and texts of one batch."""
 
     images: Tensor
+    targets: Tensor
     index: UnitIndex
 
     def texts(self, config: AlignmentConfig) -> dict[str, list[tuple[Tensor, Tensor]]]:
@@ -88,9 +89,12 @@ class Batch:
 
 def load_batch(bench: AlignmentBenchmark, batch_size: int) -> Batch:
     dataset = open_dataset(bench.data, "train").head(batch_size)
-    size = RUN_PRESETS[bench.preset].model.image_size_px
-    photos = [to_tensor(dataset.load_image(i), size) for i in range(batch_size)]
-    return Batch(torch.stack(photos), UnitIndex.build(dataset, TextEncoder()))
+    model = RUN_PRESETS[bench.preset].model
+    images, targets = (
+        torch.stack([to_tensor(dataset.load_image(i), size) for i in range(batch_size)])
+        for size in (model.image_size_px, model.decode_size_px)
+    )
+    return Batch(images, targets, UnitIndex.build(dataset, TextEncoder()))
 
 
 def run_of(bench: AlignmentBenchmark, method: str, batch: Batch) -> TokenizerRun:
@@ -130,9 +134,11 @@ def mean_seconds(work: Callable[[int], Any], times: int) -> float:
 
 def training_step(run: TokenizerRun, batch: Batch) -> Callable[[int], None]:
     torch.manual_seed(0)
-    trainee = TokenizerTrainee(run, TAVQTokenizer(run.model)).train()
+    trainee = TokenizerTrainer(run, TAVQTokenizer(run.model)).train()
     optimizer = torch.optim.AdamW(trainee.parameters(), lr=1e-4)
-    inputs = {"image": batch.images} | (batch.texts(run.alignment) if run.align != "none" else {})
+    inputs = {"image": batch.images, "target": batch.targets} | (
+        batch.texts(run.alignment) if run.align != "none" else {}
+    )
 
     def step(number: int) -> None:
         optimizer.zero_grad()

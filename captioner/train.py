@@ -183,8 +183,10 @@ class CaptionerTask(Task):
     """The captioner as the training loop sees it; the validation CIDEr decides which weights are saved."""
 
     name = "captioner"
-    watch = ("CIDEr", "max")
-    hidden = frozenset({"blocks", "h", "layers"})  # of the image encoder, of GPT-2, of Llama and its kind
+    monitor = ("CIDEr", "max")
+    muon_modules = frozenset(
+        {"blocks", "h", "layers"}
+    )  # of the image encoder, of GPT-2, of Llama and its kind
 
     def __init__(
         self,
@@ -209,21 +211,21 @@ class CaptionerTask(Task):
             references = [[with_end(metric_words(text)) for text in texts] for texts in tokens.captions]
             reward = CiderD(references, DocumentFrequencies.of(references))
         self.model = CaptionerWithLoss(captioner, run, reward)
+        self.shipped = captioner
 
         # Validation scores captions as the published metric does, without the end.
         self.val_cider = CiderD([[metric_words(text) for text in texts] for texts in self.val.captions])
 
     @torch.inference_mode()
-    def evaluate(self, model: CaptionerWithLoss, step: int) -> dict[str, float]:
+    def evaluate(self, model: Captioner, step: int) -> dict[str, float]:
         """Score greedy captions of the validation split, and count how many end in a function word."""
-        captioner = model.captioner
-        device = captioner.start_embedding.weight.device
+        device = model.start_embedding.weight.device
         # Variant 0 of each image is the image as it is, not mirrored or cropped.
         ids = self.val.ids[:, 0].flatten(1).long()
         captions = [
-            captioner.text.words(group[0])
+            model.text.words(group[0])
             for batch in ids.split(EVALUATION_BATCH)
-            for group in decode_word_ids(captioner, batch.to(device), GREEDY)
+            for group in decode_word_ids(model, batch.to(device), GREEDY)
         ]
         return {
             "CIDEr": float(self.val_cider.scores(captions, range(len(captions))).mean()),
@@ -232,9 +234,9 @@ class CaptionerTask(Task):
             "distinct": len(set(map(tuple, captions))) / len(captions),
         }
 
-    def save(self, model: CaptionerWithLoss, directory: Path, card: str) -> None:
-        model.captioner.card = continued(card, self.earlier_card)
-        model.captioner.save_pretrained(directory)
+    def save(self, model: Captioner, directory: Path, card: str) -> None:
+        model.card = continued(card, self.earlier_card)
+        model.save_pretrained(directory)
 
 
 def train_captioner(

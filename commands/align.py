@@ -35,10 +35,10 @@ from tavq.tokenizer.adapter import TAVQAdapter
 from tavq.tokenizer.fit_projections import fit_projections
 from tavq.tokenizer.health import CodebookWatch
 from tavq.tokenizer.heatmaps import PROBED_LEVELS
-from tavq.tokenizer.losses import GradientBalance, open_perceptual
+from tavq.tokenizer.losses import GradientBalance, open_perceptual, random_crop_alike
 from tavq.tokenizer.model import TAVQTokenizer, TokenizerConfig
-from tavq.tokenizer.photos import TrainingImages, photo_batches
 from tavq.tokenizer.retrieval import image_to_text_ranks, recall_at, scores_of_codes, text_to_image_ranks
+from tavq.tokenizer.training_images import TrainingImages, image_batches
 from tavq.training.loop import train
 from tavq.training.run_folder import read_log
 from tavq.training.task import StepOutput, Task, TrainingConfig
@@ -96,7 +96,7 @@ class AlignRun:
     )
 
 
-class AlignTrainee(nn.Module):
+class AlignTrainer(nn.Module):
     """A base model behind its adapter, with the aligner and the losses that train both."""
 
     def __init__(self, run: AlignRun, adapter: Adapter, text_dim: int, frozen: bool):
@@ -108,7 +108,7 @@ class AlignTrainee(nn.Module):
         self.perceptual = open_perceptual(run.perceptual) if run.perceptual and not frozen else None
         self.balance = GradientBalance({"align": run.losses.align})
 
-    def train(self, mode: bool = True) -> AlignTrainee:
+    def train(self, mode: bool = True) -> AlignTrainer:
         super().train(mode)
         if self.frozen:
             self.adapter.base.eval()  # else its codebook might go on adapting
@@ -124,7 +124,10 @@ class AlignTrainee(nn.Module):
         report = {"l1": F.l1_loss(rebuilt, images), "quantizer": heard.loss, **aligned.report}
         reconstruction = losses.l1 * report["l1"]
         if self.perceptual is not None:
-            report["perceptual"] = self.perceptual.distance(rebuilt, images)
+            cropped, targets = random_crop_alike(rebuilt, images)
+            with torch.no_grad():
+                wanted = self.perceptual(targets)
+            report["perceptual"] = self.perceptual.distance(self.perceptual(cropped), wanted)
             reconstruction = reconstruction + losses.perceptual * report["perceptual"]
         weighed = self.balance.weigh("align", aligned.loss, reconstruction, heard.shared, step)
         report |= self.balance.report()
@@ -164,13 +167,14 @@ class AlignData:
 class AlignTask(Task):
     """One of the two stages as the training loop sees it."""
 
-    name, watch = "tokenizer", None
+    name, monitor = "tokenizer", None
 
     def __init__(self, run: AlignRun, adapter: Adapter, data: AlignData, frozen: bool):
         self.run, self.data, self.dataset = run, data, data.images
         torch.manual_seed(run.training.seed)
-        self.model = AlignTrainee(run, adapter, data.text_dim, frozen)
-        self.watch_codes = CodebookWatch()
+        self.model = AlignTrainer(run, adapter, data.text_dim, frozen)
+        self.shipped = self.model
+        self.codebook_monitor = CodebookWatch()
 
     def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(mixed_seed(examples[0]["draw"], len(examples)))
@@ -179,11 +183,11 @@ class AlignTask(Task):
         return {"image": torch.stack([example["image"] for example in examples]), **texts}
 
     @torch.inference_mode()
-    def evaluate(self, model: AlignTrainee, step: int) -> dict[str, float]:
+    def evaluate(self, model: AlignTrainer, step: int) -> dict[str, float]:
         """Reconstruction, usage of the codebook, and retrieval through its codes, on the validation split."""
         adapter, device = model.adapter, next(model.parameters()).device
         ids, rows, l1, ratios = [], [], [], []
-        for images, indices in photo_batches(self.data.val_set, self.run.image_size_px):
+        for (images,), indices in image_batches(self.data.val_set, self.run.image_size_px):
             rebuilt, heard = adapter.reconstruct(images.to(device))
             ids.append(heard.ids.cpu())
             rows += indices
@@ -193,11 +197,11 @@ class AlignTask(Task):
         return {
             "l1": float(torch.cat(l1).mean()),
             "PSNR": float(torch.cat(ratios).mean()),
-            **self.watch_codes.look(all_ids, adapter.codebook, step),
+            **self.codebook_monitor.look(all_ids, adapter.codebook, step),
             **self._retrieval(model, all_ids, torch.tensor(rows)),
         }
 
-    def _retrieval(self, model: AlignTrainee, ids: Tensor, rows: Tensor) -> dict[str, float]:
+    def _retrieval(self, model: AlignTrainer, ids: Tensor, rows: Tensor) -> dict[str, float]:
         """The first caption of each photo among the photos, and each photo among all captions."""
         alignment, data = self.run.alignment, self.data
         projections = model.aligner.projections
@@ -214,7 +218,7 @@ class AlignTask(Task):
             for way, ranks in (("t2i", t2i), ("i2t", i2t))
         }
 
-    def save(self, model: AlignTrainee, directory: Path, card: str) -> None:
+    def save(self, model: AlignTrainer, directory: Path, card: str) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         base = model.adapter.base
         if isinstance(base, TAVQTokenizer):  # its codes stay; what has been learnt is its way to text

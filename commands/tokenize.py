@@ -24,7 +24,7 @@ from tavq.data.images import to_tensor
 from tavq.data.layouts import open_dataset
 from tavq.data.tokens import TokenMeta, TokenRecord, write_tokens
 from tavq.tokenizer.model import TAVQTokenizer
-from tavq.tokenizer.photos import SMALLEST_CROP
+from tavq.tokenizer.training_images import SMALLEST_CROP
 from tavq.training.checkpoint import WEIGHTS_FILE, local_directory
 
 SPLITS = ("train", "val", "test")

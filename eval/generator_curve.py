@@ -21,15 +21,14 @@ from tavq.base.arguments import parse, run_main
 from tavq.base.files import written_aside
 from tavq.data.examples import ImageTextDataset
 from tavq.data.layouts import open_dataset
+from tavq.eval.evaluation import FEATURE_CACHE, at_reference_size, kid_options, open_network, reference_set
+from tavq.eval.run_t2i import draw
 from tavq.generator.sampling import SamplingConfig
 from tavq.metrics.features import FeatureNetwork, ImageSet
 from tavq.metrics.frechet import image_metrics
 from tavq.pipeline import Pipeline
-from tavq.training.loop import KEPT
+from tavq.training.loop import EVALUATED_FOLDER
 from tavq.training.run_folder import read_log
-
-from .evaluation import FEATURE_CACHE, at_reference_size, kid_options, open_network, reference_set
-from .run_t2i import draw
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +57,7 @@ class GeneratorCurve:
 @run_main
 def main(argv: Sequence[str] | None = None) -> None:
     run = parse(GeneratorCurve, argv, prog="python eval/generator_curve.py")
-    kept = sorted((run.run / "training" / KEPT).glob("step-*"))
+    kept = sorted((run.run / "training" / EVALUATED_FOLDER).glob("step-*"))
     if not kept:
         raise FileNotFoundError(
             f"{run.run} kept no weights of its evaluations; train it with --training.keep-evaluated"

@@ -17,9 +17,8 @@ from tyro.conf import Positional
 
 from tavq.base.arguments import parse, run_main
 from tavq.base.files import written_aside
-
-from .results import Results, read_results
-from .table import checkpoint_of, describe, format_metric, group_by_protocol, metric_names, title
+from tavq.eval.results import Results, read_results
+from tavq.eval.table import checkpoint_of, describe, format_metric, group_by_protocol, metric_names, title
 
 TEMPLATE = Path(__file__).with_name("report_page.html")
 HEALTH = ("usage", "perplexity")

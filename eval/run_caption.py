@@ -19,12 +19,8 @@ from tavq.base.files import written_aside
 from tavq.captioner.decoding import DecodingConfig
 from tavq.captioner.reward import ends_in_function_word
 from tavq.data.examples import ImageTextDataset, readable_images
-from tavq.metrics.captions import Backend, caption_metrics
-from tavq.metrics.ptb import tokenize
-from tavq.pipeline import Pipeline
-
-from .evaluation import EvaluationRun, print_metrics
-from .results import (
+from tavq.eval.evaluation import EvaluationRun, print_metrics
+from tavq.eval.results import (
     caption_fields,
     format_comparison,
     make_protocol,
@@ -32,6 +28,9 @@ from .results import (
     with_intervals,
     write_results,
 )
+from tavq.metrics.captions import Backend, caption_metrics
+from tavq.metrics.ptb import tokenize
+from tavq.pipeline import Pipeline
 
 PHOTOS_AT_ONCE = 20
 

@@ -24,12 +24,7 @@ from tavq.base.arguments import parse, run_main
 from tavq.data.examples import ImageTextDataset
 from tavq.data.images import grid, to_pixels
 from tavq.data.layouts import open_dataset
-from tavq.generator.sampling import SamplingConfig
-from tavq.metrics.features import FeatureNetwork, ImageSet
-from tavq.metrics.frechet import image_metrics
-from tavq.pipeline import Pipeline, read_recipe
-
-from .evaluation import (
+from tavq.eval.evaluation import (
     FEATURE_CACHE,
     REFERENCE_SIZE_PX,
     EvaluationRun,
@@ -41,8 +36,12 @@ from .evaluation import (
     print_metrics,
     reference_set,
 )
-from .faithfulness import judged, nearest_training_images, open_judge, pictures_of
-from .results import format_comparison, make_protocol, measured, with_intervals, write_results
+from tavq.eval.faithfulness import judged, nearest_training_images, open_judge, pictures_of
+from tavq.eval.results import format_comparison, make_protocol, measured, with_intervals, write_results
+from tavq.generator.sampling import SamplingConfig
+from tavq.metrics.features import FeatureNetwork, ImageSet
+from tavq.metrics.frechet import image_metrics
+from tavq.pipeline import Pipeline, read_recipe
 
 PROMPTS_AT_ONCE = 16
 SAMPLES = 16

@@ -20,15 +20,7 @@ from tavq.alignment.projections import NUM_LEVELS
 from tavq.base.arguments import parse, run_main
 from tavq.data.examples import ImageTextDataset
 from tavq.data.images import to_uint8
-from tavq.metrics.features import ImageSet
-from tavq.metrics.frechet import image_metrics
-from tavq.metrics.image import psnr, ssim
-from tavq.pipeline import Pipeline
-from tavq.tokenizer.health import code_use
-from tavq.tokenizer.heatmaps import aligned_levels
-from tavq.tokenizer.retrieval import alignment_scores, image_to_text_ranks, text_to_image_ranks
-
-from .evaluation import (
+from tavq.eval.evaluation import (
     FEATURE_CACHE,
     EvaluationRun,
     at_reference_size,
@@ -39,7 +31,14 @@ from .evaluation import (
     print_metrics,
     reference_set,
 )
-from .results import format_comparison, make_protocol, measured, with_intervals, write_results
+from tavq.eval.results import format_comparison, make_protocol, measured, with_intervals, write_results
+from tavq.metrics.features import ImageSet
+from tavq.metrics.frechet import image_metrics
+from tavq.metrics.image import psnr, ssim
+from tavq.pipeline import Pipeline
+from tavq.tokenizer.health import code_use
+from tavq.tokenizer.heatmaps import aligned_levels
+from tavq.tokenizer.retrieval import alignment_scores, image_to_text_ranks, text_to_image_ranks
 
 RECALLS = (1, 5, 10)
 

@@ -19,10 +19,8 @@ from tyro.conf import Positional
 
 from tavq.base.arguments import parse, run_main
 from tavq.base.device import Device, choose_device
-from tavq.metrics.captions import Backend, caption_metrics
-
-from .evaluation import FEATURE_CACHE
-from .results import (
+from tavq.eval.evaluation import FEATURE_CACHE
+from tavq.eval.results import (
     caption_fields,
     file_sha256,
     format_comparison,
@@ -31,6 +29,7 @@ from .results import (
     with_intervals,
     write_results,
 )
+from tavq.metrics.captions import Backend, caption_metrics
 
 KARPATHY_IDS = ("cocoid", "imgid", "filename", "stem")
 

@@ -15,8 +15,7 @@ from tyro.conf import Positional
 
 from tavq.base.arguments import parse, run_main
 from tavq.base.files import written_aside
-
-from .results import Comparison, Results, compare, protocol_differences, read_results
+from tavq.eval.results import Comparison, Results, compare, protocol_differences, read_results
 
 TIMES_100 = ("CIDEr", "BLEU", "METEOR", "ROUGE-L", "SPICE", "cycle_CIDEr", "t2i_R@", "i2t_R@", "prompt_R@")
 DIGITS = {"PSNR": 2, "SSIM": 3, "KID": 4, "precision": 3, "recall": 3, "usage": 3, "IS": 2}

@@ -147,8 +147,8 @@ class GeneratorTask(Task):
     """The generator as the training loop sees it; the validation loss decides which weights are kept."""
 
     name = "generator"
-    watch = ("loss", "min")
-    hidden = frozenset({"blocks"})
+    monitor = ("loss", "min")
+    muon_modules = frozenset({"blocks"})
 
     def __init__(self, run: GeneratorRun, decode: Decode | None = None, codebook: Tensor | None = None):
         earlier = None if run.start is None else GeneratorModel.from_pretrained(run.start)
@@ -173,17 +173,18 @@ class GeneratorTask(Task):
             _check_start(run, earlier.config, generator.config)
             generator.load_state_dict(earlier.state_dict())
         self.model = GeneratorTrainee(run, generator)
+        self.shipped = generator
 
     def collate(self, examples: list[tuple[Tensor, int]]) -> dict[str, Tensor]:
         texts = self.texts.rows([caption for _, caption in examples])
         return {"ids": torch.stack([ids for ids, _ in examples]), "states": texts.states, "mask": texts.mask}
 
     @torch.inference_mode()
-    def evaluate(self, model: GeneratorTrainee, step: int) -> dict[str, float]:
+    def evaluate(self, model: GeneratorModel, step: int) -> dict[str, float]:
         """Nats a token on the validation split as it is, with the first caption and with the null text."""
         return {
-            "loss": self._nats(model.generator, with_text=True),
-            "loss_null_text": self._nats(model.generator, False),
+            "loss": self._nats(model, with_text=True),
+            "loss_null_text": self._nats(model, False),
         }
 
     def _nats(self, generator: GeneratorModel, with_text: bool) -> float:
@@ -194,17 +195,17 @@ class GeneratorTask(Task):
             total += float(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
         return total / ids.numel()
 
-    def pictures(self, model: GeneratorTrainee) -> dict[str, Any]:
+    def sample_images(self, model: GeneratorModel) -> dict[str, Any]:
         if self.decode is None:
             return {}
         rows = range(min(PICTURES, len(self.val_set)))
-        ids = sample(model.generator, self.val_texts.rows(rows), list(rows), self.run.sampling)
-        images = self.decode(ids.unflatten(1, model.generator.config.grid_size))
+        ids = sample(model, self.val_texts.rows(rows), list(rows), self.run.sampling)
+        images = self.decode(ids.unflatten(1, model.config.grid_size))
         return {"samples": np.asarray(grid(to_pil(images), columns=8))}
 
-    def save(self, model: GeneratorTrainee, directory: Path, card: str) -> None:
-        model.generator.card = continued(card, self.earlier_card)
-        model.generator.save_pretrained(directory)
+    def save(self, model: GeneratorModel, directory: Path, card: str) -> None:
+        model.card = continued(card, self.earlier_card)
+        model.save_pretrained(directory)
 
 
 def _resolved(run: GeneratorRun, meta: TokenMeta, encoder: TextEncoder) -> GeneratorConfig:

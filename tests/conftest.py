@@ -36,6 +36,30 @@ def shared_dir() -> Path:
     return folder
 
 
+class ThreeMaps(torch.nn.Module):
+    """Feature maps at strides 1, 2 and 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Conv2d(3, 8, 3, padding=1)
+        self.second = torch.nn.Conv2d(8, 12, 3, stride=2, padding=1)
+        self.third = torch.nn.Conv2d(12, 16, 3, stride=2, padding=1)
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        first = torch.relu(self.first(images))
+        second = torch.relu(self.second(first))
+        return [first, second, torch.relu(self.third(second))]
+
+
+@pytest.fixture(scope="session")
+def perceptual_network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small frozen network, as --perceptual takes it."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("networks") / "maps.pt"
+    torch.jit.script(ThreeMaps()).save(str(path))
+    return path
+
+
 @pytest.fixture(scope="session")
 def flickr8k_dir(shared_dir: Path) -> Path:
     """Flickr8k in the Karpathy layout; the test skips where it is absent."""

@@ -91,7 +91,7 @@ def judge(tiny_checkpoint, tmp_path):
 
 def with_another_decoder(checkpoint):
     tokenizer = TAVQTokenizer.from_pretrained(checkpoint / "tokenizer")
-    torch.nn.init.zeros_(tokenizer.decoder.last.bias)
+    torch.nn.init.zeros_(tokenizer.decoder.to_rgb[-1].bias)
     tokenizer.save_pretrained(checkpoint / "tokenizer")
 
 
@@ -162,7 +162,7 @@ def test_the_curve_of_a_generator_is_drawn_from_the_weights_of_its_evaluations(
     assert stopped.value.code == 2 and "train it with --training.keep-evaluated" in capsys.readouterr().err
     log = [{"step": step, "val/loss": 5.0 - step / 100, "val/loss_null_text": 5.0} for step in (10, 20)]
     for line in log:
-        kept = run / "training" / "kept" / f"step-{line['step']:06d}"
+        kept = run / "training" / "evaluated" / f"step-{line['step']:06d}"
         shutil.copytree(checkpoint / "generator", kept)
     (run / "training" / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     generator_curve.main(flags)

@@ -127,7 +127,7 @@ def test_training_goes_on_from_a_generator_whose_tokenizer_was_trained_further(t
     generator = task.model.generator
     generator.check_codebook(tensor_hash(CODEBOOK))
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), generator.parameters(), strict=True))
-    task.save(task.model, tmp_path / "after", "---\n---\n# The second\n")
+    task.save(task.shipped, tmp_path / "after", "---\n---\n# The second\n")
     assert (
         "# What it went on from: The first training"
         in GeneratorModel.from_pretrained(tmp_path / "after").card

@@ -13,7 +13,7 @@ import torch
 
 from tavq.eval.results import measured, read_results, write_results
 from tavq.metrics.features import ImageSet, extract_features, load_network
-from tavq.tokenizer.losses import FeaturePerceptual
+from tavq.tokenizer.losses import PerceptualNetwork
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -104,10 +104,10 @@ def test_the_comparison_of_captions_shows_each_seed_with_its_interval(tmp_path):
 
 def test_the_networks_of_the_recipes_teach_and_measure(tmp_path):
     load("networks").main(["--out", str(tmp_path), "--no-pretrained"])
-    perceptual = FeaturePerceptual(tmp_path / "squeezenet_layers.pt")
+    perceptual = PerceptualNetwork(tmp_path / "squeezenet_layers.pt")
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     images.requires_grad_()
-    distance = perceptual.distance(images, images.detach().flip(0))
+    distance = perceptual.distance(perceptual(images), perceptual(images.detach().flip(0)))
     distance.backward()
     assert len(perceptual(images)) == 7 and 0 < distance < 4 and images.grad.norm() > 0
     network = load_network(tmp_path / "mobilenet_v2_features.pt")

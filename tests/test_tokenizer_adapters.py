@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import nn
 from vector_quantize_pytorch import VectorQuantize
 
-from tavq.alignment.adapters import adapt
+from tavq.alignment.adapters import Adapter, adapt
 from tavq.alignment.aligner import AlignmentConfig, TextAligner, TextUnits
 from tavq.commands import align
 from tavq.data.images import to_tensor
 from tavq.data.layouts import open_dataset
+from tavq.tokenizer.adapter import TAVQAdapter
 from tavq.tokenizer.heatmaps import aligned_levels
 from tavq.tokenizer.model import PRESETS, TAVQTokenizer
 from tavq.training.run_folder import read_log
@@ -176,6 +177,10 @@ def images(count: int = 4) -> torch.Tensor:
     return torch.rand(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
+def adapted(base: nn.Module) -> Adapter:
+    return TAVQAdapter(base, SIZE) if isinstance(base, TAVQTokenizer) else adapt(base, SIZE)
+
+
 def made_up_texts(batch: int = 4):
     mask = torch.ones(batch, 3, dtype=torch.bool)
     return [TextUnits(F.normalize(torch.randn(batch, 3, 12), dim=-1), mask) for _ in range(3)]
@@ -184,7 +189,7 @@ def made_up_texts(batch: int = 4):
 def test_what_is_heard_is_what_the_look_up_sees_and_the_base_stays_as_it_was(base):
     base.eval()
     keys = list(base.state_dict())
-    adapter = adapt(base, SIZE)
+    adapter = adapted(base)
     rebuilt, heard = adapter.reconstruct(images())
     assert torch.equal(rebuilt, adapter.images_of(base(images())))
     latents = heard.features[-1]
@@ -198,7 +203,7 @@ def test_what_is_heard_is_what_the_look_up_sees_and_the_base_stays_as_it_was(bas
 
 def test_the_alignment_moves_codebook_and_encoder_and_the_loss_is_the_bases_own(base):
     torch.manual_seed(0)
-    adapter = adapt(base.train(), SIZE)
+    adapter = adapted(base.train())
     codebook = adapter.codebook
     rebuilt, heard = adapter.reconstruct(images())
     aligner = TextAligner(AlignmentConfig(samples=8, bank_size=0), *codebook.shape, 12)

@@ -12,7 +12,7 @@ from tavq.commands import train_tokenizer
 from tavq.data.text_encoder import TextEncoder
 from tavq.tokenizer.lgvq import CaptionReader, Captions, LanguageGuidance, LGVQConfig, hide_words
 from tavq.tokenizer.model import PRESETS, TAVQTokenizer
-from tavq.tokenizer.train import RUN_PRESETS, TokenizerTrainee
+from tavq.tokenizer.train import RUN_PRESETS, TokenizerTrainer
 from tavq.training.run_folder import read_log
 
 CONFIG = LGVQConfig(width=8, max_text_tokens=4)
@@ -121,7 +121,7 @@ def test_captions_that_are_too_long_are_left_out_and_an_image_without_any_is_nam
 def test_the_gradient_goes_to_the_encoder_and_not_to_the_codebook():
     torch.manual_seed(0)
     run = dataclasses.replace(RUN_PRESETS["tiny"], align="lgvq", lgvq=CONFIG)
-    trainee = TokenizerTrainee(run, TAVQTokenizer(PRESETS["tiny"]), None, torch.randn(VOCABULARY, 4))
+    trainee = TokenizerTrainer(run, TAVQTokenizer(PRESETS["tiny"]), None, torch.randn(VOCABULARY, 4))
     encoded = trainee.tokenizer(torch.randn(2, 3, 32, 32))
     codes = trainee._straight_through(encoded)
     rows = codes.movedim(1, -1).flatten(0, 2)
@@ -159,5 +159,5 @@ def test_the_command_trains_it_and_its_heads_stay_out_of_the_checkpoint(tmp_path
     assert "val/t2i_R@10" in lines[-1] and "weight/align" not in lines[0]
     tokenizer = TAVQTokenizer.from_pretrained(tmp_path)
     assert tokenizer.config.provenance["align"] == "lgvq"
-    plain = TokenizerTrainee(RUN_PRESETS["tiny"], TAVQTokenizer(PRESETS["tiny"]))
+    plain = TokenizerTrainer(RUN_PRESETS["tiny"], TAVQTokenizer(PRESETS["tiny"]))
     assert not [name for name in plain.state_dict() if name.startswith("guidance")]

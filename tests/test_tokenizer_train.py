@@ -18,8 +18,8 @@ from tavq.tokenizer import distillation
 from tavq.tokenizer.distillation import map_of_view, teacher_maps
 from tavq.tokenizer.losses import FrozenNetwork
 from tavq.tokenizer.model import TAVQTokenizer
-from tavq.tokenizer.photos import WHOLE, TrainingImages
 from tavq.tokenizer.train import RUN_PRESETS, TokenizerTask
+from tavq.tokenizer.training_images import WHOLE, TrainingImages
 
 TINY = RUN_PRESETS["tiny"]
 
@@ -122,19 +122,12 @@ def test_a_step_without_decoding_teaches_the_encoder_alone(teacher):
     losses = dataclasses.replace(TINY.losses, decode_every=4)
     task = TokenizerTask(dataclasses.replace(TINY, distill=teacher, losses=losses))
     batch = task.collate([task.dataset[(index, index)] for index in range(4)])
-    decoder, trunk = (
-        task.model.tokenizer.decoder.last.weight,
-        task.model.tokenizer.encoder.trunk[0].qkv.weight,
-    )
+    decoder = task.model.tokenizer.decoder.enter.weight
+    trunk = task.model.tokenizer.encoder.trunk[0].qkv.weight
     for step, decodes in ((0, True), (1, False), (3, False), (4, True)):
         output = task.model(batch, step)
         output.loss.backward()
-        assert (
-            ("l1" in output.report)
-            == (output.for_critic is not None)
-            == (decoder.grad is not None)
-            == decodes
-        )
+        assert ("l1" in output.report) == (decoder.grad is not None) == decodes
         assert trunk.grad.norm() > 0
         task.model.zero_grad(set_to_none=True)
 
@@ -155,7 +148,7 @@ def test_training_goes_on_from_a_tokenizer_and_remembers_its_teachers(teacher, t
     provenance = task.model.tokenizer.config.provenance
     assert provenance["perceptual"] == "abc"
     assert set(provenance["distilled_from"].split()) == {"def", file_hash(teacher)}
-    task.save(task.model, tmp_path / "after", "---\n---\n# The second\n")
+    task.save(task.shipped, tmp_path / "after", "---\n---\n# The second\n")
     assert (
         "# What it went on from: The first training" in TAVQTokenizer.from_pretrained(tmp_path / "after").card
     )
@@ -171,20 +164,39 @@ def test_a_text_encoder_of_another_width_decides_the_width_of_the_way_to_text(tm
     assert torch.isfinite(task.model(batch, 0).loss)
 
 
-def test_training_the_decoder_further_leaves_the_ids_alone(teacher, tmp_path):
+def test_a_discriminator_is_refused_where_the_network_gives_no_maps(tmp_path, capsys):
+    network = tmp_path / "vector.pt"
+    torch.jit.script(Vector()).save(str(network))
+    TAVQTokenizer(TINY.model).save_pretrained(tmp_path / "before")
+    with pytest.raises(SystemExit):
+        train_decoder(
+            ["--preset", "tiny", "--tokenizer", str(tmp_path / "before"), "--perceptual", str(network)]
+        )
+    assert "this network gives vectors" in capsys.readouterr().err
+
+
+def test_training_the_decoder_further_leaves_the_ids_alone(perceptual_network, tmp_path):
     before, after = TAVQTokenizer(TINY.model), tmp_path / "after"
     before.card = "---\nlicense: apache-2.0\n---\n# The first training\n"
     before.save_pretrained(tmp_path / "before")
-    flags = ["--preset", "tiny", "--tokenizer", str(tmp_path / "before"), "--perceptual", str(teacher)]
+    flags = [
+        "--preset",
+        "tiny",
+        "--tokenizer",
+        str(tmp_path / "before"),
+        "--perceptual",
+        str(perceptual_network),
+    ]
     train_decoder([*flags, "--training.steps", "3", "--out", str(after)])
     after = TAVQTokenizer.from_pretrained(after)
     changed = {
         name
         for name, tensor in before.state_dict().items()
-        if not torch.equal(tensor, after.state_dict()[name])
+        if name not in after.state_dict() or not torch.equal(tensor, after.state_dict()[name])
     }
     assert changed == {f"decoder.{name}" for name, _ in before.decoder.named_parameters()}
-    assert after.config.provenance == {"decoder_perceptual": file_hash(teacher)}
+    assert (before.decode_size_px, after.decode_size_px) == (32, 64)
+    assert after.config.provenance == {"decoder_perceptual": file_hash(perceptual_network)}
     assert "# What it went on from: The first training" in after.card
 
 

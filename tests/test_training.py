@@ -17,7 +17,7 @@ from torch import nn
 
 from tavq.base.files import written_aside
 from tavq.base.seeding import mixed_seed
-from tavq.tokenizer import train as tokenizer_train
+from tavq.commands import train_tokenizer
 from tavq.training.loop import train
 from tavq.training.run_folder import read_log
 from tavq.training.stream import ShuffledStream
@@ -25,7 +25,7 @@ from tavq.training.task import StepOutput, Task, TrainingConfig
 
 STEPS = 12
 FLAGS = [
-    *("--preset", "tiny", "--align", "none", "--losses.adversarial-from", "0.3"),
+    *("--preset", "tiny", "--align", "none", "--losses.adversarial-start", "0.3"),
     *("--training.steps", str(STEPS), "--training.evaluate-every", "100", "--training.log-every", "1"),
     *("--training.checkpoint-minutes", "0", "--training.optimizer", "muon"),
 ]
@@ -40,9 +40,9 @@ def losses(folder) -> list[dict]:
     return [{k: v for k, v in line.items() if k != "examples_per_s"} for line in lines]
 
 
-def signalled(run: Path, number: signal.Signals) -> int:
+def signalled(run: Path, flags: list[str], number: signal.Signals) -> int:
     """Train into `run` in a process, send it a signal after a few steps, and return its exit code."""
-    command = [sys.executable, "-m", "tavq.tokenizer.train", *FLAGS, "--out", str(run)]
+    command = [sys.executable, "-m", "tavq.cli", "train", "tokenizer", *flags, "--out", str(run)]
     process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
     log, deadline = run / "training" / "log.jsonl", time.monotonic() + 120
     while len(read_log(log)) < 5 and process.poll() is None and time.monotonic() < deadline:
@@ -54,23 +54,27 @@ def signalled(run: Path, number: signal.Signals) -> int:
 @pytest.mark.parametrize(
     ("number", "exit_code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 128 + signal.SIGTERM)]
 )
-def test_a_stopped_run_says_so_and_continues_as_if_nothing_had_happened(tmp_path, number, exit_code):
+def test_a_stopped_run_says_so_and_continues_as_if_nothing_had_happened(
+    tmp_path, perceptual_network, number, exit_code
+):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    tokenizer_train.main([*FLAGS, "--out", str(whole)])
-    assert signalled(stopped, number) == exit_code
-    tokenizer_train.main([*FLAGS, "--out", str(stopped)])
+    flags = [*FLAGS, "--perceptual", str(perceptual_network)]
+    train_tokenizer.main([*flags, "--out", str(whole)])
+    assert signalled(stopped, flags, number) == exit_code
+    train_tokenizer.main([*flags, "--out", str(stopped)])
+    assert any("discriminator/loss" in line for line in losses(whole))
     assert weights(stopped) == weights(whole)
     assert losses(stopped) == losses(whole)
 
 
 def test_a_finished_run_is_not_repeated_and_another_configuration_is_refused(tmp_path, capsys):
     flags = [*FLAGS[:4], "--training.steps", "1", "--out", str(tmp_path / "run")]
-    tokenizer_train.main(flags)
+    train_tokenizer.main(flags)
     capsys.readouterr()
-    tokenizer_train.main(flags)
+    train_tokenizer.main(flags)
     assert "has all 1 steps already" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stopped:
-        tokenizer_train.main([*flags, "--training.learning-rate", "0.5"])
+        train_tokenizer.main([*flags, "--training.learning-rate", "0.5"])
     assert stopped.value.code == 2
     assert "another training.learning_rate" in capsys.readouterr().err
 
@@ -102,7 +106,8 @@ class LineTask(Task):
     name = "generator"
 
     def __init__(self, **options):
-        self.model, self.dataset, self.saved = Line(**options), Points(), []
+        self.model = self.shipped = Line(**options)
+        self.dataset, self.saved = Points(), []
 
     def evaluate(self, model, step):
         return {"loss": float((model.slope - 3).abs())}
@@ -163,7 +168,7 @@ def test_early_stopping_keeps_the_best_weights(tmp_path):
 
 def test_early_stopping_without_a_score_is_refused(tmp_path):
     task = LineTask()
-    task.watch = None
+    task.monitor = None
     with pytest.raises(ValueError, match="no score to stop early by"):
         train(task, dataclasses.replace(CONFIG, patience=1), tmp_path, Run(CONFIG))
 
@@ -188,7 +193,7 @@ def test_the_weights_of_every_evaluation_are_kept_where_asked_for(tmp_path):
 
     config = dataclasses.replace(CONFIG, keep_evaluated=True)
     train(Worsening(), config, tmp_path, Run(config))
-    kept = sorted((tmp_path / "training" / "kept").iterdir())
+    kept = sorted((tmp_path / "training" / "evaluated").iterdir())
     assert [folder.name for folder in kept] == ["step-000010", "step-000020", "step-000030"]
     assert (kept[0] / "slope").read_text() == (tmp_path / "slope").read_text()  # the best ones
 

@@ -80,7 +80,7 @@ def test_its_state_is_saved_and_loaded():
 
 class Blocks(Task):
     name = "generator"
-    hidden = frozenset({"blocks"})
+    muon_modules = frozenset({"blocks"})
 
     def __init__(self):
         self.model = nn.ModuleDict(
@@ -100,6 +100,6 @@ def test_muon_gets_the_matrices_of_the_named_blocks_and_nothing_else():
     assert others["params"] == [task.model["enter"].weight] and "muon" not in others
     assert len(vectors["params"]) == 4 and vectors["weight_decay"] == 0
     assert not task.parameter_groups(TrainingConfig())[0]["muon"]
-    task.hidden = frozenset()
+    task.muon_modules = frozenset()
     with pytest.raises(ValueError, match="the generator names no matrices for Muon"):
         task.parameter_groups(TrainingConfig(optimizer="muon"))

@@ -27,6 +27,22 @@ class ResidualBlock(nn.Module):
         return x + self.conv2(F.silu(self.norm2(h)))
 
 
+class UpsampleBlock(nn.Module):
+    """Double the resolution, then convolve. (B, C, h, w) -> (B, C', 2h, 2w).
+
+    Nearest neighbour and a convolution leave no checkerboard, as strided deconvolutions and pixel shuffles do
+    (Odena et al. 2016, https://distill.pub/2016/deconv-checkerboard).
+    """
+
+    def __init__(self, channels: int, out_channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.block = ResidualBlock(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.conv(F.interpolate(x, scale_factor=2)))
+
+
 class AttentionBlock(nn.Module):
     """Pre-norm self-attention over all positions and an MLP. (B, N, D) -> (B, N, D)."""
 

@@ -21,19 +21,19 @@ from tavq.alignment.text_index import UnitIndex
 from tavq.data.examples import ImageTextDataset
 
 from .model import TAVQTokenizer
-from .photos import photo_batches
 from .retrieval import scores_of_codes
+from .training_images import image_batches
 
 BATCH = 128
 LEARNING_RATE = 5e-3
 WARMUP_STEPS = 20
 
 
-def codes_of_photos(tokenizer: TAVQTokenizer, dataset: ImageTextDataset) -> tuple[Tensor, list[int]]:
-    """Ids of all levels of each photo and of its mirror image (n, 2, 3, N) int32, and the photos' indices."""
+def codes_of_images(tokenizer: TAVQTokenizer, dataset: ImageTextDataset) -> tuple[Tensor, list[int]]:
+    """Ids of all levels of each image and of its mirror image (n, 2, 3, N) int32, and the images' indices."""
     device, found, indices = next(tokenizer.parameters()).device, [], []
-    bar = tqdm(total=len(dataset), desc="encoding", unit="photo", disable=None)
-    for images, rows in photo_batches(dataset, tokenizer.image_size_px):
+    bar = tqdm(total=len(dataset), desc="encoding", unit="image", disable=None)
+    for (images,), rows in image_batches(dataset, tokenizer.image_size_px):
         images = images.to(device)
         views = [tokenizer.encode_levels(view).flatten(2) for view in (images, images.flip(-1))]
         found.append(torch.stack(views, dim=1).to("cpu", torch.int32))
@@ -64,7 +64,7 @@ def fit_projections(
         seed: of the order of images and units.
     """
     device, generator = next(tokenizer.parameters()).device, torch.Generator().manual_seed(seed)
-    codes, indices = codes_of_photos(tokenizer.eval().requires_grad_(False), dataset)
+    codes, indices = codes_of_images(tokenizer.eval().requires_grad_(False), dataset)
     rows, log_scale = torch.tensor(indices), nn.Parameter(torch.full((len(LEVEL_NAMES),), 3.0, device=device))
     parameters = [*tokenizer.projections.requires_grad_(True).parameters(), log_scale]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)

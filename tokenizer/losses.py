@@ -1,9 +1,13 @@
-"""Reconstruction losses: perceptual distance, patch discriminator, and the balance between losses by gradient
-norm."""
+"""What is asked of decoded images: pixels, features, local texture, a discriminator; and how losses are
+balanced.
+
+Shapes: B batch, C channels, H W image size in px.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +18,49 @@ from torch import Tensor, nn
 from tavq.base.files import file_hash
 from tavq.training.task import StepOutput
 
-from .blocks import group_norm
+from .discriminator import ProjectedDiscriminator, augment
 
-MAX_SHIFT_PX = 8  # of the random crops under perceptual loss and discriminator
-CRITIC_LEAD = 0.1  # share of the steps in which the discriminator trains before it is heard
+CROPPED_SHARE = 8  # one part in so many of a side is cut off at random before the network sees an image
+MIN_CROPPED_PX = 64
+DISCRIMINATOR_LEAD = 0.02  # fraction of the steps in which the discriminator trains before it is obeyed
+TEXTURE_WINDOWS = 4  # windows a side in which the texture loss compares means and deviations
 
 
 @dataclasses.dataclass(frozen=True)
-class PictureLossConfig:
-    """Weights of the losses that compare a decoded picture with its photo."""
+class ReconstructionLossConfig:
+    """Weights of the losses that compare a decoded image with its original."""
 
     l1: float = 1.0
+    """Weight of the pixel loss."""
+    l1_size_px: int = 48
+    """Both images are averaged down to about this size before pixels are compared, since detail finer than
+    a token is invented and pixel losses only punish it. 0 compares every pixel."""
     perceptual: float = 1.5
-    adversarial: float = 0.2
-    """No factor, but a share of the reconstruction's gradient norm (see GradientBalance)."""
-    adversarial_from: float = 0.75
-    """Share of the steps after which the discriminator is heard; an early one ruins the reconstruction, as
-    does one that has not learnt yet: it trains alone for the tenth of the steps before."""
+    """Weight of the distance between feature maps."""
+    first_map: int = 1
+    """First map of the network that the perceptual and texture losses compare; 0 is the finest."""
+    texture: float = 0.0
+    """Weight of the distance between local means and deviations of the maps."""
+    adversarial: float = 0.8
+    """Gradient norm of the adversarial loss relative to that of the losses above; needs --perceptual. 0
+    leaves it out."""
+    adversarial_start: float = 0.03
+    """Fraction of training after which the adversarial loss starts."""
+    discriminator_maps: tuple[int, ...] = ()
+    """Maps of the network that the discriminator sees; empty takes all."""
+    discriminator_rate: float = 2e-4
+    """Peak learning rate of the discriminator."""
+    augmentation: float = 0.0
+    """Probability with which an image and its reconstruction are augmented alike before the network sees
+    them."""
+    window_px: int = 128
+    """Side of the part of each image that is decoded and compared in a training step. 0 takes whole
+    images."""
+
+    def __post_init__(self) -> None:
+        for name in ("adversarial_start", "augmentation"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 to 1")
 
 
 class FrozenNetwork:
@@ -54,7 +84,8 @@ class FrozenNetwork:
 
     def __call__(self, images: Tensor) -> list[Tensor]:
         if images.device != self.device:
-            self.network, self.device = self.network.to(images.device), images.device
+            self.network = self.network.to(images.device)
+            self.device = images.device
         features = self.network(images)
         return list(features) if isinstance(features, list | tuple) else [features]
 
@@ -62,7 +93,22 @@ class FrozenNetwork:
         return self  # the averaged copy of a model shares its teachers
 
 
-class LearnedPerceptual:
+class PerceptualNetwork(FrozenNetwork):
+    """A frozen network whose feature maps compare images.
+
+    Johnson et al. 2016, arXiv:1603.08155, with the normalisation of LPIPS but no learned weights. Not LPIPS.
+    """
+
+    def distance(self, got: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+        """Squared distance between maps of unit length over their channels, a mean over maps: in [0, 4]."""
+        distances = [
+            (F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(dim=1).mean()
+            for a, b in zip(got, wanted, strict=True)
+        ]
+        return torch.stack(distances).mean()
+
+
+class LPIPSNetwork:
     """LPIPS of Zhang et al. 2018, arXiv:1801.03924, from the `lpips` package (VGG; downloads its
     backbone)."""
 
@@ -75,89 +121,93 @@ class LearnedPerceptual:
             raise ValueError(
                 "--perceptual lpips needs the package: pip install lpips; or give a .pt file"
             ) from error
-        self.network = lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
+        self.lpips = lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
 
-    def distance(self, images: Tensor, targets: Tensor) -> Tensor:
-        return self.network.to(images.device)(images, targets).mean()
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        lpips = self.lpips.to(images.device)
+        return list(lpips.net(lpips.scaling_layer(images)))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> LearnedPerceptual:
+    def distance(self, got: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+        """LPIPS from the five maps of each image: a scalar, at least 0."""
+        total = got[0].new_zeros(())
+        for lin, a, b in zip(self.lpips.lins[-len(got) :], got, wanted, strict=True):
+            difference = (F.normalize(a, dim=1, eps=1e-10) - F.normalize(b, dim=1, eps=1e-10)).square()
+            total = total + lin(difference).mean()
+        return total
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LPIPSNetwork:
         return self
 
 
-class FeaturePerceptual(FrozenNetwork):
-    """Squared distance between unit-normalised feature maps of a frozen network, averaged over its maps.
-
-    Johnson et al. 2016, arXiv:1603.08155, with the normalisation of LPIPS but no learned weights. Not LPIPS.
-    In training both images (of 64 px and more) are cropped alike, from a random corner, and so are those that
-    the discriminator sees: otherwise a network's strides always lie on the same pixels, and their grid shows
-    in the reconstructions.
-    """
-
-    def distance(self, images: Tensor, targets: Tensor) -> Tensor:
-        """(B, 3, H, W) twice, in [-1, 1] -> scalar in [0, 4]."""
-        if torch.is_grad_enabled():
-            images, targets = randomly_cropped(images, targets)
-        with torch.no_grad():
-            wanted = self(targets)
-        pairs = zip(self(images), wanted, strict=True)
-        return torch.stack([_normalised_distance(got, want) for got, want in pairs]).mean()
-
-
-def randomly_cropped(*images: Tensor) -> tuple[Tensor, ...]:
-    """Images (B, C, H, W) without `MAX_SHIFT_PX` of their rows and columns, from the same random corner;
-    whole where they are small."""
-    if min(images[0].shape[-2:]) < 8 * MAX_SHIFT_PX:
-        return images
-    height, width = (side - MAX_SHIFT_PX for side in images[0].shape[-2:])
-    top, left = torch.randint(MAX_SHIFT_PX + 1, (2,)).tolist()
-    return tuple(image[..., top : top + height, left : left + width] for image in images)
-
-
-def _normalised_distance(got: Tensor, want: Tensor) -> Tensor:
-    return (F.normalize(got, dim=1) - F.normalize(want, dim=1)).square().sum(dim=1).mean()
-
-
-def open_perceptual(name: str) -> FeaturePerceptual | LearnedPerceptual:
+def open_perceptual(name: str) -> PerceptualNetwork | LPIPSNetwork:
     """`lpips`, or the path of a TorchScript network that gives feature maps."""
-    return LearnedPerceptual() if name == "lpips" else FeaturePerceptual(name)
+    return LPIPSNetwork() if name == "lpips" else PerceptualNetwork(name)
 
 
-class PatchDiscriminator(nn.Module):
-    """Judges overlapping patches (Isola et al. 2016, arXiv:1611.07004). (B, 3, H, W) -> logits (B, 1, H/8,
-    W/8)."""
+def random_crop_alike(*images: Tensor) -> tuple[Tensor, ...]:
+    """Cut an eighth off height and width, at the same random place in each batch (B, C, H, W).
 
-    def __init__(self, width: int = 48):
+    A frozen network has strides. Without this they lie on the same pixels in every step, and their grid
+    shows in the reconstructions. Small images stay whole.
+    """
+    height, width = images[0].shape[-2:]
+    if min(height, width) < MIN_CROPPED_PX:
+        return images
+    cut_rows = height // CROPPED_SHARE
+    cut_columns = width // CROPPED_SHARE
+    top = int(torch.randint(cut_rows + 1, ()))
+    left = int(torch.randint(cut_columns + 1, ()))
+    rows = slice(top, top + height - cut_rows)
+    columns = slice(left, left + width - cut_columns)
+    return tuple(image[..., rows, columns] for image in images)
+
+
+def pooled_l1(got: Tensor, wanted: Tensor, size_px: int) -> Tensor:
+    """Mean absolute difference of images (B, C, H, W) averaged down to about `size_px`; 0 compares every
+    pixel."""
+    factor = max(1, wanted.shape[-1] // size_px) if size_px else 1
+    return F.l1_loss(F.avg_pool2d(got, factor), F.avg_pool2d(wanted, factor))
+
+
+def texture_distance(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+    """Squared distance between local means and deviations of feature maps, a mean over maps: at least 0.
+
+    The Wasserstein distortion of Qiu et al. 2023, arXiv:2310.03629, for Gaussians fitted in square windows:
+    grass in another place is still grass. Each channel is measured in units of its deviation over the
+    wanted batch.
+    """
+    distances = []
+    for a, b in zip(got, wanted, strict=True):
+        scale = b.std((0, 2, 3), keepdim=True) + 1e-3
+        window = max(2, min(b.shape[-2:]) // TEXTURE_WINDOWS)
+        mean_a, std_a = _local_moments(a / scale, window)
+        mean_b, std_b = _local_moments(b / scale, window)
+        distances.append((mean_a - mean_b).square().mean() + (std_a - std_b).square().mean())
+    return torch.stack(distances).mean()
+
+
+def _local_moments(maps: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    stride = max(1, window // 2)
+    mean = F.avg_pool2d(maps, window, stride)
+    variance = F.avg_pool2d(maps.square(), window, stride) - mean.square()
+    return mean, (variance.clamp_min(0) + 1e-4).sqrt()  # 1e-4: the root's slope is infinite at 0
+
+
+class DiscriminatorStep(nn.Module):
+    """The discriminator as the training loop's second player; idle before its start."""
+
+    def __init__(self, discriminator: ProjectedDiscriminator, first_step: int):
         super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        for step in (1, 2):
-            layers += [nn.Conv2d(width * step, width * step * 2, 4, stride=2, padding=1)]
-            layers += [group_norm(width * step * 2), nn.LeakyReLU(0.2)]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(width * 4, 1, 3, padding=1))
+        self.discriminator = discriminator
+        self.first_step = first_step
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images)
-
-
-def hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Discriminator's hinge loss (Lim and Ye 2017, arXiv:1705.02894)."""
-    return (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()) / 2
-
-
-class Critic(nn.Module):
-    """The patch discriminator as the loop's second player; idle before its start."""
-
-    def __init__(self, first_step: int):
-        super().__init__()
-        self.discriminator, self.first_step = PatchDiscriminator(), first_step
-
-    def forward(self, images: tuple[Tensor, Tensor], step: int) -> StepOutput:
-        real, fake = images
+    def forward(self, features: tuple[list[Tensor], list[Tensor]], step: int) -> StepOutput:
+        """Maps of original and decoded images, detached -> the hinge loss."""
+        real, fake = features
+        loss = self.discriminator.hinge_loss(real, fake)
         if step < self.first_step:
-            return StepOutput(sum(p.sum() for p in self.parameters()) * 0.0, {})
-        both = torch.cat(randomly_cropped(real, fake))
-        real_logits, fake_logits = self.discriminator(both).chunk(2)
-        loss = hinge_loss(real_logits, fake_logits)
-        return StepOutput(loss, {"critic/loss": loss, "critic/real": real_logits.mean()})
+            return StepOutput(loss * 0.0, {})
+        return StepOutput(loss, {"discriminator/loss": loss})
 
 
 class GradientBalance(nn.Module):
@@ -191,68 +241,122 @@ class GradientBalance(nn.Module):
         measurable = reference is not None and torch.is_grad_enabled() and loss.requires_grad
         if measurable and (step % self.every == 0 or weight.isnan()):
             ratio = self.shares[name] * _norm(reference, on) / _norm(loss, on).clamp_min(1e-8)
-            weight.copy_(torch.where(weight.isnan(), ratio, weight.lerp(ratio, 0.2)).clamp(1e-4, 1e4))
+            ratio = ratio.to(weight.dtype)  # under autocast the norms are halves
+            smoothed = torch.where(weight.isnan(), ratio, weight.lerp(ratio, 0.2))
+            weight.copy_(smoothed.clamp(1e-4, 1e4))
         return weight.nan_to_num(1.0) * loss
 
     def report(self) -> dict[str, Tensor]:
         return {f"weight/{name}": getattr(self, f"weight_{name}") for name in self.shares}
 
 
-class PictureLosses(nn.Module):
-    """What is asked of decoded pictures; the base of whatever trains a decoder.
+@dataclasses.dataclass(frozen=True)
+class ReconstructionResult:
+    """What `ReconstructionLoss` found."""
+
+    reconstruction: Tensor
+    """Scalar: pixels, features and texture; what other losses are balanced against."""
+    adversarial: Tensor | float
+    """Scalar, weighed; 0 before its start."""
+    features: tuple[list[Tensor], list[Tensor]] | None
+    """Detached maps of originals and decoded images, for the discriminator's own step."""
+
+
+class ReconstructionLoss(nn.Module):
+    """Compare decoded images with their originals.
+
+    One pass of the frozen network over both serves the perceptual, the texture and the adversarial loss.
 
     Args:
-        losses: the weights.
-        perceptual: as `open_perceptual` takes it, or None.
+        config: the weights.
+        perceptual: as `open_perceptual` takes it, or None: then only pixels are compared.
         steps: of the run.
-        shares: of further losses that a subclass weighs by `self.balance`.
+        shares: further losses that a trainer weighs by `self.balance`, with their gradient's share.
     """
 
     def __init__(
         self,
-        losses: PictureLossConfig,
+        config: ReconstructionLossConfig,
         perceptual: str | None,
         steps: int,
         shares: dict[str, float] | None = None,
     ):
         super().__init__()
-        self.losses = losses
-        self.perceptual = open_perceptual(perceptual) if perceptual else None
-        self.balance = GradientBalance({**(shares or {}), "adversarial": losses.adversarial})
-        self.adversarial_from = round(losses.adversarial_from * steps)
-        first = max(0, round((losses.adversarial_from - CRITIC_LEAD) * steps))
-        # in a tuple: it is no part of this module
-        self.critic = (Critic(first),) if losses.adversarial else ()
+        self.config = config
+        self.network = open_perceptual(perceptual) if perceptual else None
+        self.balance = GradientBalance({**(shares or {}), "adversarial": config.adversarial})
+        self.adversarial_step = round(config.adversarial_start * steps)
+        self.discriminator_step = max(0, round((config.adversarial_start - DISCRIMINATOR_LEAD) * steps))
 
-    def reconstruction(self, got: Tensor, images: Tensor, report: dict[str, Any]) -> Tensor:
-        """L1 and perceptual distance of two batches (B, 3, H, W); the parts go into `report`."""
-        report["l1"] = F.l1_loss(got, images)
-        loss = self.losses.l1 * report["l1"]
-        if self.perceptual is not None:
-            report["perceptual"] = self.perceptual.distance(got, images)
-            loss = loss + self.losses.perceptual * report["perceptual"]
-        return loss
+    @property
+    def network_hash(self) -> str | None:
+        """Names the network that taught; None without one."""
+        return None if self.network is None else self.network.hash
 
-    def adversarial(
-        self, got: Tensor, reconstruction: Tensor, on: Tensor, report: dict[str, Any], step: int
-    ) -> Tensor | float:
-        """The weighed hinge loss of the decoder, 0 before its start; the critic takes no gradient.
+    def make_discriminator(self, images: Tensor) -> DiscriminatorStep | None:
+        """A discriminator that fits the network; None where the loss has none.
 
         Args:
-            on: the decoder's last weights, where its gradient is compared with that of `reconstruction`.
+            images: (B, 3, H, W) originals in [-1, 1], as large as those that training compares.
         """
-        if not self.critic or step < self.adversarial_from:
-            return 0.0
-        critic = self.critic[0].requires_grad_(False)
-        report["adversarial"] = -critic.discriminator(*randomly_cropped(got)).mean()
-        critic.requires_grad_(True)
-        return self.balance.weigh("adversarial", report["adversarial"], reconstruction, (on,), step)
+        if self.network is None or not self.config.adversarial:
+            return None
+        with torch.no_grad():
+            maps = self.network(random_crop_alike(images)[0])
+        discriminator = ProjectedDiscriminator(maps, self.config.discriminator_maps)
+        return DiscriminatorStep(discriminator, self.discriminator_step)
 
-    def distances(self, got: Tensor, images: Tensor) -> dict[str, float]:
-        """The sums over a batch of what `reconstruction` reports as means, for an evaluation."""
-        report: dict[str, Tensor] = {}
-        self.reconstruction(got, images, report)
-        return {name: float(value) * len(images) for name, value in report.items()}
+    def forward(
+        self,
+        got: Tensor,
+        wanted: Tensor,
+        report: dict[str, Any],
+        step: int,
+        discriminator: ProjectedDiscriminator | None = None,
+    ) -> ReconstructionResult:
+        """Losses of decoded images `got` against `wanted`, (B, 3, H, W) both; their parts go into
+        `report`."""
+        config = self.config
+        report["l1"] = pooled_l1(got, wanted, config.l1_size_px)
+        loss = config.l1 * report["l1"]
+        if self.network is None:
+            return ReconstructionResult(loss, 0.0, None)
+
+        cropped = random_crop_alike(got, wanted)
+        fake_images, real_images = augment(*cropped, config.augmentation)
+        with torch.no_grad():
+            real = self.network(real_images)
+        fake = self.network(fake_images)
+        report["perceptual"] = self.network.distance(fake[config.first_map :], real[config.first_map :])
+        loss = loss + config.perceptual * report["perceptual"]
+        if config.texture:
+            report["texture"] = texture_distance(fake[config.first_map :], real[config.first_map :])
+            loss = loss + config.texture * report["texture"]
+
+        adversarial: Tensor | float = 0.0
+        if discriminator is not None and step >= self.adversarial_step:
+            # Its parameters rest: this step moves the decoder, the discriminator's own step follows.
+            discriminator.requires_grad_(False)
+            report["adversarial"] = discriminator.generator_loss(fake)
+            discriminator.requires_grad_(True)
+            adversarial = self.balance.weigh("adversarial", report["adversarial"], loss, (got,), step)
+        detached = ([m.detach() for m in real], [m.detach() for m in fake])
+        return ReconstructionResult(loss, adversarial, detached if discriminator is not None else None)
+
+    @torch.no_grad()
+    def distances(self, got: Tensor, wanted: Tensor) -> dict[str, float]:
+        """The sums over a batch of what `forward` reports as means, whole images and no chance, for an
+        evaluation."""
+        values = {
+            "l1": pooled_l1(got, wanted, 0),
+            "l1_pooled": pooled_l1(got, wanted, self.config.l1_size_px),
+        }
+        if self.network is not None:
+            first = self.config.first_map
+            values["perceptual"] = self.network.distance(
+                self.network(got)[first:], self.network(wanted)[first:]
+            )
+        return {name: float(value) * len(wanted) for name, value in values.items()}
 
 
 def _norm(loss: Tensor, on: tuple[Tensor, ...]) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from tavq.alignment.projections import NUM_LEVELS, TextProjections
 from tavq.base.precision import full_precision
 from tavq.training.checkpoint import Checkpointed, tensor_hash
 
-from .blocks import AttentionBlock, ResidualBlock, group_norm, to_map, to_sequence
+from .blocks import AttentionBlock, ResidualBlock, UpsampleBlock, group_norm, to_map, to_sequence
 from .quantizer import QUANTIZERS, QuantizerConfig
 
 TEACHERS = ("perceptual", "distilled_from", "decoder_perceptual")  # of the provenance: networks that taught
@@ -45,6 +46,11 @@ class TokenizerConfig:
     transport_temperature: float = 0.55
     """Of the softmin over positions that scores an image against a text; epsilon + relaxation of the
     alignment."""
+    decoder_blocks: int = 1
+    """Attention blocks on the token grid in the decoder."""
+    upsample_channels: tuple[int, ...] = ()
+    """Width of each decoder stage behind those that mirror the encoder; each doubles the resolution. Empty:
+    one pixel shuffle back to `image_size_px`, as weights of before 0.2 have it."""
     quantizer: QuantizerConfig = QuantizerConfig()
     provenance: dict[str, str] = dataclasses.field(default_factory=dict)
     """What shaped these weights: alignment, text encoder, and the hash of every network that taught them."""
@@ -78,6 +84,36 @@ class TokenizerConfig:
         """(h, w)."""
         side = self.image_size_px // self.downsampling
         return side, side
+
+    @property
+    def stage_size(self) -> int:
+        """Side of the decoder's map where its mirrored stages end."""
+        return self.image_size_px // self.patch_px
+
+    @property
+    def decode_size_px(self) -> int:
+        """Side of decoded images; `image_size_px` is that of the images that are read."""
+        if not self.upsample_channels:
+            return self.image_size_px
+        return self.stage_size * 2 ** len(self.upsample_channels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """A square part of the decoder's map, in cells of the map where its mirrored stages end."""
+
+    top: int
+    left: int
+    side: int
+
+    def of(self, maps: Tensor) -> Tensor:
+        """The window of maps (B, C, h', w')."""
+        return maps[..., self.top : self.top + self.side, self.left : self.left + self.side]
+
+    def of_pixels(self, images: Tensor, pixels_per_cell: int) -> Tensor:
+        """The same part of images (B, 3, H', W')."""
+        scaled = Window(self.top * pixels_per_cell, self.left * pixels_per_cell, self.side * pixels_per_cell)
+        return scaled.of(images)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,9 +172,11 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Codes of the last level -> image. (B, E, h, w) -> (B, 3, H, W); [-1, 1] but for over-shoot.
+    """Latent codes -> image. (B, E, h, w) -> (B, 3, H', W'); [-1, 1] but for over-shoot.
 
-    Convolutions at full resolution follow the pixel shuffle, which alone leaves a grid of its own size.
+    With `upsample_channels` each further stage doubles the resolution and convolves. Without, one pixel
+    shuffle gives all pixels of a patch at once: weights of before 0.2 do so, and their images show its
+    grid.
     """
 
     def __init__(self, config: TokenizerConfig):
@@ -148,32 +186,51 @@ class Decoder(nn.Module):
         code_dim = config.code_dim
         self.enter = nn.Linear(code_dim, channels[0])
         self.positions = nn.Parameter(torch.randn(1, h * w, channels[0]) * 0.02)
-        self.trunk = AttentionBlock(channels[0], config.num_heads)
+        self.attention = nn.Sequential(
+            *(AttentionBlock(channels[0], config.num_heads) for _ in range(config.decoder_blocks))
+        )
+
         stages: list[nn.Module] = [ResidualBlock(channels[0])]
         for previous, width in itertools.pairwise(channels):
             stages += [nn.Upsample(scale_factor=2), nn.Conv2d(previous, width, 3, padding=1)]
             stages += [ResidualBlock(width) for _ in range(config.blocks_per_stage + 1)]
         self.stages = nn.Sequential(*stages)
-        self.pixels = nn.Sequential(
-            group_norm(channels[-1]),
-            nn.SiLU(),
-            nn.Conv2d(channels[-1], PIXEL_CHANNELS * config.patch_px**2, 1),
-            nn.PixelShuffle(config.patch_px),
-            nn.Conv2d(PIXEL_CHANNELS, PIXEL_CHANNELS, 3, padding=1),
-            nn.SiLU(),
-        )
-        with (
-            torch.no_grad()
-        ):  # all pixels of a patch start alike (ICNR, Aitken et al. 2017, arXiv:1707.02937)
-            to_pixels = self.pixels[2].weight
-            to_pixels.copy_(to_pixels[:: config.patch_px**2].repeat_interleave(config.patch_px**2, dim=0))
-        self.last = nn.Conv2d(PIXEL_CHANNELS, 3, 3, padding=1)
-        self.grid, self.scale = config.grid_size, code_dim**0.5
 
-    def forward(self, codes: Tensor) -> Tensor:
+        self.grid = config.grid_size
+        self.scale = code_dim**0.5
+        self.pixels_per_cell = config.decode_size_px // config.stage_size
+        if config.upsample_channels:
+            widths = itertools.pairwise((channels[-1], *config.upsample_channels))
+            self.upsample = nn.Sequential(*(UpsampleBlock(*pair) for pair in widths))
+            last = config.upsample_channels[-1]
+            self.to_rgb = nn.Sequential(group_norm(last), nn.SiLU(), nn.Conv2d(last, 3, 3, padding=1))
+        else:
+            self.pixels = _pixel_shuffle(channels[-1], config.patch_px)
+            self.last = nn.Conv2d(PIXEL_CHANNELS, 3, 3, padding=1)
+
+    def forward(self, codes: Tensor, window: Window | None = None) -> Tensor:
+        """Decode the whole image, or the part of it that `window` names (with `upsample_channels` alone)."""
         x = self.enter(to_sequence(codes) * self.scale) + self.positions
-        x = self.stages(to_map(self.trunk(x), self.grid))
-        return self.last(self.pixels(x))
+        x = self.stages(to_map(self.attention(x), self.grid))
+        if not hasattr(self, "upsample"):
+            return self.last(self.pixels(x))
+        if window is not None:
+            x = window.of(x)
+        return self.to_rgb(self.upsample(x))
+
+
+def _pixel_shuffle(channels: int, patch_px: int) -> nn.Sequential:
+    to_pixels = nn.Conv2d(channels, PIXEL_CHANNELS * patch_px**2, 1)
+    with torch.no_grad():  # all pixels of a patch start alike (ICNR, Aitken et al. 2017, arXiv:1707.02937)
+        to_pixels.weight.copy_(to_pixels.weight[:: patch_px**2].repeat_interleave(patch_px**2, dim=0))
+    return nn.Sequential(
+        group_norm(channels),
+        nn.SiLU(),
+        to_pixels,
+        nn.PixelShuffle(patch_px),
+        nn.Conv2d(PIXEL_CHANNELS, PIXEL_CHANNELS, 3, padding=1),
+        nn.SiLU(),
+    )
 
 
 class TAVQTokenizer(Checkpointed):
@@ -185,6 +242,7 @@ class TAVQTokenizer(Checkpointed):
 
     config_class = TokenizerConfig
     kind = "ta-vq-tokenizer"
+    renamed_weights: ClassVar = {"decoder.trunk.": "decoder.attention.0."}
     float32_weights = ("quantizer.weight", "quantizer.basis", "quantizer.transform.weight")
 
     def __init__(self, config: TokenizerConfig):
@@ -209,6 +267,11 @@ class TAVQTokenizer(Checkpointed):
         return self.config.image_size_px
 
     @property
+    def decode_size_px(self) -> int:
+        """Side of the images that `decode` gives."""
+        return self.config.decode_size_px
+
+    @property
     def codebook(self) -> Tensor:
         """(K, E)."""
         return self.quantizer.codebook.detach()
@@ -218,14 +281,17 @@ class TAVQTokenizer(Checkpointed):
         """Names this codebook; generator and captioner record it and refuse another."""
         return tensor_hash(self.codebook)
 
-    def forward(self, images: Tensor, *, decode: bool = True) -> Encoded:
-        """Encode, quantise the last level, decode: one training pass over images (B, 3, H, W) in [-1, 1]."""
+    def forward(self, images: Tensor, *, decode: bool = True, window: Window | None = None) -> Encoded:
+        """Encode, quantise the last level, decode: one training pass over images (B, 3, H, W) in [-1, 1].
+
+        `window` limits what is decoded to a part of the image, at a part of the cost.
+        """
         latents = self.encoder(self._checked(images))
         with full_precision(images):
             quantized = self.quantizer(to_sequence(latents[-1]).flatten(0, 1).float())
         codes = to_map(quantized.codes.unflatten(0, (len(images), -1)), self.grid_size)
         ids = quantized.ids.view(len(images), *self.grid_size)
-        return Encoded(latents, ids, self.decoder(codes) if decode else None, quantized.loss)
+        return Encoded(latents, ids, self.decoder(codes, window) if decode else None, quantized.loss)
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Tensor:
@@ -240,7 +306,8 @@ class TAVQTokenizer(Checkpointed):
 
     @torch.inference_mode()
     def decode(self, ids: Tensor) -> Tensor:
-        """ids (B, h, w) or (B, N) int64 in [0, K) -> images (B, 3, H, W) in [-1, 1]."""
+        """ids (B, h, w) or (B, N) int64 in [0, K) -> images (B, 3, H', W') in [-1, 1], `decode_size_px` a
+        side."""
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_codes:
             raise ValueError(f"ids lie in [{ids.min()}, {ids.max()}], expected [0, {self.num_codes})")
         codes = self.quantizer.lookup(ids.reshape(len(ids), -1))
@@ -267,12 +334,13 @@ class TAVQTokenizer(Checkpointed):
 
 
 PRESETS: dict[str, TokenizerConfig] = {
-    "flickr8k": TokenizerConfig(),
+    "flickr8k": TokenizerConfig(decoder_blocks=3, upsample_channels=(64, 32, 16)),
     "tiny": TokenizerConfig(
         image_size_px=32,
         channels=(32, 48),
         num_heads=3,
         projection_width=64,
+        upsample_channels=(24, 16),
         quantizer=QuantizerConfig(num_codes=64, code_dim=16),
     ),
     "vqgan256": TokenizerConfig(
@@ -283,6 +351,8 @@ PRESETS: dict[str, TokenizerConfig] = {
         trunk_blocks=6,
         num_heads=8,
         projection_width=512,
+        decoder_blocks=2,
+        upsample_channels=(64,),
         quantizer=QuantizerConfig(num_codes=1024, code_dim=256),
     ),
 }

@@ -12,36 +12,39 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tavq.alignment.aligner import AlignmentConfig, TextAligner, draw_texts, units_and_banks
 from tavq.alignment.projections import NUM_LEVELS
 from tavq.alignment.text_index import UnitIndex
 from tavq.base.seeding import mixed_seed
 from tavq.data.embedding_cache import EmbeddingCache
+from tavq.data.image_folder import with_more_images
 from tavq.data.layouts import open_dataset
 from tavq.data.text_encoder import TextEncoder
 from tavq.training.card import continued
 from tavq.training.task import StepOutput, Task, TrainingConfig
 
+from .discriminator import ProjectedDiscriminator
 from .distillation import DistillationHead, map_of_view, teacher_maps
 from .fit_projections import fit_projections
 from .health import CodebookWatch, level_costs, level_ids, perplexity, use_chart
 from .heatmaps import LEVELS_FIELD, aligned_levels, aligned_levels_field
 from .lgvq import CaptionReader, Captions, LanguageGuidance, LGVQConfig
-from .losses import FrozenNetwork, PictureLossConfig, PictureLosses
+from .losses import FrozenNetwork, ReconstructionLoss, ReconstructionLossConfig
 from .model import PRESETS, TEACHERS, Encoded, TAVQTokenizer, TokenizerConfig
-from .photos import TrainingImages, photo_batches, reconstruction_sheet
 from .retrieval import alignment_scores, recall_at, text_to_image_ranks
+from .training_images import TrainingImages, image_batches, originals, random_window, reconstruction_sheet
 
 HEAD_RATE = 5.0  # learning rate of the projections to text, relative to that of encoder and decoder
 
 
 @dataclasses.dataclass(frozen=True)
-class LossConfig(PictureLossConfig):
+class LossConfig(ReconstructionLossConfig):
     """Weights of the losses; those of `align` and `distill`, too, are shares of the reconstruction's gradient
     norm."""
 
+    adversarial_start: float = 0.5
     quantizer: float = 1.0
     align: float = 1.0
     distill: float = 0.5
@@ -50,6 +53,7 @@ class LossConfig(PictureLossConfig):
     alone, at a third of the cost."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.decode_every < 1:
             raise ValueError(f"decode_every is {self.decode_every}, expected 1 or more")
 
@@ -63,6 +67,8 @@ class TokenizerRun:
 
     data: str = "shapes"
     """Data set: a directory in any known layout, or `shapes` (generated)."""
+    images: tuple[Path, ...] = ()
+    """Folders of more images, which need no captions; reconstruction and distillation see them."""
     out: Path = Path("runs/tokenizer")
     """Directory of the run; holds the checkpoint, its log and the state to resume from."""
     preset: str = "flickr8k"
@@ -104,6 +110,10 @@ class TokenizerRun:
             raise ValueError(
                 "fsq has no learned codebook to align; add --align none, or choose another quantizer"
             )
+        if self.images and self.align == "lgvq":
+            raise ValueError(
+                "LG-VQ reads a caption of every image; leave out --images, or choose another --align"
+            )
         if self.alignment.method not in (AlignmentConfig.method, self.align):
             raise ValueError(f"alignment.method is {self.alignment.method!r}; it follows --align, set that")
 
@@ -129,7 +139,7 @@ RUN_PRESETS: dict[str, TokenizerRun] = {
 }
 
 
-class TokenizerTrainee(PictureLosses):
+class TokenizerTrainer(nn.Module):
     """Tokenizer, aligner and distillation head with the losses that train them."""
 
     def __init__(
@@ -139,11 +149,15 @@ class TokenizerTrainee(PictureLosses):
         teacher_dim: int | None = None,
         vocabulary: Tensor | None = None,
     ):
+        super().__init__()
+        self.run = run
+        self.tokenizer = tokenizer
         shares = {"align": run.losses.align, "distill": run.losses.distill}
-        super().__init__(run.losses, run.perceptual, run.training.steps, shares)
-        self.run, self.tokenizer = run, tokenizer
+        self.loss = ReconstructionLoss(run.losses, run.perceptual, run.training.steps, shares)
+
         code_dim = run.model.code_dim
-        self.aligner = self.guidance = None
+        self.aligner = None
+        self.guidance = None
         if run.align in ("ot", "gaussian"):
             config = dataclasses.replace(run.alignment, method=run.align)
             sizes = (*tokenizer.codebook.shape, tokenizer.config.text_dim)
@@ -155,31 +169,40 @@ class TokenizerTrainee(PictureLosses):
             self.guidance = LanguageGuidance(run.lgvq, code_dim, h * w, vocabulary)
         self.head = DistillationHead(code_dim, teacher_dim) if teacher_dim else None
 
-    def forward(self, batch: dict[str, Tensor], step: int) -> StepOutput:
-        images, report = batch["image"], {}
-        decodes = step % self.run.losses.decode_every == 0
-        encoded = self.tokenizer(images, decode=decodes)
+    def forward(
+        self, batch: dict[str, Tensor], step: int, discriminator: ProjectedDiscriminator | None = None
+    ) -> StepOutput:
+        run, report = self.run, {}
+        decodes = step % run.losses.decode_every == 0
+        window = random_window(self.tokenizer, run.losses.window_px) if decodes else None
+        encoded = self.tokenizer(batch["image"], decode=decodes, window=window)
         report["quantizer"] = encoded.quantizer_loss
-        loss = self.run.losses.quantizer * encoded.quantizer_loss
-        reconstruction = None
+        loss = run.losses.quantizer * encoded.quantizer_loss
+
+        reconstruction = features = None
         if decodes:
-            reconstruction = self.reconstruction(encoded.images, images, report)
-            loss = loss + reconstruction
+            target = batch["target"]
+            if window is not None:
+                target = window.of_pixels(target, self.tokenizer.decoder.pixels_per_cell)
+            result = self.loss(encoded.images, target, report, step, discriminator)
+            reconstruction = result.reconstruction
+            features = result.features
+            loss = loss + reconstruction + result.adversarial
+
         if self.aligner is not None:
             loss = loss + self._alignment(batch, encoded.latents, reconstruction, report, step)
         if self.guidance is not None:
             guidance, values = self.guidance(self._straight_through(encoded), Captions(**batch["captions"]))
-            loss, report = loss + guidance, report | values
+            loss = loss + guidance
+            report |= values
         if self.head is not None:
             report["distill"] = self.head(encoded.latents[-1], batch["teacher"])
             on = (encoded.latents[-1],)
-            loss = loss + self.balance.weigh("distill", report["distill"], reconstruction, on, step)
-        if decodes:
-            last = self.tokenizer.decoder.last.weight
-            loss = loss + self.adversarial(encoded.images, reconstruction, last, report, step)
-        report |= {name: value for name, value in self.balance.report().items() if not value.isnan()}
+            loss = loss + self.loss.balance.weigh("distill", report["distill"], reconstruction, on, step)
+
+        report |= {name: value for name, value in self.loss.balance.report().items() if not value.isnan()}
         report["perplexity"] = perplexity(self.tokenizer.quantizer.usage)
-        return StepOutput(loss, report, (images, encoded.images.detach()) if decodes else None)
+        return StepOutput(loss, report, features)
 
     def _alignment(
         self,
@@ -194,7 +217,7 @@ class TokenizerTrainee(PictureLosses):
         texts, banks = units_and_banks(batch)
         alignment = self.aligner(features, quantizer.codebook, texts, banks)
         report |= alignment.report
-        return self.balance.weigh("align", alignment.loss, reconstruction, latents, step)
+        return self.loss.balance.weigh("align", alignment.loss, reconstruction, latents, step)
 
     def _straight_through(self, encoded: Encoded) -> Tensor:
         """The quantised map (B, E, h, w) of the last level with the gradient that LG-VQ sends: to the encoder
@@ -209,21 +232,22 @@ class TokenizerTask(Task):
     """The tokenizer as the training loop sees it."""
 
     name = "tokenizer"
-    watch = None  # with a discriminator that joins late, the last weights are the best ones
-    hidden = frozenset({"stages", "trunk"})
+    monitor = None  # with a discriminator that joins late, the last weights are the best ones
+    muon_modules = frozenset({"stages", "trunk", "attention"})
 
     def __init__(self, run: TokenizerRun):
         earlier = None if run.start is None else TAVQTokenizer.from_pretrained(run.start)
         if earlier is not None:
             run = dataclasses.replace(run, model=earlier.config)
-        self.run, self.earlier_card = run, "" if earlier is None else earlier.card
-        self.rests = run.losses.decode_every > 1
-        self.train_set = open_dataset(run.data, "train")
+        self.run = run
+        self.earlier_card = "" if earlier is None else earlier.card
+        self.train_set = with_more_images(open_dataset(run.data, "train"), run.images)
         self.val_set = open_dataset(run.data, "val")
-        self.dataset = TrainingImages(self.train_set, run.model.image_size_px)
+        self.dataset = TrainingImages(self.train_set, run.model.image_size_px, run.model.decode_size_px)
         self.texts = self.captions = self.maps = vocabulary = None
-        self.watch_codes = CodebookWatch(run.min_usage)
+        self.codebook_monitor = CodebookWatch(run.min_usage)
         provenance = {"align": run.align, "data": self.train_set.name}
+
         if run.align != "none":
             encoder = TextEncoder(run.text_encoder)
             cache = EmbeddingCache(encoder)
@@ -241,6 +265,7 @@ class TokenizerTask(Task):
             teacher = FrozenNetwork(run.distill)
             self.maps = teacher_maps(teacher, self.train_set, run.model.grid_size)
             provenance["distilled_from"] = teacher.hash
+
         torch.manual_seed(run.training.seed)
         temperature = run.alignment.epsilon + run.alignment.relaxation
         config = dataclasses.replace(run.model, provenance=provenance, transport_temperature=temperature)
@@ -254,19 +279,25 @@ class TokenizerTask(Task):
                     f"{run.text_encoder} gives {config.text_dim}; name its --text-encoder"
                 )
             tokenizer.load_state_dict(earlier.state_dict())
+
         teacher_dim = None if self.maps is None else self.maps.shape[1]
-        self.model = TokenizerTrainee(run, tokenizer, teacher_dim, vocabulary)
-        if self.model.perceptual is not None:
-            provenance["perceptual"] = self.model.perceptual.hash
+        self.model = TokenizerTrainer(run, tokenizer, teacher_dim, vocabulary)
+        self.shipped = tokenizer
+        examples = originals(self.dataset, run.losses.window_px)
+        self.discriminator = self.model.loss.make_discriminator(examples)
+        self.discriminator_rate = run.losses.discriminator_rate
+        if self.model.loss.network_hash is not None:
+            provenance["perceptual"] = self.model.loss.network_hash
         if earlier is not None:  # what taught it has shaped these weights too
             for use in TEACHERS:
                 hashes = {*earlier.config.provenance.get(use, "").split(), *provenance.get(use, "").split()}
                 provenance |= {use: " ".join(sorted(hashes))} if hashes else {}
-        self.critic = next(iter(self.model.critic), None)
 
     def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         indices = [example["index"] for example in examples]
-        batch: dict[str, Any] = {"image": torch.stack([example["image"] for example in examples])}
+        batch: dict[str, Any] = {
+            name: torch.stack([example[name] for example in examples]) for name in ("image", "target")
+        }
         generator = torch.Generator().manual_seed(mixed_seed(examples[0]["draw"], len(examples)))
         if self.texts is not None:
             batch |= draw_texts(self.texts, indices, generator, self.run.alignment)
@@ -285,43 +316,56 @@ class TokenizerTask(Task):
             groups += [group | {"params": slow}, group | {"params": fast, "lr_scale": HEAD_RATE}]
         return [group for group in groups if group["params"]]
 
+    def finish(self, model: TAVQTokenizer) -> None:
+        """Fit the projections once more to the codes, which no longer move."""
+        if self.texts is not None and self.run.fit_steps:
+            levels = aligned_levels(model)
+            fit_projections(
+                model, self.train_set, self.texts, levels, self.run.fit_steps, self.run.training.seed
+            )
+
     @torch.inference_mode()
-    def evaluate(self, model: TokenizerTrainee, step: int) -> dict[str, float]:
+    def evaluate(self, model: TAVQTokenizer, step: int) -> dict[str, float]:
         """Reconstruction, health of the codebook, cost of the text by level, and text-to-image recall at 10,
         on the validation split."""
-        device = next(model.parameters()).device
-        tokenizer, size = model.tokenizer, self.run.model.image_size_px
-        if step == self.run.training.steps and self.texts is not None and self.run.fit_steps:
-            steps, seed = self.run.fit_steps, self.run.training.seed
-            fit_projections(tokenizer, self.train_set, self.texts, aligned_levels(tokenizer), steps, seed)
-        ids, rows, sums = [], [], Counter()
-        for images, indices in photo_batches(self.val_set, size):
-            images = images.to(device)
-            encoded = tokenizer(images)
-            ids.append(level_ids(tokenizer, encoded.latents))
+        device = model.codebook.device
+        all_ids: list[Tensor] = []
+        rows: list[int] = []
+        sums: Counter[str] = Counter()
+        for (images, targets), indices in image_batches(
+            self.val_set, model.image_size_px, model.decode_size_px
+        ):
+            encoded = model(images.to(device))
+            all_ids.append(level_ids(model, encoded.latents))
             rows += indices
-            sums.update(model.distances(encoded.images, images))
-        all_ids = torch.cat(ids)
-        metrics = {name: total / len(all_ids) for name, total in sums.items()}
-        metrics |= self.watch_codes.look(all_ids[:, -1], tokenizer.codebook, step)
-        if model.guidance is not None or NUM_LEVELS in aligned_levels(tokenizer).values():
-            captions = self.val_captions[rows].to(device)
-            if model.guidance is not None:  # LG-VQ has its own reading of the codes
-                scores = model.guidance.scores(
-                    tokenizer.quantizer.lookup(all_ids[:, -1]).movedim(-1, 1), captions
-                )
-            else:
-                scores = alignment_scores(tokenizer, all_ids[:, -1], captions)
+            sums.update(self.model.loss.distances(encoded.images, targets.to(device)))
+
+        ids = torch.cat(all_ids)
+        metrics = {name: total / len(ids) for name, total in sums.items()}
+        metrics |= self.codebook_monitor.look(ids[:, -1], model.codebook, step)
+        scores = self._caption_scores(model, ids[:, -1], rows)
+        if scores is not None:
             ranks = text_to_image_ranks(scores, torch.arange(len(scores), device=device))
             metrics["t2i_R@10"] = recall_at(ranks, 10)
         if self.texts is not None:
-            metrics |= level_costs(tokenizer, all_ids, self.val_texts, rows)
+            metrics |= level_costs(model, ids, self.val_texts, rows)
         return metrics
 
-    def pictures(self, model: TokenizerTrainee) -> dict[str, Any]:
-        sheet = reconstruction_sheet(model.tokenizer, self.val_set)
-        return {"reconstructions": sheet, "code_use": use_chart(self.watch_codes.use)}
+    def _caption_scores(self, model: TAVQTokenizer, ids: Tensor, rows: list[int]) -> Tensor | None:
+        """Images against their first captions (n, n); None where the codes know no text."""
+        guidance = self.model.guidance
+        if guidance is None and NUM_LEVELS not in aligned_levels(model).values():
+            return None
+        captions = self.val_captions[rows].to(ids.device)
+        if guidance is None:
+            return alignment_scores(model, ids, captions)
+        # LG-VQ reads the codes by a network of its own.
+        return guidance.scores(model.quantizer.lookup(ids).movedim(-1, 1), captions)
 
-    def save(self, model: TokenizerTrainee, directory: Path, card: str) -> None:
-        model.tokenizer.card = continued(card, self.earlier_card)
-        model.tokenizer.save_pretrained(directory)
+    def sample_images(self, model: TAVQTokenizer) -> dict[str, Any]:
+        sheet = reconstruction_sheet(model, self.val_set)
+        return {"reconstructions": sheet, "code_use": use_chart(self.codebook_monitor.use)}
+
+    def save(self, model: TAVQTokenizer, directory: Path, card: str) -> None:
+        model.card = continued(card, self.earlier_card)
+        model.save_pretrained(directory)

@@ -1,7 +1,7 @@
-"""tavq train decoder --tokenizer DIR --data DIR --out DIR
+"""Train the decoder of a finished tokenizer further, all else frozen.
 
-Train the decoder of a finished tokenizer further, all else frozen. Ids, codebook and alignment stay as they
-are, so generators, captioners and token files made with it stay valid; only the pictures change.
+Ids, codebook and alignment stay as they are, so generators, captioners and token files made with it stay
+valid; only the decoded images change.
 """
 
 from __future__ import annotations
@@ -12,16 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from tavq.data.image_folder import with_more_images
 from tavq.data.layouts import open_dataset
 from tavq.training.card import continued
 from tavq.training.task import StepOutput, Task, TrainingConfig
 
 from .blocks import to_map
-from .losses import PictureLossConfig, PictureLosses
-from .model import TAVQTokenizer
-from .photos import TrainingImages, photo_batches, reconstruction_sheet
+from .discriminator import ProjectedDiscriminator
+from .losses import ReconstructionLoss, ReconstructionLossConfig
+from .model import TAVQTokenizer, TokenizerConfig, Window
+from .training_images import TrainingImages, image_batches, originals, random_window, reconstruction_sheet
+
+VIEWS = 8  # of each image; few, since the ids of each are kept
+NEW_PARTS = ("upsample", "to_rgb")  # of the decoder; they learn faster than what has been trained before
+TRAINED_RATE = 0.3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +40,9 @@ class DecoderRun:
     tokenizer: Path = Path("runs/tokenizer")
     """Checkpoint to start from; it is not changed."""
     data: str = "shapes"
-    """Data set: a directory in any known layout, or `shapes` (generated)."""
+    """Dataset: a directory in any known layout, or `shapes` (generated)."""
+    images: tuple[Path, ...] = ()
+    """Folders of more images, which need no captions."""
     out: Path = Path("runs/decoder")
     """Directory of the run; holds the whole tokenizer, ready to take the place of the first."""
     preset: str = "flickr8k"
@@ -42,85 +50,158 @@ class DecoderRun:
     config: Path | None = None
     """YAML file of these fields, instead of a preset."""
     perceptual: str | None = None
-    """`lpips`, or the path of a TorchScript network that gives feature maps; without it L1 alone."""
-    losses: PictureLossConfig = PictureLossConfig(adversarial_from=0.1)
+    """`lpips`, or the path of a TorchScript network that gives feature maps. Without it only pixels are
+    compared and there is no discriminator."""
+    upsample_channels: tuple[int, ...] = (64, 32, 16)
+    """Width of each stage at the decoder's end; each doubles the resolution. Stages that the tokenizer
+    lacks start untrained."""
+    decoder_blocks: int = 3
+    """Attention blocks of the decoder on the token grid; those that the tokenizer lacks start untrained."""
+    losses: ReconstructionLossConfig = ReconstructionLossConfig()
     training: TrainingConfig = TrainingConfig(
-        steps=1000,
+        steps=5000,
         batch_size=16,
         learning_rate=1e-3,
         warmup_steps=50,
-        betas=(0.9, 0.95),
-        optimizer="muon",
-        ema_decay=0.998,
-        evaluate_every=500,
+        betas=(0.5, 0.99),
+        ema_decay=0.999,
+        evaluate_every=1000,
     )
 
 
-TINY = TrainingConfig(
-    steps=20, batch_size=8, warmup_steps=5, optimizer="muon", ema_decay=0.9, evaluate_every=20
-)
+TINY = TrainingConfig(steps=20, batch_size=8, warmup_steps=5, ema_decay=0.9, evaluate_every=20)
 DECODER_PRESETS: dict[str, DecoderRun] = {
     "flickr8k": DecoderRun(),
-    "tiny": DecoderRun(preset="tiny", training=TINY),
+    "tiny": DecoderRun(preset="tiny", upsample_channels=(24, 16, 16), decoder_blocks=1, training=TINY),
 }
 
 
-class DecoderTrainee(PictureLosses):
-    """A tokenizer of which only the decoder learns."""
+def with_decoder_shape(
+    tokenizer: TAVQTokenizer, upsample_channels: tuple[int, ...], decoder_blocks: int
+) -> TAVQTokenizer:
+    """A tokenizer of the same ids with another decoder; parts that both have keep their weights.
+
+    Args:
+        tokenizer: stays as it is.
+        upsample_channels: as in TokenizerConfig.
+        decoder_blocks: likewise; at least as many as `tokenizer` has.
+    """
+    if decoder_blocks < tokenizer.config.decoder_blocks:
+        raise ValueError(
+            f"decoder_blocks is {decoder_blocks}, the tokenizer has {tokenizer.config.decoder_blocks} "
+            "already; give "
+            "at least as many"
+        )
+    config: TokenizerConfig = dataclasses.replace(
+        tokenizer.config, upsample_channels=upsample_channels, decoder_blocks=decoder_blocks
+    )
+    grown = TAVQTokenizer(config)
+    state = grown.state_dict()
+    trained = tokenizer.state_dict()
+    state |= {k: v for k, v in trained.items() if k in state and v.shape == state[k].shape}
+    grown.load_state_dict(state)
+    return grown
+
+
+class DecoderTrainer(nn.Module):
+    """A tokenizer of which only the decoder learns, with its losses.
+
+    The ids of a view are computed when it is first seen and kept: a later step costs no encoder.
+    """
 
     def __init__(self, run: DecoderRun, tokenizer: TAVQTokenizer):
-        super().__init__(run.losses, run.perceptual, run.training.steps)
+        super().__init__()
+        self.loss = ReconstructionLoss(run.losses, run.perceptual, run.training.steps)
         self.tokenizer = tokenizer.requires_grad_(False)
         tokenizer.decoder.requires_grad_(True)
+        self.window_px = run.losses.window_px
+        self.known_ids: dict[tuple[int, int], Tensor] = {}
 
-    def decoded(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] and back, with a gradient to the decoder alone."""
-        tokenizer = self.tokenizer
-        codes = tokenizer.quantizer.lookup(tokenizer.encode(images).flatten(1).clone())
-        return tokenizer.decoder(to_map(codes, tokenizer.grid_size))
+    def ids(self, batch: dict[str, Tensor]) -> Tensor:
+        """The ids (B, N) of the batch's views, from memory where they are known."""
+        views = list(zip(batch["index"].tolist(), batch["draw"].tolist(), strict=True))
+        unknown = [row for row, view in enumerate(views) if view not in self.known_ids]
+        if unknown:
+            encoded = self.tokenizer.encode(batch["image"][unknown]).flatten(1)
+            for row, ids in zip(unknown, encoded.to("cpu", torch.int32), strict=True):
+                self.known_ids[views[row]] = ids
+        return torch.stack([self.known_ids[view] for view in views]).to(batch["image"].device).long()
 
-    def forward(self, batch: dict[str, Tensor], step: int) -> StepOutput:
-        images, report = batch["image"], {}
-        got = self.decoded(images)
-        reconstruction = self.reconstruction(got, images, report)
-        last = self.tokenizer.decoder.last.weight
-        loss = reconstruction + self.adversarial(got, reconstruction, last, report, step)
-        return StepOutput(loss, report, for_critic=(images, got.detach()))
+    def decode(self, ids: Tensor, window: Window | None = None) -> Tensor:
+        """ids (B, N) -> images (B, 3, H', W'), not clipped, with a gradient to the decoder alone."""
+        codes = self.tokenizer.quantizer.lookup(ids)
+        return self.tokenizer.decoder(to_map(codes, self.tokenizer.grid_size), window)
+
+    def forward(
+        self, batch: dict[str, Tensor], step: int, discriminator: ProjectedDiscriminator | None = None
+    ) -> StepOutput:
+        window = random_window(self.tokenizer, self.window_px)
+        decoded = self.decode(self.ids(batch), window)
+        target = batch["target"]
+        if window is not None:
+            target = window.of_pixels(target, self.tokenizer.decoder.pixels_per_cell)
+
+        report: dict[str, Any] = {}
+        result = self.loss(decoded, target, report, step, discriminator)
+        report |= self.loss.balance.report()
+        return StepOutput(result.reconstruction + result.adversarial, report, result.features)
 
 
 class DecoderTask(Task):
     """The decoder as the training loop sees it."""
 
     name = "tokenizer"
-    watch = None  # with a discriminator, the last weights are the best ones
-    hidden = frozenset({"stages", "trunk"})
+    monitor = None  # with a discriminator, the last weights are the best ones
+    muon_modules = frozenset({"stages", "attention"})
 
     def __init__(self, run: DecoderRun):
         tokenizer = TAVQTokenizer.from_pretrained(run.tokenizer)
         self.earlier_card = tokenizer.card
-        self.val_set, train_set = open_dataset(run.data, "val"), open_dataset(run.data, "train")
-        self.dataset = TrainingImages(train_set, tokenizer.image_size_px)
+        self.val_set = open_dataset(run.data, "val")
+        train_set = with_more_images(open_dataset(run.data, "train"), run.images)
         torch.manual_seed(run.training.seed)
-        self.model = DecoderTrainee(run, tokenizer)
-        self.critic = next(iter(self.model.critic), None)
-        if self.model.perceptual is not None:
-            provenance = tokenizer.config.provenance
-            used = {*provenance.get("decoder_perceptual", "").split(), self.model.perceptual.hash}
+        tokenizer = with_decoder_shape(tokenizer, run.upsample_channels, run.decoder_blocks)
+        self.dataset = TrainingImages(train_set, tokenizer.image_size_px, tokenizer.decode_size_px, VIEWS)
+        self.model = DecoderTrainer(run, tokenizer)
+        self.shipped = tokenizer
+        self.discriminator = self.model.loss.make_discriminator(originals(self.dataset, run.losses.window_px))
+        self.discriminator_rate = run.losses.discriminator_rate
+        self._record(run)
+
+    def _record(self, run: DecoderRun) -> None:
+        """Write into the tokenizer's provenance which network taught it."""
+        taught_by = self.model.loss.network_hash
+        if taught_by is not None:
+            provenance = self.shipped.config.provenance
+            used = {*provenance.get("decoder_perceptual", "").split(), taught_by}
             provenance["decoder_perceptual"] = " ".join(sorted(used))
 
+    def parameter_groups(self, config: TrainingConfig) -> list[dict[str, Any]]:
+        decoder = self.shipped.decoder
+        new = {p for part in NEW_PARTS if hasattr(decoder, part) for p in getattr(decoder, part).parameters()}
+        groups = []
+        for group in super().parameter_groups(config):
+            fast = [p for p in group["params"] if p in new]
+            slow = [p for p in group["params"] if p not in new]
+            groups += [group | {"params": fast}, group | {"params": slow, "lr_scale": TRAINED_RATE}]
+        return [group for group in groups if group["params"]]
+
     @torch.inference_mode()
-    def evaluate(self, model: DecoderTrainee, step: int) -> dict[str, float]:
-        """L1 and perceptual distance on the validation split."""
-        n, sums = 0, Counter()
-        for images, _ in photo_batches(self.val_set, model.tokenizer.image_size_px):
-            images = images.to(model.tokenizer.codebook.device)
-            sums.update(model.distances(model.decoded(images), images))
+    def evaluate(self, model: TAVQTokenizer, step: int) -> dict[str, float]:
+        """Pixel and perceptual distance on the validation split."""
+        n = 0
+        sums: Counter[str] = Counter()
+        sizes = (model.image_size_px, model.decode_size_px)
+        for (images, targets), _ in image_batches(self.val_set, *sizes):
+            device = model.codebook.device
+            decoded = model.decode(model.encode(images.to(device)))
+            sums.update(self.model.loss.distances(decoded, targets.to(device)))
             n += len(images)
         return {name: total / n for name, total in sums.items()}
 
-    def pictures(self, model: DecoderTrainee) -> dict[str, Any]:
-        return {"reconstructions": reconstruction_sheet(model.tokenizer, self.val_set)}
+    def sample_images(self, model: TAVQTokenizer) -> dict[str, Any]:
+        return {"reconstructions": reconstruction_sheet(model, self.val_set)}
 
-    def save(self, model: DecoderTrainee, directory: Path, card: str) -> None:
-        model.tokenizer.card = continued(card, self.earlier_card)
-        model.tokenizer.save_pretrained(directory)
+    def save(self, model: TAVQTokenizer, directory: Path, card: str) -> None:
+        model.card = continued(card, self.earlier_card)
+        model.save_pretrained(directory)

@@ -1,15 +1,16 @@
 """The one training loop: tokenizer, generator and captioner all run through `train`.
 
 Everything random in step t comes from (seed, t), the order of the data from the seed alone, so that weights,
-optimiser and step number are enough to resume bit for bit.
+optimizer and step number are enough to resume bit for bit.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import datetime
 import math
 import resource
-import shutil
 import time
 import warnings
 from collections.abc import Callable
@@ -18,8 +19,20 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, send_to_device
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    send_to_device,
+)
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -30,11 +43,20 @@ from tavq.base.seeding import mixed_seed
 from .card import model_card
 from .optimizer import MuonAdamW
 from .run_folder import RunLog, StopRequest, claim_folder
+from .state import (
+    Tensors,
+    find_state,
+    join_optimizer_state,
+    load_state,
+    save_state,
+    split_optimizer_state,
+)
 from .stream import ShuffledStream
 from .task import StepOutput, Task, TrainingConfig
 
 ESTIMATE_AT_STEP = 20
-KEPT = "kept"  # folder of the weights of every evaluation
+EVALUATED_FOLDER = "evaluated"  # of the weights of every evaluation
+PATIENT = datetime.timedelta(hours=24)  # the main process evaluates alone while the others wait
 
 
 @dataclasses.dataclass
@@ -45,14 +67,8 @@ class LoopState:
     best: float = math.nan
     evaluations_since_best: int = 0
     seconds: float = 0.0
+    evaluated_step: int = 0
     environment: str = ""
-
-    def state_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    def load_state_dict(self, values: dict[str, Any]) -> None:
-        for name, value in values.items():
-            setattr(self, name, value)
 
 
 def train(task: Task, config: TrainingConfig, out: Path, resolved: Any) -> None:
@@ -79,107 +95,149 @@ class Trainer:
     """State of one run of `train`."""
 
     def __init__(self, task: Task, config: TrainingConfig, out: Path, resolved: Any):
-        self.task, self.config, self.out, self.resolved = task, config, out, resolved
-        if config.patience and task.watch is None:
+        if config.patience and task.monitor is None:
             raise ValueError(f"the {task.name} has no score to stop early by; leave out --training.patience")
+        self.task = task
+        self.config = config
+        self.out = out
+        self.resolved = resolved
         self.folder = out / "training"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.accelerator = Accelerator(
             mixed_precision=config.precision,
             gradient_accumulation_steps=config.accumulation_steps,
             cpu=not torch.cuda.is_available(),
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=task.rests)],
+            kwargs_handlers=[
+                # Which losses are on changes from step to step, and with them which parameters get a
+                # gradient.
+                DistributedDataParallelKwargs(find_unused_parameters=True),
+                InitProcessGroupKwargs(timeout=PATIENT),
+            ],
         )
         self.is_main = self.accelerator.is_main_process
         claim_folder(self.folder, resolved, self.is_main)
         self.state = LoopState()
         torch.manual_seed(config.seed)
-        groups = task.parameter_groups(config)
+        self._prepare_model()
+        self._prepare_discriminator()
+
+    def _prepare_model(self) -> None:
+        config = self.config
+        groups = self.task.parameter_groups(config)
         optimizer = MuonAdamW(groups, lr=config.learning_rate, betas=config.betas)
-        self.averaged = AveragedModel(task.model, multi_avg_fn=_moving_average(config.ema_decay))
+        self.averaged = AveragedModel(self.task.shipped, multi_avg_fn=_moving_average(config.ema_decay))
         self.averaged.to(self.accelerator.device).requires_grad_(False)
-        self.model, self.optimizer = self.accelerator.prepare(task.model, optimizer)
-        self.critic = self.critic_optimizer = None
-        if task.critic is not None:
-            critic_optimizer = torch.optim.AdamW(
-                task.critic.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=0.0
-            )
-            self.critic, self.critic_optimizer = self.accelerator.prepare(task.critic, critic_optimizer)
-        self.accelerator.register_for_checkpointing(self.state, self.averaged)
+        self.model, self.optimizer = self.accelerator.prepare(self.task.model, optimizer)
+
+    def _prepare_discriminator(self) -> None:
+        config, discriminator = self.config, self.task.discriminator
+        self.discriminator = self.discriminator_optimizer = None
+        if discriminator is None:
+            return
+        rate = self.task.discriminator_rate or config.learning_rate
+        group = {"params": list(discriminator.parameters()), "lr_scale": rate / config.learning_rate}
+        # Slow second moments: the players' gradients change their meaning as the other one learns.
+        optimizer = torch.optim.AdamW([group], lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
+        self.discriminator, self.discriminator_optimizer = self.accelerator.prepare(discriminator, optimizer)
 
     def run(self) -> None:
-        resumed = self._resume()
-        if resumed and self.state.step >= self.config.steps:
-            print(f"{self.out} has all {self.config.steps} steps already; raise --training.steps to go on")
+        """Resume where there is something to resume, and train to the last step."""
+        self._resume()
+        if self.state.evaluated_step >= self.config.steps:
+            if self.is_main:
+                print(
+                    f"{self.out} has all {self.config.steps} steps already; raise --training.steps to go on"
+                )
             return
         self.log = RunLog(self.folder, self.state.step) if self.is_main else None
         with StopRequest() as stop:
-            self._steps(stop)
+            self._train_steps(stop)
 
-    def _steps(self, stop: StopRequest) -> None:
+    def _train_steps(self, stop: StopRequest) -> None:
         config, state = self.config, self.state
         bar = tqdm(
             total=config.steps, initial=state.step, unit="step", disable=None if self.is_main else True
         )
-        began, first, saved = time.monotonic(), state.step, time.monotonic()
+        began = saved = time.monotonic()
+        first_step = state.step
         seconds_before = state.seconds
         batches = iter(self._loader())
-        while state.step < config.steps and not self._anywhere(stop.requested):
-            report = self._step(batches)
+        stopping = self._agree(stop.requested)
+        if state.step and self._evaluation_due():
+            self._evaluate(bar)  # a kill came between the last step and its evaluation
+
+        while state.step < config.steps and not stopping:
+            report = self._train_step(batches)
             state.step += 1
             state.seconds = seconds_before + time.monotonic() - began
-            rate = (state.step - first) / (time.monotonic() - began)
-            self._show(bar, report, rate, state.step - first)
-            if state.step % config.evaluate_every == 0 or state.step == config.steps:
+            rate = (state.step - first_step) / (time.monotonic() - began)
+            self._show(bar, report, rate, state.step - first_step)
+
+            if self._evaluation_due():
+                self._save_state()  # an evaluation can take long and fail: what was trained is safe first
                 self._evaluate(bar)
-                state.best, state.evaluations_since_best = broadcast_object_list(
-                    [state.best, state.evaluations_since_best]
-                )
-                if config.patience and state.evaluations_since_best >= config.patience:
-                    bar.write(
-                        f"stopped at step {state.step}: {config.patience} evaluations without a better one"
-                    )
-                    state.step = config.steps
-            if time.monotonic() - saved > 60 * config.checkpoint_minutes:
+
+            # One process decides: each by its own clock, some would save while others go on and wait for
+            # ever.
+            due = time.monotonic() - saved > 60 * config.checkpoint_minutes
+            if self._agree(due and self.is_main):
                 self._save_state()
                 saved = time.monotonic()
+            stopping = self._agree(stop.requested)
+
         self._save_state()
         bar.close()
-        if self._anywhere(stop.requested):
-            print(f"stopped at step {state.step}; the same command goes on from there")
+        if stopping:
+            if self.is_main:
+                print(f"stopped at step {state.step}; the same command goes on from there")
             raise SystemExit(stop.exit_code)
 
-    def _anywhere(self, requested: bool) -> bool:
-        """Whether any process was asked to stop; all must leave in the same step."""
+    def _evaluation_due(self) -> bool:
+        step = self.state.step
+        ends_here = step % self.config.evaluate_every == 0 or step == self.config.steps
+        return ends_here and self.state.evaluated_step < step
+
+    def _agree(self, flag: bool) -> bool:
+        """Whether `flag` is set in any process: all take the same turn in the same step."""
         if self.accelerator.num_processes == 1:
-            return requested
-        flags = torch.tensor(float(requested), device=self.accelerator.device)
+            return flag
+        flags = torch.tensor(float(flag), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flags, "sum"))
 
-    def _step(self, batches: Any) -> dict[str, float]:
-        """One optimiser step (of both players), over `accumulation_steps` forward passes."""
+    def _train_step(self, batches: Any) -> dict[str, float]:
+        """One optimizer step of both players, over `accumulation_steps` forward passes; returns what to "
+        "log."""
         step, config = self.state.step, self.config
-        factor = config.learning_rate_at(step)
-        critic_groups = self.critic_optimizer.param_groups if self.critic else []
-        for group in self.optimizer.param_groups + critic_groups:
-            group["lr"] = config.learning_rate * factor * group.get("lr_scale", 1.0)
+        self._set_learning_rates(config.learning_rate * config.learning_rate_at(step))
         self.model.train()
-        modules = [self.model] + ([self.critic] if self.critic else [])
+        players = [self.model] if self.discriminator is None else [self.model, self.discriminator]
+
         for micro in range(config.accumulation_steps):
             torch.manual_seed(mixed_seed(config.seed, step, micro, self.accelerator.process_index))
             batch = send_to_device(next(batches), self.accelerator.device, non_blocking=True)
-            with self.accelerator.accumulate(*modules):
-                output = self._update(self.model, self.optimizer, batch)
-                report = dict(output.report)
-                if self.critic is not None and output.for_critic is not None:
-                    report |= self._update(self.critic, self.critic_optimizer, output.for_critic).report
-        self.averaged.update_parameters(self.accelerator.unwrap_model(self.model))
-        if self.state.step % config.log_every and self.state.step + 1 != config.steps:
+            with self.accelerator.accumulate(*players):
+                report = self._update_players(batch)
+
+        self.averaged.update_parameters(self.task.shipped)
+        if step % config.log_every and step + 1 != config.steps:
             return {}
         return {name: torch.as_tensor(value).item() for name, value in report.items()}
 
-    def _update(self, module: nn.Module, optimizer: Any, batch: Any) -> StepOutput:
-        output = module(batch, self.state.step)
+    def _update_players(self, batch: Any) -> dict[str, Any]:
+        step = self.state.step
+        if self.discriminator is None:
+            return self._update(self.model, self.optimizer, batch, step).report
+        opponent = self.accelerator.unwrap_model(self.discriminator).discriminator
+        output = self._update(self.model, self.optimizer, batch, step, opponent)
+        if output.for_discriminator is None:
+            return output.report
+        features = output.for_discriminator
+        answer = self._update(self.discriminator, self.discriminator_optimizer, features, step)
+        return output.report | answer.report
+
+    def _update(self, module: nn.Module, optimizer: Any, *inputs: Any) -> StepOutput:
+        """Forward, backward, clip, step."""
+        output = module(*inputs)
         if not torch.isfinite(output.loss):
             parts = ", ".join(f"{name} {float(value):.4g}" for name, value in output.report.items())
             raise FloatingPointError(
@@ -189,10 +247,18 @@ class Trainer:
         self.accelerator.backward(output.loss)
         if self.accelerator.sync_gradients:
             norm = self.accelerator.clip_grad_norm_(module.parameters(), self.config.grad_clip_norm)
-            output.report[f"grad_norm/{'critic' if module is self.critic else 'model'}"] = norm
+            player = "discriminator" if module is self.discriminator else "model"
+            output.report[f"grad_norm/{player}"] = norm
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return output
+
+    def _set_learning_rates(self, rate: float) -> None:
+        groups = list(self.optimizer.param_groups)
+        if self.discriminator_optimizer is not None:
+            groups += self.discriminator_optimizer.param_groups
+        for group in groups:
+            group["lr"] = rate * group.get("lr_scale", 1.0)
 
     def _loader(self) -> DataLoader:
         accelerator, config = self.accelerator, self.config
@@ -214,21 +280,22 @@ class Trainer:
         )
 
     @property
-    def _per_step(self) -> int:
+    def _examples_per_step(self) -> int:
         """Examples of one step, of all processes."""
         return self.config.batch_size * self.config.accumulation_steps * self.accelerator.num_processes
 
     def _show(self, bar: tqdm, report: dict[str, float], rate: float, steps_now: int) -> None:
         if not self.is_main:
             return
-        examples_per_s = rate * self._per_step
+        examples_per_s = rate * self._examples_per_step
         bar.update(1)
         bar.set_postfix_str(f"{examples_per_s:.1f} examples/s", refresh=False)
         left = (self.config.steps - self.state.step) / rate
         if steps_now == ESTIMATE_AT_STEP:
             gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            speed = f"{examples_per_s:.1f} examples/s"
-            bar.write(f"about {_minutes(left)} to go at {speed}; {gib:.1f} GiB so far")
+            bar.write(
+                f"about {_minutes(left)} to go at {examples_per_s:.1f} examples/s; {gib:.1f} GiB so far"
+            )
         if report:
             self.log.write(self.state.step, report | {"examples_per_s": examples_per_s})
             if bar.disable:
@@ -239,64 +306,108 @@ class Trainer:
 
     def _evaluate(self, bar: tqdm) -> None:
         """Score the averaged weights; save them as the checkpoint when they are the best so far."""
-        self.accelerator.wait_for_everyone()
-        if not self.is_main:
-            return
-        state = self.state
+        state, patience = self.state, self.config.patience
+        if self.is_main:
+            self._evaluate_here(bar)
+        state.best, state.evaluations_since_best = broadcast_object_list(
+            [state.best, state.evaluations_since_best]
+        )
+        state.evaluated_step = state.step
+        if patience and state.evaluations_since_best >= patience:
+            bar.write(f"stopped at step {state.step}: {patience} evaluations without a better one")
+            state.step = state.evaluated_step = self.config.steps
+
+    def _evaluate_here(self, bar: tqdm) -> None:
+        state, task = self.state, self.task
         model = self.averaged.module.eval()
-        metrics = self.task.evaluate(model, state.step)
+        if state.step == self.config.steps:
+            model = copy.deepcopy(model)  # a longer run goes on from weights that were never finished
+            task.finish(model)
+        metrics = task.evaluate(model, state.step)
+
         self.log.write(state.step, {f"val/{key}": value for key, value in metrics.items()})
         values = "  ".join(f"val/{key} {value:.4f}" for key, value in metrics.items())
         bar.write(f"step {state.step}  {values}")
-        for title, picture in self.task.pictures(model).items():
-            self.log.board.add_image(title, picture, state.step, dataformats="HWC")
-        seen = state.step * self._per_step
-        card = model_card(self.task.name, to_plain(self.resolved), self.log.lines, seen, state.seconds)
+        for title, image in task.sample_images(model).items():
+            self.log.board.add_image(title, image, state.step, dataformats="HWC")
+
+        seen = state.step * self._examples_per_step
+        card = model_card(task.name, to_plain(self.resolved), self.log.lines, seen, state.seconds)
         if self.config.keep_evaluated:
-            self.task.save(model, self.folder / KEPT / f"step-{state.step:06d}", card)
+            task.save(model, self.folder / EVALUATED_FOLDER / f"step-{state.step:06d}", card)
         if self._is_best(metrics):
-            self.task.save(model, self.out, card)
+            task.save(model, self.out, card)
 
     def _is_best(self, metrics: dict[str, float]) -> bool:
-        if self.task.watch is None:
+        if self.task.monitor is None:
             return True
-        state, (name, direction) = self.state, self.task.watch
+        state = self.state
+        name, direction = self.task.monitor
         score = metrics[name]
-        better = math.isnan(state.best) or (score < state.best if direction == "min" else score > state.best)
+        if math.isnan(state.best):
+            better = True
+        elif direction == "min":
+            better = score < state.best
+        else:
+            better = score > state.best
         state.evaluations_since_best = 0 if better else state.evaluations_since_best + 1
         state.best = score if better else state.best
         return better
 
     def _save_state(self) -> None:
-        """Write the state aside, then rename it over the old one."""
-        self.accelerator.wait_for_everyone()
-        new, old = self.folder / "state.new", self.folder / "state"
-        if self.is_main:
-            shutil.rmtree(new, ignore_errors=True)
+        """Gather the state of all processes and write it, from the main process alone."""
         self.state.environment = self._environment()
-        self.accelerator.save_state(str(new))
-        self.accelerator.wait_for_everyone()
+        tensors: Tensors = {"averaged": dict(self.averaged.state_dict())}
+        values: dict[str, Any] = {"loop": dataclasses.asdict(self.state)}
+        # By name, whole and on the CPU: the state fits any number of processes and any way to share
+        # parameters.
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        for name, module, optimizer in self._players():
+            tensors[name] = get_model_state_dict(module, options=options)
+            moments = get_optimizer_state_dict(module, optimizer.optimizer, options=options)
+            tensors[f"{name}-optimizer"], values[f"{name}-optimizer"] = split_optimizer_state(moments)
+        if self.accelerator.scaler is not None:
+            values["scaler"] = self.accelerator.scaler.state_dict()
         if self.is_main:
-            if old.exists():
-                shutil.rmtree(self.folder / "state.old", ignore_errors=True)
-                old.rename(self.folder / "state.old")
-            new.rename(old)
-            shutil.rmtree(self.folder / "state.old", ignore_errors=True)
+            save_state(self.folder / "state", tensors, values)
         self.accelerator.wait_for_everyone()
 
-    def _resume(self) -> bool:
-        found = [self.folder / name for name in ("state", "state.old") if (self.folder / name).exists()]
-        if not found:
-            return False
-        self.accelerator.load_state(str(found[0]))
-        print(f"resuming {self.out} at step {self.state.step}")
+    def _resume(self) -> None:
+        """Take up the state of an earlier call, if any. The main process reads it, the others are told."""
+        found = find_state(self.folder / "state") if self.is_main else None
+        (found,) = broadcast_object_list([found])
+        if found is None:
+            return
+        tensors, values = load_state(found) if self.is_main else ({}, None)
+        (values,) = broadcast_object_list([values])
+        self.state = LoopState(**values["loop"])
+
+        several = self.accelerator.num_processes > 1
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=several)
+        # Not strict: a parameter that never had a gradient has no moments, and starts without any again.
+        lenient = StateDictOptions(full_state_dict=True, broadcast_from_rank0=several, strict=False)
+        for name, module, optimizer in self._players():
+            set_model_state_dict(module, tensors.get(name, {}), options=options)
+            moments = join_optimizer_state(tensors.get(f"{name}-optimizer", {}), values[f"{name}-optimizer"])
+            set_optimizer_state_dict(module, optimizer.optimizer, moments, options=lenient)
+        set_model_state_dict(self.averaged, tensors.get("averaged", {}), options=options)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(values["scaler"])
+
+        if self.is_main:
+            print(f"resuming {self.out} at step {self.state.step}")
         if self.state.environment != self._environment():
             warnings.warn(
                 f"the run began on {self.state.environment} and goes on on {self._environment()}: "
                 "it continues, but not bit for bit",
                 stacklevel=2,
             )
-        return True
+
+    def _players(self) -> list[tuple[str, nn.Module, Any]]:
+        players = [("model", self.model, self.optimizer)]
+        if self.discriminator is not None:
+            players.append(("discriminator", self.discriminator, self.discriminator_optimizer))
+        return players
 
     def _environment(self) -> str:
         accelerator = self.accelerator

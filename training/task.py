@@ -40,7 +40,7 @@ class TrainingConfig:
     patience: int = 0
     """Stop after so many evaluations without a better one; 0 never stops early."""
     keep_evaluated: bool = False
-    """Also keep the weights of every evaluation, in training/kept/step-000200 and so on."""
+    """Also keep the weights of every evaluation, in training/evaluated/step-000200 and so on."""
     log_every: int = 50
     num_workers: int = 0
     """Processes that read and augment the data."""
@@ -68,57 +68,72 @@ class StepOutput:
     loss: Tensor
     report: dict[str, Tensor | float]
     """Scalars to log."""
-    for_critic: Any = None
-    """Detached tensors that the critic's forward takes."""
+    for_discriminator: Any = None
+    """Detached tensors that the discriminator's forward takes."""
 
 
 class Task(ABC):
-    """One of the three models as the loop sees it; subclasses live beside their models.
+    """One of the models as the loop sees it; subclasses live beside their models.
 
     Attributes:
         name: what is trained, as the model card calls it: "tokenizer", "generator" or "captioner".
-        model: called as `model(batch, step)`, returns StepOutput.
-        critic: optional second player, called as `critic(output.for_critic, step)`, returns StepOutput.
-        hidden: parts of the names of the modules whose matrices Muon may train: blocks, not what enters or
-            leaves them.
+        model: called as `model(batch, step)`, or `model(batch, step, discriminator)` where there is one;
+            returns StepOutput. It holds the losses too.
+        shipped: the part of `model` that is averaged, evaluated and saved.
+        discriminator: optional second player, called as `discriminator(output.for_discriminator, step)`,
+            returns StepOutput.
+        discriminator_rate: its peak learning rate; None takes that of the model.
+        muon_modules: parts of the names of the modules whose matrices Muon may train: blocks, not what
+            enters or leaves them.
         dataset: `dataset[(index, draw_seed)]` gives an example, `len(dataset)` their number.
-        rests: whether some steps leave a part of the model without a gradient, which several processes must
-            know beforehand.
-        watch: the metric of `evaluate` that decides which weights are best, and its direction; None keeps the
-            last.
+        monitor: the metric of `evaluate` that decides which weights are best, and its direction; None keeps
+            the last.
     """
 
     name: str
     model: nn.Module
-    critic: nn.Module | None = None
-    hidden: frozenset[str] = frozenset()
-    rests: bool = False
+    shipped: nn.Module
+    discriminator: nn.Module | None = None
+    discriminator_rate: float | None = None
+    muon_modules: frozenset[str] = frozenset()
     dataset: Dataset
-    watch: tuple[str, Literal["min", "max"]] | None = ("loss", "min")
+    monitor: tuple[str, Literal["min", "max"]] | None = ("loss", "min")
 
     def collate(self, examples: list[Any]) -> Any:
         return torch.utils.data.default_collate(examples)
 
     def parameter_groups(self, config: TrainingConfig) -> list[dict[str, Any]]:
         """Matrices decay, vectors (biases, norms) do not; a group may have an `lr_scale` of its own."""
-        named = [(set(name.split(".")), p) for name, p in self.model.named_parameters() if p.requires_grad]
-        hidden = [p for parts, p in named if p.ndim >= 2 and parts & self.hidden]
-        if config.optimizer == "muon" and not hidden:
+        matrices, others, vectors = [], [], []
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if parameter.ndim < 2:
+                vectors.append(parameter)
+            elif self.muon_modules & set(name.split(".")):
+                matrices.append(parameter)
+            else:
+                others.append(parameter)
+
+        muon = config.optimizer == "muon"
+        if muon and not matrices:
             raise ValueError(f"the {self.name} names no matrices for Muon; use --training.optimizer adamw")
-        others = [p for parts, p in named if p.ndim >= 2 and not parts & self.hidden]
-        groups = [
-            {"params": hidden, "weight_decay": config.weight_decay, "muon": config.optimizer == "muon"},
+        groups: list[dict[str, Any]] = [
+            {"params": matrices, "weight_decay": config.weight_decay, "muon": muon},
             {"params": others, "weight_decay": config.weight_decay},
-            {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
+            {"params": vectors, "weight_decay": 0.0},
         ]
         return [group for group in groups if group["params"]]
 
     @abstractmethod
     def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
-        """Metrics of `model` (the averaged weights, in eval mode) on the validation split."""
+        """Metrics of `model`, the averaged weights of `shipped` in eval mode, on the validation split."""
 
-    def pictures(self, model: nn.Module) -> dict[str, Any]:
-        """Named uint8 arrays (H, W, 3) to look at in TensorBoard; drawn after each evaluation."""
+    def finish(self, model: nn.Module) -> None:  # noqa: B027 (a hook, empty by default)
+        """Change the averaged weights once after the last step, before they are evaluated and saved."""
+
+    def sample_images(self, model: nn.Module) -> dict[str, Any]:
+        """Named uint8 arrays (H, W, 3) to look at in TensorBoard; made after each evaluation."""
         return {}
 
     @abstractmethod
