@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tavq.base.files import written_aside
+from tavq.base.files import atomic_write
 
 from .projections import NUM_LEVELS, TextProjections
 
@@ -185,7 +185,7 @@ class TamingAdapter(Adapter):
         return "encoder.mid.attn_1", "encoder.mid.block_2"
 
     def save(self, directory: Path) -> None:
-        with written_aside(directory / "model.ckpt") as path:
+        with atomic_write(directory / "model.ckpt") as path:
             torch.save({"state_dict": self.base.state_dict()}, path)
 
 
@@ -208,7 +208,7 @@ class LlamaGenAdapter(Adapter):
         return ids, None if losses[0] is None else sum(losses)  # in evaluation it computes none
 
     def save(self, directory: Path) -> None:
-        with written_aside(directory / "model.pt") as path:
+        with atomic_write(directory / "model.pt") as path:
             torch.save({"model": self.base.state_dict()}, path)
 
 
@@ -254,7 +254,7 @@ class VectorQuantizeAdapter(Adapter):
         return output.transpose(1, 2).unflatten(2, tuple(grid))
 
     def save(self, directory: Path) -> None:
-        with written_aside(directory / "model.pt") as path:
+        with atomic_write(directory / "model.pt") as path:
             torch.save(self.base.state_dict(), path)
 
 

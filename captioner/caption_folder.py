@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 from tqdm.auto import tqdm
 
-from tavq.base.files import written_aside
+from tavq.base.files import atomic_write
 from tavq.data.examples import Example, ImageTextDataset, readable_images
 from tavq.data.layouts_folder import IMAGE_SUFFIXES
 
@@ -141,7 +141,7 @@ def _read_journal(journal: Path) -> list[dict[str, Any]]:
     # As bytes: the last line may end within a UTF-8 character.
     complete, _, broken = journal.read_bytes().rpartition(b"\n")
     if broken:
-        with written_aside(journal) as path:
+        with atomic_write(journal) as path:
             path.write_bytes(complete + b"\n" if complete else b"")
     return [json.loads(line) for line in complete.split(b"\n") if line]
 
@@ -158,13 +158,13 @@ def _write(out: Path, rows: list[dict[str, Any]], text_files: dict[str, Path]) -
     """Add `rows` to a finished output other than .jsonl; writing the same rows twice changes nothing."""
     if out.suffix == "":
         for row in rows:
-            with written_aside(text_files[row["image"]]) as path:
+            with atomic_write(text_files[row["image"]]) as path:
                 path.write_text(row["caption"] + "\n", encoding="utf-8")
         return
 
     present = _read(out) if out.exists() else []
     rows = list({row["image"]: row for row in present + rows}.values())
-    with written_aside(out) as path, path.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write(out) as path, path.open("w", newline="", encoding="utf-8") as file:
         if out.suffix == ".json":
             json.dump(rows, file, indent=1, ensure_ascii=False)
         else:

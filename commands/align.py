@@ -24,7 +24,7 @@ from tavq.alignment.aligner import AlignmentConfig, TextAligner, draw_texts, uni
 from tavq.alignment.projections import NUM_LEVELS, TextProjections
 from tavq.alignment.text_index import UnitIndex
 from tavq.base.arguments import parse, run_main
-from tavq.base.files import written_aside
+from tavq.base.files import atomic_write
 from tavq.base.seeding import mixed_seed
 from tavq.data.embedding_cache import EmbeddingCache
 from tavq.data.images import to_uint8
@@ -226,7 +226,7 @@ class AlignTask(Task):
             model.adapter.save(directory)
         elif not model.frozen:
             model.adapter.save(directory)
-        with written_aside(directory / HEADS_FILE) as path:
+        with atomic_write(directory / HEADS_FILE) as path:
             save_file({name: t.cpu().contiguous() for name, t in model.heads().items()}, path)
 
     def probed(self, config: TokenizerConfig) -> TokenizerConfig:
@@ -326,7 +326,7 @@ def report(
     """Write report.json and print its table."""
     content = {"base": run.base, "data": data.train_set.name, "split": "val", "images": len(data.val_set)}
     content |= {"hashes": {"text_encoder": data.text_hash} | (hashes or {}), **stages}
-    with written_aside(run.out / REPORT_FILE) as path:
+    with atomic_write(run.out / REPORT_FILE) as path:
         path.write_text(json.dumps(content, indent=2) + "\n")
     print_table(stages)
 

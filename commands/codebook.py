@@ -23,7 +23,7 @@ from tavq.alignment.projections import NUM_LEVELS
 from tavq.alignment.text_index import units_of
 from tavq.base.arguments import parse, run_main
 from tavq.base.device import Device, choose_device
-from tavq.base.files import written_aside
+from tavq.base.files import atomic_write
 from tavq.data.embedding_cache import EmbeddingCache
 from tavq.data.examples import ImageTextDataset, readable_images
 from tavq.data.images import to_tensor
@@ -102,8 +102,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for code in codes:
         print(f"code {code:5d}  {int(counts[code]):6d} times  {', '.join(words.get(code, ()))}")
     sheet = contact_sheet(dataset, photos, {c: (int(counts[c]), words.get(c, ())) for c in codes}, run)
-    with written_aside(run.out) as aside:
-        sheet.save(aside, format="PNG")
+    with atomic_write(run.out) as temporary:
+        sheet.save(temporary, format="PNG")
     print(run.out)
 
 

@@ -17,7 +17,7 @@ from tyro.conf import Positional
 from tavq.alignment.aligner import LEVEL_NAMES
 from tavq.base.arguments import parse, run_main
 from tavq.base.device import Device, choose_device
-from tavq.base.files import written_aside
+from tavq.base.files import atomic_write
 from tavq.data.examples import readable_images
 from tavq.data.images import load_image
 from tavq.data.layouts import open_dataset
@@ -90,5 +90,5 @@ def write_maps(folder: Path, photo: Image.Image, maps: Sequence[UnitMap]) -> Pat
 
 
 def _save(picture: Image.Image, path: Path) -> None:
-    with written_aside(path) as aside:
-        picture.save(aside, format="PNG")
+    with atomic_write(path) as temporary:
+        picture.save(temporary, format="PNG")

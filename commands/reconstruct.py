@@ -12,7 +12,7 @@ from tyro.conf import Positional
 
 from tavq.base.arguments import parse, run_main
 from tavq.base.device import Device, choose_device
-from tavq.base.files import written_aside
+from tavq.base.files import atomic_write
 from tavq.data.images import grid, load_image
 from tavq.pipeline import CHECKPOINT, Pipeline
 
@@ -54,6 +54,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _write_png(image: Image.Image, path: Path) -> None:
-    with written_aside(path) as aside:
-        image.save(aside, format="PNG")
+    with atomic_write(path) as temporary:
+        image.save(temporary, format="PNG")
     print(path)

@@ -18,7 +18,7 @@ from typing import Any
 from tyro.conf import Positional
 
 from tavq.base.arguments import parse, run_main
-from tavq.base.files import written_aside
+from tavq.base.files import atomic_write
 from tavq.data.examples import ImageTextDataset
 from tavq.data.layouts import open_dataset
 from tavq.eval.evaluation import FEATURE_CACHE, at_reference_size, kid_options, open_network, reference_set
@@ -73,10 +73,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "split": run.split,
         **losses,
     }
-    with written_aside(run.out.with_suffix(".json")) as aside:
-        aside.write_text(json.dumps(values, indent=1) + "\n")
-    with written_aside(run.out) as aside:
-        aside.write_bytes(curve_png(losses, distances, f"{network.frechet_name}, n = {len(dataset)}"))
+    with atomic_write(run.out.with_suffix(".json")) as temporary:
+        temporary.write_text(json.dumps(values, indent=1) + "\n")
+    with atomic_write(run.out) as temporary:
+        temporary.write_bytes(curve_png(losses, distances, f"{network.frechet_name}, n = {len(dataset)}"))
     print(run.out)
 
 

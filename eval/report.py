@@ -16,7 +16,7 @@ from typing import Any
 from tyro.conf import Positional
 
 from tavq.base.arguments import parse, run_main
-from tavq.base.files import written_aside
+from tavq.base.files import atomic_write
 from tavq.eval.results import Results, read_results
 from tavq.eval.table import checkpoint_of, describe, format_metric, group_by_protocol, metric_names, title
 
@@ -48,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{config.results} holds no result file; make one with an eval/run_*.py or tavq score"
         )
     page = render(results, sorted(config.results.glob("*.png")), config.runs)
-    with written_aside(config.out) as aside:
-        aside.write_text(page, encoding="utf-8")
+    with atomic_write(config.out) as temporary:
+        temporary.write_text(page, encoding="utf-8")
     print(f"{config.out}: {len(results)} results, {len(config.runs)} runs, {len(page) // 1024} KiB")
 
 

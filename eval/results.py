@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from tavq.base.files import written_aside
+from tavq.base.files import atomic_write
 from tavq.metrics.bootstrap import Interval, bootstrap_interval, paired_difference
 from tavq.metrics.captions import score_of
 
@@ -202,12 +202,12 @@ def write_results(
             raise ValueError(f"metric {name} is {dict(entry)}; expected a finite value and n")
     text = json.dumps({"metrics": dict(metrics), "protocol": dict(protocol)}, indent=2, ensure_ascii=False)
     if per_image:
-        with written_aside(per_image_path(path)) as aside, aside.open("wb") as file:
+        with atomic_write(per_image_path(path)) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, ids=np.array(list(ids), dtype=str), **per_image)
     else:
         per_image_path(path).unlink(missing_ok=True)  # those of an earlier run of this name
-    with written_aside(path) as aside:
-        aside.write_text(text + "\n")
+    with atomic_write(path) as temporary:
+        temporary.write_text(text + "\n")
 
 
 def read_results(path: str | Path) -> Results:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from tyro.conf import OmitArgPrefixes
 
 from tavq.base.arguments import parse, run_main
-from tavq.base.files import written_aside
+from tavq.base.files import atomic_write
 from tavq.captioner.decoding import DecodingConfig
 from tavq.captioner.reward import ends_in_function_word
 from tavq.data.examples import ImageTextDataset, readable_images
@@ -114,9 +114,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         floors=human_scores(references),
     )
     path = run.result_path("caption")
-    with written_aside(path.with_suffix("") / "captions.json") as aside:
+    with atomic_write(path.with_suffix("") / "captions.json") as temporary:
         rows = [{"image_id": name, "caption": text} for name, text in hypotheses.items()]
-        aside.write_text(json.dumps(rows, indent=0, ensure_ascii=False) + "\n")
+        temporary.write_text(json.dumps(rows, indent=0, ensure_ascii=False) + "\n")
     write_results(path, metrics, protocol, per_image=per_image, ids=scores.ids)
     print_metrics(metrics, path)
     for name, value in protocol["floors"].items():

@@ -14,7 +14,7 @@ from typing import Any
 from tyro.conf import Positional
 
 from tavq.base.arguments import parse, run_main
-from tavq.base.files import written_aside
+from tavq.base.files import atomic_write
 from tavq.eval.results import Comparison, Results, compare, protocol_differences, read_results
 
 TIMES_100 = ("CIDEr", "BLEU", "METEOR", "ROUGE-L", "SPICE", "cycle_CIDEr", "t2i_R@", "i2t_R@", "prompt_R@")
@@ -79,8 +79,8 @@ def with_block(path: Path, name: str, block: str) -> str:
 def write_block(path: Path, name: str, block: str) -> None:
     """Put `block` between the two marker lines of `name` in the Markdown file `path`."""
     text = with_block(path, name, block)
-    with written_aside(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     print(f"{path}: tables written")
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tavq.base.cache import default_cache_directory
-from tavq.base.files import written_aside
+from tavq.base.files import atomic_write
 from tavq.data.text_encoder import TextEncoder, TokenStates
 
 PART = 1024  # texts encoded at a time
@@ -63,8 +63,8 @@ def pack_states(
     path = (directory or default_cache_directory()) / f"token_states-{digest.hexdigest()[:16]}.safetensors"
     if not path.exists():
         packed = _encode(encoder, texts, max_tokens)
-        with written_aside(path) as aside:
-            save_file(packed, aside)
+        with atomic_write(path) as temporary:
+            save_file(packed, temporary)
     stored = load_file(path)
     return PackedStates(stored["states"], stored["starts"], max_tokens)
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tavq.base.arguments import parse, run_main
-from tavq.base.files import written_aside
+from tavq.base.files import atomic_write
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for pixels in [0, 1]
 PARTS = ((0, 2), (2, 5), (5, 8), (8, 10), (10, 11), (11, 12), (12, 13))  # of SqueezeNet, as LPIPS cuts it
@@ -69,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     features = Features(mobilenet_v2(weights=weights).features)
     for name, network in (("squeezenet_layers", teacher), ("mobilenet_v2_features", features)):
         path = run.out / f"{name}.pt"
-        with written_aside(path) as aside:
-            torch.jit.script(network.eval()).save(str(aside))
+        with atomic_write(path) as temporary:
+            torch.jit.script(network.eval()).save(str(temporary))
         print(path)
 
 

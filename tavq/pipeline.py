@@ -23,7 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from tavq.alignment.projections import NUM_LEVELS
-from tavq.base.files import file_hash, written_aside
+from tavq.base.files import atomic_write, file_hash
 from tavq.base.seeding import mixed_seed
 from tavq.captioner.decoding import Caption, DecodingConfig, decode_captions
 from tavq.captioner.likelihood import log_likelihood
@@ -59,8 +59,8 @@ class Generated:
         fields = PngInfo()
         fields.add_itxt(RECIPE_FIELD, json.dumps(self.recipe))
         fields.add_itxt(PARAMETERS_FIELD, recipe_line(self.recipe))
-        with written_aside(path) as aside:
-            self.image.save(aside, format="PNG", pnginfo=fields)
+        with atomic_write(path) as temporary:
+            self.image.save(temporary, format="PNG", pnginfo=fields)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from tavq.base.files import written_aside
+from tavq.base.files import atomic_write
 from tavq.base.seeding import mixed_seed
 from tavq.commands import train_tokenizer
 from tavq.training.loop import train
@@ -226,7 +226,7 @@ def test_mixed_seeds_differ_by_place_and_fit_a_generator():
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(RuntimeError), written_aside(path) as aside:
-        aside.write_text("half")
+    with pytest.raises(RuntimeError), atomic_write(path) as temporary:
+        temporary.write_text("half")
         raise RuntimeError
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

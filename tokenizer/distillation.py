@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tavq.base.cache import default_cache_directory
-from tavq.base.files import written_aside
+from tavq.base.files import atomic_write
 from tavq.data.examples import ImageTextDataset
 from tavq.data.images import UnreadableImageError, to_tensor
 
@@ -51,8 +51,8 @@ def teacher_maps(teacher: FrozenNetwork, dataset: ImageTextDataset, grid: tuple[
     stacked = torch.cat(maps).float()
     mean, deviation = stacked.mean(dim=(0, 2, 3), keepdim=True), stacked.std(dim=(0, 2, 3), keepdim=True)
     standardised = ((stacked - mean) / deviation.clamp_min(1e-6)).half()
-    with written_aside(path) as aside:
-        save_file({"maps": standardised}, aside)
+    with atomic_write(path) as temporary:
+        save_file({"maps": standardised}, temporary)
     return standardised
 
 

@@ -1,7 +1,6 @@
 """A checkpoint is a directory: `config.json`, `model.safetensors`, and a model card `README.md`.
 
-Each file is written aside and renamed, so that a killed process leaves the old file or the new one, never
-half a one.
+Each file is written by `atomic_write`: a killed process leaves the old file or the new one, never half.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tavq.base.arguments import from_dict, to_plain
-from tavq.base.files import written_aside
+from tavq.base.files import atomic_write
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -61,12 +60,12 @@ class Checkpointed(nn.Module):
         directory = Path(directory)
         config = {"kind": self.kind, "weights": "float16" if half else "float32", **to_plain(self.config)}
         tensors = {name: self._stored(name, tensor, half) for name, tensor in self.state_dict().items()}
-        with written_aside(directory / WEIGHTS_FILE) as path:
+        with atomic_write(directory / WEIGHTS_FILE) as path:
             save_file(tensors, path)
-        with written_aside(directory / CONFIG_FILE) as path:
+        with atomic_write(directory / CONFIG_FILE) as path:
             path.write_text(json.dumps(config, indent=2) + "\n")
         if self.card or not (directory / CARD_FILE).exists():
-            with written_aside(directory / CARD_FILE) as path:
+            with atomic_write(directory / CARD_FILE) as path:
                 path.write_text(
                     self.card or f"# {self.kind} of TA-VQ\n\nNo training is recorded for these weights.\n"
                 )

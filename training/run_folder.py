@@ -11,7 +11,7 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 from tavq.base.arguments import load_yaml, to_plain
-from tavq.base.files import written_aside
+from tavq.base.files import atomic_write
 
 MAY_CHANGE = {
     "steps", "checkpoint_minutes", "log_every", "num_workers", "patience", "min_usage", "keep_evaluated",
@@ -24,7 +24,7 @@ class RunLog:
     def __init__(self, directory: Path, resumed_step: int):
         self.path = directory / "log.jsonl"
         self.lines = [line for line in read_log(self.path) if line["step"] <= resumed_step]
-        with written_aside(self.path) as path:
+        with atomic_write(self.path) as path:
             path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
         self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=resumed_step + 1)
 
@@ -65,8 +65,8 @@ def claim_folder(folder: Path, resolved: Any, is_main: bool) -> None:
     elif is_main:
         print(text, flush=True)
     if is_main:
-        with written_aside(path) as aside:
-            aside.write_text(text)
+        with atomic_write(path) as temporary:
+            temporary.write_text(text)
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[str]:
