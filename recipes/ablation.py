@@ -144,7 +144,7 @@ def folder_of(run: Ablation, name: str, seed: int) -> Path:
 
 
 def tavq(*arguments: object) -> None:
-    subprocess.run([sys.executable, "-m", "tavq.cli", *map(str, arguments)], check=True)
+    subprocess.run([sys.executable, "-m", "tavq", *map(str, arguments)], check=True)
 
 
 def script(name: str, *arguments: object) -> None:

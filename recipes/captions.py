@@ -62,7 +62,7 @@ def train_on(run: CaptionComparison, folder: Path, seed: int) -> None:
         os.symlink("../tokenizer", after / "tokenizer")
     flags = ["--preset", f"{run.preset}-self-critical", "--training.seed", seed]
     flags += ["--tokens", folder / "tokens", "--start", folder / "captioner", "--out", after / "captioner"]
-    execute("-m", "tavq.cli", "train", "captioner", *flags)
+    execute("-m", "tavq", "train", "captioner", *flags)
 
 
 def result_of(run: CaptionComparison, codebook: str, seed: int, stage: str, beam: int) -> Path:

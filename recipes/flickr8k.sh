@@ -27,7 +27,7 @@ SELF_CRITICAL=$([ "$PRESET" = tiny ] && echo tiny-self-critical || echo flickr8k
 EVAL_FLAGS=$([ "$PRESET" = tiny ] && echo "--limit 60" || true)
 READY=$RUN/ready # what is shipped: rounded weights, and what was measured with them
 
-tavq() { "$PYTHON" -m tavq.cli "$@"; }
+tavq() { "$PYTHON" -m tavq "$@"; }
 
 step() { # NAME COMMAND...: run once; a mark is left behind when it ends well
     local mark=$RUN/done/$1

@@ -6,9 +6,11 @@ optimizer and step number are enough to resume bit for bit.
 
 from __future__ import annotations
 
+import atexit
 import copy
 import dataclasses
 import datetime
+import functools
 import math
 import resource
 import time
@@ -114,6 +116,7 @@ class Trainer:
                 InitProcessGroupKwargs(timeout=PATIENT),
             ],
         )
+        _leave_group_at_exit()
         self.is_main = self.accelerator.is_main_process
         claim_folder(self.folder, resolved, self.is_main)
         self.state = LoopState()
@@ -415,6 +418,17 @@ class Trainer:
             f"{accelerator.device.type} with {torch.get_num_threads()} threads, "
             f"{accelerator.num_processes} process(es), torch {torch.__version__}"
         )
+
+
+@functools.cache
+def _leave_group_at_exit() -> None:
+    """Leave the group of processes before the interpreter ends. Works once a process.
+
+    Without it gloo's threads outlive the interpreter, and two processes of five abort at exit ("terminate
+    called without an active exception"); torchrun then kills the main process while it saves.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        atexit.register(torch.distributed.destroy_process_group)
 
 
 def _moving_average(decay: float) -> Callable[..., None]:
