@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from tavq.base.files import atomic_write
 from tavq.data.examples import Example, ImageTextDataset, readable_images
+from tavq.data.images import squash
 from tavq.data.layouts_folder import IMAGE_SUFFIXES
 
 from .decoding import Caption
@@ -29,7 +30,12 @@ CSV_COLUMNS = ("image", "caption", "score")
 
 
 def caption_folder(
-    folder: str | Path, out: str | Path, caption_images: CaptionImages, *, batch_size: int = 32
+    folder: str | Path,
+    out: str | Path,
+    caption_images: CaptionImages,
+    *,
+    batch_size: int = 32,
+    size_px: int | None = None,
 ) -> int:
     """Caption every image in `folder` and below that `out` does not hold yet.
 
@@ -39,6 +45,8 @@ def caption_folder(
             (`a.jpg.txt` and `a.png.txt` where both images exist, else `a.txt`).
         caption_images: RGB images -> captions of each, best first.
         batch_size: images passed to `caption_images` at once.
+        size_px: side of the square that each image is squashed to as it is read, so that a batch of large
+            images does not fill the memory. None passes images at their own size.
 
     Returns:
         How many images were captioned by this call. Unreadable images are named in one warning.
@@ -68,7 +76,7 @@ def caption_folder(
         journal.open("a", encoding="utf-8") as file,
         tqdm(total=len(names), initial=len(names) - len(remaining), unit="image", disable=None) as bar,
     ):
-        for batch in _batches(dataset, batch_size, len(names)):
+        for batch in _batches(dataset, batch_size, len(names), size_px):
             groups = caption_images([image for _, image in batch])
             for (name, _), captions in zip(batch, groups, strict=True):
                 file.write(json.dumps(_row(name, captions), ensure_ascii=False) + "\n")
@@ -113,10 +121,15 @@ def _captioned(out: Path, text_files: dict[str, Path]) -> set[str]:
     return {row["image"] for row in _read(out)}
 
 
-def _batches(dataset: ImageTextDataset, size: int, total: int) -> Iterator[list[tuple[str, Image.Image]]]:
+def _batches(
+    dataset: ImageTextDataset, batch_size: int, total: int, size_px: int | None
+) -> Iterator[list[tuple[str, Image.Image]]]:
     """Yield batches of (name, image). Of `total` images, which earlier calls share, 1 % may be unreadable."""
-    named = ((dataset[index].id, image) for index, image in readable_images(dataset, total=total))
-    while batch := list(itertools.islice(named, size)):
+    named = (
+        (dataset[index].id, image if size_px is None else squash(image, size_px))
+        for index, image in readable_images(dataset, total=total)
+    )
+    while batch := list(itertools.islice(named, batch_size)):
         yield batch
 
 

@@ -53,7 +53,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "a folder is described into a file (.jsonl and .json with the probability of each word): "
                 "tavq caption photos/ --out captions.jsonl"
             )
-        count = caption_folder(run.images[0], run.out, lambda images: pipeline.caption(images, run.decoding))
+        count = caption_folder(
+            run.images[0],
+            run.out,
+            lambda images: pipeline.caption(images, run.decoding),
+            size_px=pipeline.tokenizer.image_size_px,
+        )
         print(f"{count} photos described in {run.out}")
         return
     if run.out is not None:

@@ -104,7 +104,7 @@ def readable_images(
     for index in range(len(dataset)):
         try:
             image = dataset.load_image(index)
-        except UnreadableImageError as error:
+        except (UnreadableImageError, FileNotFoundError) as error:
             reasons.append(f"{dataset[index].id} ({error})")
             if len(reasons) > allowed:
                 raise ValueError(

@@ -1,10 +1,12 @@
 """Images between files, PIL and tensors: the only place that knows uint8 HWC.
 
-Letters: B batch, H W image size in px.
+Shapes: B batch, H W image size in px.
 """
 
 from __future__ import annotations
 
+import functools
+import stat
 import struct
 import zlib
 from collections.abc import Sequence
@@ -17,6 +19,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 MIN_SIDE_PX = 8
+MAX_PIXELS = 89_478_485
+"""Larger images are not decoded. It is the size above which Pillow warns of a decompression bomb."""
+FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""Formats that are decoded. EPS is not among them: Pillow starts Ghostscript to read it."""
 _DECODE_ERRORS = (
     OSError,
     SyntaxError,
@@ -33,7 +39,7 @@ class UnreadableImageError(ValueError):
 
 
 def load_image(source: str | Path | BinaryIO) -> Image.Image:
-    """Read an image file, whatever its kind, as an upright 8-bit RGB picture.
+    """Read an image file of any of `FORMATS`, whatever its name, as an upright 8-bit RGB image.
 
     Args:
         source: a path or an open binary file.
@@ -43,11 +49,15 @@ def load_image(source: str | Path | BinaryIO) -> Image.Image:
 
     Raises:
         FileNotFoundError: `source` is a path at which nothing lies.
-        UnreadableImageError: the file is truncated, is no image, or is smaller than 8 px a side.
+        UnreadableImageError: the file is truncated, is no image, is no regular file, is smaller than 8 px a
+            side, or has more than `MAX_PIXELS`.
     """
     name = str(source) if isinstance(source, str | Path) else getattr(source, "name", "image")
     try:
-        with Image.open(source) as image:
+        if isinstance(source, str | Path) and not stat.S_ISREG(Path(source).stat().st_mode):
+            raise UnreadableImageError("not a regular file")  # reading from a pipe could wait for ever
+        with Image.open(source, formats=_known_formats()) as image:
+            _check_pixels(image)
             image.load()
             return to_rgb(image)
     except FileNotFoundError:
@@ -57,8 +67,25 @@ def load_image(source: str | Path | BinaryIO) -> Image.Image:
     except _DECODE_ERRORS as error:
         reason = " ".join(str(error).split())
         if isinstance(error, Image.UnidentifiedImageError):
-            reason = "not an image, or of a kind that Pillow does not know"
+            reason = f"not an image of a known format ({', '.join(_known_formats())})"
         raise UnreadableImageError(f"{name}: {reason}; replace the file or take it out") from error
+
+
+@functools.cache
+def _known_formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that the installed Pillow was built with; older ones know no AVIF."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _check_pixels(image: Image.Image) -> None:
+    """Refuse an image that is too large by its header, before any pixel is decoded."""
+    pixels = image.width * image.height
+    if pixels > MAX_PIXELS:
+        raise UnreadableImageError(
+            f"image is {image.width} x {image.height} px, that is {pixels / 1e6:.0f} million pixels, and at "
+            f"most {MAX_PIXELS / 1e6:.0f} million are read"
+        )
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -87,8 +114,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def squash(image: Image.Image, size_px: int) -> Image.Image:
+    """Resize an image to the square as RGB (antialiased bicubic; nothing is cropped).
+
+    Squashing twice to the same size changes nothing, so an image may be squashed as soon as it is read.
+    """
+    rgb = image if image.mode == "RGB" else to_rgb(image)
+    if rgb.size == (size_px, size_px):
+        return rgb
+    return rgb.resize((size_px, size_px), Image.Resampling.BICUBIC)
+
+
 def to_tensor(image: Image.Image, size_px: int) -> Tensor:
-    """Squash a picture to the square (antialiased bicubic; nothing is cropped).
+    """Squash an image to the square, see `squash`.
 
     Args:
         image: any PIL image.
@@ -101,11 +139,9 @@ def to_tensor(image: Image.Image, size_px: int) -> Tensor:
 
 
 def to_pixels(image: Image.Image, size_px: int) -> Tensor:
-    """Squash a picture to the square, as `to_tensor` does, but keep bytes: (3, size_px, size_px) uint8."""
-    rgb = image if image.mode == "RGB" else to_rgb(image)
-    if rgb.size != (size_px, size_px):
-        rgb = rgb.resize((size_px, size_px), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(rgb, dtype=np.uint8)).permute(2, 0, 1).contiguous()
+    """Squash an image to the square, as `to_tensor` does, but keep bytes: (3, size_px, size_px) uint8."""
+    pixels_HWC = np.array(squash(image, size_px), dtype=np.uint8)
+    return torch.from_numpy(pixels_HWC).permute(2, 0, 1).contiguous()
 
 
 def from_pixels(pixels: Tensor) -> Tensor:
@@ -131,26 +167,27 @@ def to_uint8(images_BCHW: Tensor) -> Tensor:
 
 
 def to_pil(images_BCHW: Tensor) -> list[Image.Image]:
-    """Turn (B, 3, H, W) floats in [-1, 1] into B RGB pictures (rounded; overshoot clipped)."""
+    """Turn (B, 3, H, W) floats in [-1, 1] into B RGB images (rounded; overshoot clipped)."""
     pixels_BHWC = to_uint8(images_BCHW).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(np.ascontiguousarray(pixels_HWC)) for pixels_HWC in pixels_BHWC]
 
 
 def grid(images: Sequence[Image.Image], columns: int, gap_px: int = 2) -> Image.Image:
-    """Lay pictures of one size out row by row on white, `gap_px` apart.
+    """Lay images of one size out row by row on white, `gap_px` apart.
 
     Raises:
-        ValueError: no picture, fewer than one column, or pictures of unlike size.
+        ValueError: no image, fewer than one column, or images of unlike size.
     """
     if not images or columns < 1:
-        raise ValueError(f"got {len(images)} pictures and {columns} columns, expected at least one of each")
+        raise ValueError(f"got {len(images)} images and {columns} columns, expected at least one of each")
     width, height = images[0].size
     if any(image.size != (width, height) for image in images):
-        raise ValueError(f"pictures differ in size from the first, {width} x {height} px; resize them before")
+        raise ValueError(f"images differ in size from the first, {width} x {height} px; resize them before")
+
     rows = -(-len(images) // columns)
-    sheet = Image.new(
-        "RGB", (columns * (width + gap_px) - gap_px, rows * (height + gap_px) - gap_px), "white"
-    )
-    for place, image in enumerate(images):
-        sheet.paste(image, ((place % columns) * (width + gap_px), (place // columns) * (height + gap_px)))
+    sheet_size = (columns * (width + gap_px) - gap_px, rows * (height + gap_px) - gap_px)
+    sheet = Image.new("RGB", sheet_size, "white")
+    for number, image in enumerate(images):
+        row, column = divmod(number, columns)
+        sheet.paste(image, (column * (width + gap_px), row * (height + gap_px)))
     return sheet

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from .contained import LinkCheck
 from .examples import Example, ImageTextDataset
 from .layouts_folder import IMAGE_SUFFIXES, has_metadata, read_metadata, read_shards, read_sidecars
 from .layouts_json import read_coco, read_karpathy, read_original_flickr8k
@@ -50,7 +51,7 @@ def open_dataset(path: str | Path, split: str | None = None) -> ImageTextDataset
     examples = [_with_split(example) for example in _find_layout(root)()]
     folder = root if root.is_dir() else root.parent
     chosen = _choose_split(examples, split, folder)
-    _check_images(chosen, folder)
+    _check_images(chosen, folder, LinkCheck(_root_of_images(root)))
     return ImageTextDataset(folder.resolve().name, attach_long_text(chosen, folder))
 
 
@@ -62,15 +63,15 @@ def _find_layout(root: Path) -> Callable[[], Iterable[Example]]:
         raise FileNotFoundError(
             f"no data set at {root}; expected a directory ({_KNOWN}) or 'shapes', check --data"
         )
-    if karpathy := sorted(root.glob("dataset_*.json")):
+    if karpathy := _files(root, "dataset_*.json"):
         return lambda: read_karpathy(_only(karpathy), root)
-    if coco := sorted(root.glob("annotations/captions_*.json")):
+    if coco := _files(root, "annotations/captions_*.json"):
         return lambda: read_coco(coco, root)
     if has_metadata(root):
         return lambda: read_metadata(root)
     if captions := _flickr_captions(root):
         return lambda: read_original_flickr8k(captions, root)
-    if shards := sorted(root.glob("*.tar")):
+    if shards := _files(root, "*.tar"):
         return lambda: read_shards(shards)
     if any(file.suffix.lower() in IMAGE_SUFFIXES for file in root.rglob("*")):
         return lambda: read_sidecars(root)
@@ -78,11 +79,16 @@ def _find_layout(root: Path) -> Callable[[], Iterable[Example]]:
     raise ValueError(f"{root} {state}; expected {_KNOWN}")
 
 
+def _files(root: Path, pattern: str) -> list[Path]:
+    """Regular files alone: reading from a named pipe would wait for ever."""
+    return sorted(file for file in root.glob(pattern) if file.is_file())
+
+
 def _json_reader(file: Path) -> Callable[[], Iterable[Example]]:
     if file.match("dataset_*.json"):
         return lambda: read_karpathy(file, file.parent)
     if file.match("captions_*.json"):
-        return lambda: read_coco([file], file.parent.parent)
+        return lambda: read_coco([file], _root_of_images(file))
     raise ValueError(
         f"{file} is no known annotation file; expected dataset_*.json or captions_*.json, or its directory"
     )
@@ -133,11 +139,20 @@ def _choose_split(examples: list[Example], split: str | None, folder: Path) -> l
     return chosen
 
 
-def _check_images(examples: list[Example], folder: Path) -> None:
+def _root_of_images(root: Path) -> Path:
+    """The directory below which the images of a data set must lie."""
+    if root.is_dir():
+        return root
+    return root.parent.parent if root.match("captions_*.json") else root.parent
+
+
+def _check_images(examples: list[Example], folder: Path, links: LinkCheck) -> None:
     files = [example.image for example in examples if isinstance(example.image, Path)]
     missing = [file for file in files if not file.is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{folder}: {len(missing)} of {len(examples)} annotated images are missing, the first is "
-            f"{missing[0]}; put them there or take them out of the annotations"
+            f"{folder}: {len(missing)} of {len(examples)} annotated images are missing or no regular files, "
+            f"the first is {missing[0]}; put them there or take them out of the annotations"
         )
+    for file in files:
+        links.check(file)

@@ -17,6 +17,7 @@ from typing import Any
 
 from PIL import Image
 
+from .contained import LinkCheck, check_file_name
 from .examples import Example
 from .images import load_image
 from .layouts_json import clean_captions
@@ -32,12 +33,14 @@ _CAPTION_KEYS = ("text", "caption", "captions")
 def read_sidecars(root: Path) -> Iterator[Example]:
     """Read images with a `.txt` of the same name beside them, one caption a line; the id is the path."""
     images = sorted(file for file in root.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    links = LinkCheck(root)
     bare = []
     for image in images:
         sidecar = image.with_suffix(".txt")
-        captions = (
-            clean_captions(sidecar.read_text(encoding="utf-8").splitlines()) if sidecar.is_file() else ()
-        )
+        captions = ()
+        if sidecar.is_file():
+            links.check(sidecar)
+            captions = clean_captions(sidecar.read_text(encoding="utf-8").splitlines())
         if captions:
             yield Example(_id_of(image, root), image, captions, None, _split_of(image, root))
         else:
@@ -80,7 +83,7 @@ def _metadata_example(line: str, where: str, folder: Path, root: Path) -> Exampl
         raise ValueError(
             f"{where}: got keys {', '.join(row)}; expected file_name and text, caption or captions"
         )
-    image = folder / row["file_name"]
+    image = folder / check_file_name(row["file_name"], where)
     split = _split_named(row) or _split_of(image, root)
     return Example(_id_of(image, root), image, captions, row.get("long_text") or None, split)
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from .contained import check_file_name
 from .examples import Example
 
 _FLICKR_LISTS = {"trainImages": "train", "devImages": "val", "testImages": "test"}
@@ -34,14 +35,14 @@ def read_karpathy(file: Path, root: Path) -> Iterator[Example]:
     folders = _image_folders(root)
     for entry in content["images"]:
         try:
-            name = entry["filename"]
+            name = check_file_name(entry["filename"], str(file))
             captions = clean_captions(sentence["raw"] for sentence in entry["sentences"])
             split = "train" if entry["split"] == "restval" else entry["split"]
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"{file}: an image lacks {error}; expected filename, split and sentences[].raw"
             ) from None
-        subfolder = entry.get("filepath", "")
+        subfolder = check_file_name(entry.get("filepath", ""), str(file))
         image = _locate(name, [folder / subfolder for folder in folders] + folders)
         yield Example(Path(name).stem, image, captions, None, split)
 
@@ -75,9 +76,8 @@ def _read_coco_file(file: Path, root: Path, split: str) -> Iterator[Example]:
     folders = [root / kind, root / "images" / kind, *_image_folders(root)]
     for image_id, name in names.items():
         if captions[image_id]:
-            yield Example(
-                str(image_id), _locate(name, folders), clean_captions(captions[image_id]), None, split
-            )
+            image = _locate(check_file_name(name, str(file)), folders)
+            yield Example(str(image_id), image, clean_captions(captions[image_id]), None, split)
 
 
 def read_original_flickr8k(file: Path, root: Path) -> Iterator[Example]:
@@ -93,13 +93,8 @@ def read_original_flickr8k(file: Path, root: Path) -> Iterator[Example]:
     for name in splits or captions:
         if name not in captions:
             raise ValueError(f"{file} has no caption of {name}, which a split list names; download it again")
-        yield Example(
-            Path(name).stem,
-            _locate(name, folders),
-            clean_captions(captions[name]),
-            None,
-            splits.get(name, ""),
-        )
+        image = _locate(check_file_name(name, str(file)), folders)
+        yield Example(Path(name).stem, image, clean_captions(captions[name]), None, splits.get(name, ""))
 
 
 def _flickr_rows(file: Path) -> Iterator[tuple[str, str]]:

@@ -21,7 +21,13 @@ def attach_long_text(examples: list[Example], folder: Path) -> list[Example]:
         ValueError: a file of descriptions is malformed, or names none of the examples.
     """
     file = next(
-        (file for pattern in ("long_text.jsonl", *_SHAREGPT4V) for file in sorted(folder.glob(pattern))), None
+        (
+            file
+            for pattern in ("long_text.jsonl", *_SHAREGPT4V)
+            for file in sorted(folder.glob(pattern))
+            if file.is_file()
+        ),
+        None,
     )
     texts = _read(file) if file else {}
     with_text = [replace(example, long_text=_text_of(example, texts)) for example in examples]

@@ -74,6 +74,18 @@ def test_stopped_and_resumed(photos: Path, tmp_path: Path, name: str):
     assert not list(tmp_path.glob("*unfinished*"))
 
 
+def test_each_image_is_shrunk_as_it_is_read(photos: Path, tmp_path: Path):
+    Image.new("RGB", (640, 480), (7, 0, 0)).save(photos / "large.png")
+    sizes = []
+
+    def describe(images: list[Image.Image]) -> list[list[Caption]]:
+        sizes.extend(image.size for image in images)
+        return [[Caption("red", -0.5, ())] for _ in images]
+
+    assert caption_folder(photos, tmp_path / "out.jsonl", describe, size_px=32) == 8
+    assert sizes == [(32, 32)] * 8
+
+
 @pytest.mark.parametrize("name", ["out.jsonl", "out.csv"])
 def test_new_images_are_added(photos: Path, tmp_path: Path, name: str):
     caption_folder(photos, tmp_path / name, Describer())

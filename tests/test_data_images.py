@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tavq.data.images import UnreadableImageError, grid, load_image, to_pil, to_tensor
+from tavq.data.images import UnreadableImageError, grid, load_image, squash, to_pil, to_tensor
 
 
 def saved(tmp_path, image, name="image.png", **options):
@@ -110,6 +110,15 @@ def test_image_is_squashed_with_antialiasing():
     assert tensor.shape == (3, 16, 16) and tensor.abs().max() < 0.05  # grey, no aliased stripes
 
 
+def test_squashing_early_changes_no_bit():
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    assert squash(image, 24).size == (24, 24)
+    assert torch.equal(to_tensor(squash(image, 24), 24), to_tensor(image, 24))
+    clear = Image.new("RGBA", (50, 70), (255, 0, 0, 0))
+    assert torch.equal(to_tensor(squash(clear, 24), 24), to_tensor(clear, 24))
+
+
 def test_picture_needs_a_batch():
     with pytest.raises(ValueError, match=r"\(3, 8, 8\).*add the batch axis"):
         to_pil(torch.zeros(3, 8, 8))
@@ -125,7 +134,7 @@ def test_grid_places_pictures_row_by_row():
 
 
 def test_grid_refuses_nothing_and_unlike_sizes():
-    with pytest.raises(ValueError, match="0 pictures"):
+    with pytest.raises(ValueError, match="0 images"):
         grid([], columns=2)
     with pytest.raises(ValueError, match="differ in size"):
         grid([Image.new("RGB", (8, 8)), Image.new("RGB", (9, 8))], columns=2)

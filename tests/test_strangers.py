@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
+import struct
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from tavq.captioner.decoding import Caption
+from tavq.captioner.caption_folder import caption_folder
+from tavq.commands.caption import main as caption
+from tavq.commands.tokenize import main as tokenize
 from tavq.commands.train_generator import main as train_generator
+from tavq.data.layouts import open_dataset
 from tavq.data.tokens import TokenMeta, TokenRecord, open_tokens, write_tokens
 
 
@@ -79,3 +88,120 @@ def test_a_token_folder_whose_name_is_a_shell_command_is_just_a_folder(tmp_path,
     line = refused(train_generator, "--preset", "tiny", "--tokens", "pipe:touch exploded;#no", "--out", "out")
     assert "no token set in pipe:touch exploded;#no" in line
     assert os.listdir() == [str(tokens)]
+
+
+def png(width: int, height: int) -> bytes:
+    """The head of a PNG of that size, without the pixels."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(header)) + chunk
+    return data + struct.pack(">I", zlib.crc32(chunk)) + struct.pack(">I", 0) + b"IDAT" + bytes(4)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, monkeypatch, tiny_checkpoint):
+    monkeypatch.setattr(Image.Image, "load", None)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)
+    (tmp_path / "large.png").write_bytes(png(10_000, 10_000))
+    line = refused(caption, tmp_path / "large.png", "--checkpoint", tiny_checkpoint)
+    assert "large.png: image is 10000 x 10000 px, that is 100 million pixels, and at most 89 million" in line
+
+
+def test_a_named_pipe_is_no_image_and_nobody_waits_for_it(tmp_path, tiny_checkpoint):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    os.mkfifo(folder / "pipe.jpg")
+    line = refused(caption, folder / "pipe.jpg", "--checkpoint", tiny_checkpoint)
+    assert "pipe.jpg: not a regular file" in line
+    Image.new("RGB", (64, 64), "red").save(folder / "red.png")
+    with pytest.warns(UserWarning, match=r"skipped 1 of 2 images .*pipe\.jpg: not a regular file"):
+        describe = lambda images: [[Caption("red", 0.0, ())] for _ in images]  # noqa: E731
+        assert caption_folder(folder, tmp_path / "out.jsonl", describe) == 1
+
+
+def test_postscript_that_calls_itself_jpg_never_reaches_ghostscript(tmp_path, monkeypatch, tiny_checkpoint):
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", None)
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n"
+    (tmp_path / "a.jpg").write_bytes(script)
+    line = refused(caption, tmp_path / "a.jpg", "--checkpoint", tiny_checkpoint)
+    assert "a.jpg: not an image of a known format (AVIF, BMP," in line
+
+
+class TestPathsOutOfTheDataset:
+    """A file outside that really is an image, and annotations that name it."""
+
+    @pytest.fixture
+    def data(self, tmp_path) -> Path:
+        Image.new("RGB", (16, 16)).save(tmp_path / "secret.png")
+        (tmp_path / "data" / "images").mkdir(parents=True)
+        return tmp_path / "data"
+
+    @pytest.fixture(params=["../secret.png", "images/../../secret.png", "{outside}/secret.png"])
+    def name(self, request, tmp_path) -> str:
+        return request.param.format(outside=tmp_path)
+
+    def refused(self, data: Path, tmp_path: Path) -> str:
+        return refused(tokenize, "--data", data, "--out", tmp_path / "out", "--checkpoint", self.tokenizer)
+
+    @pytest.fixture(autouse=True)
+    def checkpoint(self, tiny_checkpoint):
+        self.tokenizer = tiny_checkpoint / "tokenizer"
+
+    def test_karpathy(self, data, name, tmp_path):
+        entry = {"filename": name, "split": "train", "sentences": [{"raw": "A dog."}]}
+        (data / "dataset_a.json").write_text(json.dumps({"images": [entry]}))
+        assert f"dataset_a.json names '{name}', which leads out of the data set" in self.refused(
+            data, tmp_path
+        )
+
+    def test_karpathy_folder(self, data, tmp_path):
+        entry = {"filename": "secret.png", "filepath": "../..", "split": "train", "sentences": [{"raw": "A"}]}
+        (data / "dataset_a.json").write_text(json.dumps({"images": [entry]}))
+        assert "names '../..', which leads out" in self.refused(data, tmp_path)
+
+    def test_coco(self, data, name, tmp_path):
+        (data / "annotations").mkdir()
+        content = {
+            "images": [{"id": 1, "file_name": name}],
+            "annotations": [{"image_id": 1, "caption": "A dog."}],
+        }
+        (data / "annotations" / "captions_train2017.json").write_text(json.dumps(content))
+        assert f"names '{name}', which leads out of the data set" in self.refused(data, tmp_path)
+
+    def test_flickr8k(self, data, name, tmp_path):
+        (data / "captions.txt").write_text(f"image,caption\n{name},A dog.\n")
+        assert f"captions.txt names '{name}', which leads out" in self.refused(data, tmp_path)
+
+    def test_metadata(self, data, name, tmp_path):
+        (data / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "A dog."}) + "\n")
+        assert f"metadata.jsonl, line 1 names '{name}', which leads out" in self.refused(data, tmp_path)
+
+    def test_links_to_files_and_folders(self, data, tmp_path, monkeypatch):
+        (data / "a.png").symlink_to(tmp_path / "secret.png")
+        (data / "linked").symlink_to(tmp_path)
+        for name in ("a.png", "linked/secret.png"):
+            row = {"file_name": name, "text": "A dog.", "split": "train"}
+            (data / "metadata.jsonl").write_text(json.dumps(row) + "\n")
+            line = self.refused(data, tmp_path)
+            assert f"{name} leads to {tmp_path / 'secret.png'}, out of the data set {data}" in line
+        monkeypatch.setenv("TAVQ_FOLLOW_LINKS", "1")
+        assert open_dataset(data, "train").load_image(0).size == (16, 16)
+
+    def test_a_link_to_a_text(self, data, tmp_path):
+        (tmp_path / "secret.txt").write_text("A secret.")
+        Image.new("RGB", (16, 16)).save(data / "a.png")
+        (data / "a.txt").symlink_to(tmp_path / "secret.txt")
+        assert f"a.txt leads to {tmp_path / 'secret.txt'}" in self.refused(data, tmp_path)
+
+    def test_links_that_stay_inside_or_lead_to_the_blobs_of_the_hub_are_followed(self, tmp_path):
+        snapshot = tmp_path / "datasets--somebody--photos" / "snapshots" / "abc"
+        blobs = snapshot.parent.parent / "blobs"
+        for folder in (snapshot / "train", blobs):
+            folder.mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(blobs / "0123", format="PNG")
+        (snapshot / "train" / "a.png").symlink_to("../../../blobs/0123")
+        (snapshot / "train" / "b.png").symlink_to("a.png")
+        rows = [{"file_name": f"train/{name}.png", "text": "A dog."} for name in "ab"]
+        (snapshot / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / "link").symlink_to(snapshot)
+        assert len(open_dataset(tmp_path / "link", "train")) == 2
