@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tavq.captioner.decoding import Caption
 from tavq.captioner.caption_folder import caption_folder
+from tavq.captioner.decoding import Caption
 from tavq.commands.caption import main as caption
 from tavq.commands.tokenize import main as tokenize
 from tavq.commands.train_generator import main as train_generator
