@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from tavq.base.arguments import parse, run_main
 from tavq.data.layouts import open_dataset
 from tavq.eval.faithfulness import open_judge
-from tavq.generator.settings import SamplingConfig
+from tavq.generator.sampling import SamplingConfig
 from tavq.pipeline import Pipeline, RankBy, fit_of
 from tavq.tokenizer.retrieval import alignment_scores
 

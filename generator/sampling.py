@@ -1,26 +1,79 @@
-"""Draw ids from the generator: guidance, temperature, top-k, top-p, completion, streaming.
+"""Sample image ids: temperature, top-k, top-p, noise by seed, completion, streaming.
 
-An image depends on its prompt, its own seed and the settings alone: noise is keyed by seed and position, and
-micro-batches have a fixed size, since kernels round differently by batch.
+An image depends on its prompt, its own seed and the settings alone. Its noise is keyed by seed and position,
+and batches are always padded to `micro_batch`, since kernels round differently at other batch sizes.
 
-Legend: B images, M a micro-batch of them, R rows of a forward pass (M, or 2 M with guidance), N image tokens,
-T text slots, K codes, (h, w) the grid.
+Shapes: B images, K codes, (h, w) token grid, N = h*w image tokens, T text tokens, J tokens of a window.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from tavq.base.seeding import mixed_seed
 from tavq.data.text_encoder import TokenStates
 
-from .decoding import Decoder
-from .drawing import draw_rows, draw_speculatively
+from .engine import Engine, autoregressive_decode, speculative_decode
+from .linear import Precision
 from .model import GeneratorModel
-from .settings import SamplingConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How ids are sampled."""
+
+    guidance: float = 4.5
+    """Scale of classifier-free guidance: logits = null + scale * (text - null). 1 turns it off."""
+    guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the guidance scale rises from 1 at the first token to its full value at the last."""
+    temperature: float = 1.0
+    """Temperature of the softmax. 0 takes the likeliest code each time."""
+    top_k: int = 100
+    """Sample among this many likeliest codes. 0 means all."""
+    top_p: float = 1.0
+    """Sample among the fewest likeliest codes that hold this much probability (nucleus sampling)."""
+    precision: Precision = "float32"
+    """Precision of the weights while decoding. int8 (for CPUs; it also rounds the inputs of each layer) and
+    bfloat16 (for CUDA) are faster and change a few tokens."""
+    micro_batch: int = 1
+    """Images decoded together. Smaller batches are padded to it, so that every image is computed alike."""
+    draft_tokens: int = 8
+    """Tokens drafted and verified in one forward pass (speculative decoding). 1 drafts none. The tokens stay
+    the same. 8 with micro_batch 1 is fast for one image, 1 with micro_batch 4 for many."""
+    compile: bool = False
+    """Compile the forward pass with torch.compile. Compiling takes half a minute and pays on CUDA; on the CPU
+    the engine's own layouts are faster (docs/experiments.md)."""
+
+    def __post_init__(self) -> None:
+        limits = {
+            "guidance": (self.guidance >= 0, "0 or more"),
+            "temperature": (self.temperature >= 0, "0 or more"),
+            "top_k": (self.top_k >= 0, "0 (all) or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
+            "micro_batch": (self.micro_batch >= 1, "1 or more"),
+            "draft_tokens": (self.draft_tokens >= 1, "1 (no drafts) or more"),
+        }
+        for name, (holds, expected) in limits.items():
+            if not holds:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected {expected}; change it")
+        if self.precision not in get_args(Precision):
+            raise ValueError(f"precision is {self.precision!r}; choose {', '.join(get_args(Precision))}")
+        if self.guidance_schedule not in ("constant", "linear", "cosine"):
+            raise ValueError(
+                f"guidance_schedule is {self.guidance_schedule!r}; choose constant, linear or cosine"
+            )
+
+    def guidance_at(self, position: int, num_tokens: int) -> float:
+        """Return the guidance scale of the token at `position`."""
+        progress = position / max(1, num_tokens - 1)
+        rise = {"constant": 1.0, "linear": progress, "cosine": (1 - math.cos(math.pi * progress)) / 2}
+        return 1 + (self.guidance - 1) * rise[self.guidance_schedule]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +81,7 @@ class Partial:
     """Images so far.
 
     Attributes:
-        ids: (B, N) int64; what is not yet known is 0.
+        ids: (B, N) int64; 0 where they are not known yet.
         known: (B, N) bool.
     """
 
@@ -40,24 +93,25 @@ def sample(
     model: GeneratorModel,
     texts: TokenStates,
     seeds: Sequence[int],
-    settings: SamplingConfig,
+    config: SamplingConfig,
     *,
     given_ids: Tensor | None = None,
     given_mask: Tensor | None = None,
 ) -> Tensor:
-    """Draw one image a text.
+    """Sample the ids of one image per text.
 
     Args:
-        model: the generator.
+        model: in eval mode.
         texts: B texts; for results that do not depend on the other prompts, encode each by itself.
         seeds: B seeds.
-        settings: how to draw.
-        given_ids: (B, N) or (N,) ids to keep where `given_mask`, same shape, is True; the rest is drawn.
+        config: how to sample.
+        given_ids: (B, N) or (N,) ids to keep where `given_mask`, of the same shape, is True; the other ones
+            are sampled (completion).
 
     Returns:
-        (B, N) int64 on the device of the generator.
+        (B, N) int64 on the device of the model.
     """
-    *_, last = stream(model, texts, seeds, settings, given_ids=given_ids, given_mask=given_mask)
+    *_, last = stream(model, texts, seeds, config, given_ids=given_ids, given_mask=given_mask)
     return last.ids
 
 
@@ -66,7 +120,7 @@ def stream(
     model: GeneratorModel,
     texts: TokenStates,
     seeds: Sequence[int],
-    settings: SamplingConfig,
+    config: SamplingConfig,
     *,
     given_ids: Tensor | None = None,
     given_mask: Tensor | None = None,
@@ -76,6 +130,10 @@ def stream(
 
     Nothing is checked or computed before the first iteration. Micro-batches come one after the other; stop
     iterating to cancel.
+
+    Raises:
+        ValueError: the number of seeds is not that of texts, the model is in training mode, or what is given
+            does not fit the model.
     """
     if len(seeds) != len(texts.mask) or not seeds:
         raise ValueError(f"got {len(texts.mask)} texts and {len(seeds)} seeds, expected one seed a text")
@@ -83,53 +141,144 @@ def stream(
         raise ValueError(f"every_rows is {every_rows}, expected 1 or more, or None for whole images")
     if model.training:
         raise ValueError(
-            "the generator is in training mode, where dropout disturbs every draw; call model.eval()"
+            "the generator is in training mode, where dropout disturbs every token; call model.eval()"
         )
     ids, known = _given(model, len(seeds), given_ids, given_mask)
-    rows = settings.micro_batch * settings.branches
-    decoder = Decoder(model, rows, settings.precision, settings.draft_tokens, compiled=settings.compile)
-    plainly = settings.draft_tokens == 1 and not settings.compile
-    draw = draw_rows if plainly else draw_speculatively
-    for images in torch.arange(len(seeds)).split(settings.micro_batch):
-        padded = torch.cat([images, images[:1].expand(settings.micro_batch - len(images))])
-        decoder.read(_branches(texts, padded, settings))
-        drawn, kept = ids[padded], known[padded]
-        for row in draw(decoder, [int(seeds[i]) for i in padded], settings, drawn, kept):
-            done = (row + 1) * model.config.grid_size[1]
-            ids[images, :done], known[images, :done] = drawn[: len(images), :done], True
-            if done == model.config.num_tokens or (every_rows is not None and (row + 1) % every_rows == 0):
+    num_tokens, num_columns = model.config.num_tokens, model.config.grid_size[1]
+
+    engine = _open_engine(model, config)
+    # A compiled engine has one graph, that of a window, if only of one token.
+    plain = config.draft_tokens == 1 and not config.compile
+    decode = autoregressive_decode if plain else speculative_decode
+
+    for images in torch.arange(len(seeds)).split(config.micro_batch):
+        # The first image fills the empty places of the last batch; its copies are thrown away.
+        padded = torch.cat([images, images[:1].expand(config.micro_batch - len(images))])
+        engine.prefill(TokenStates(texts.states[padded], texts.mask[padded]))
+        sampler = TokenSampler(config, [int(seeds[i]) for i in padded], engine)
+
+        batch_ids = ids[padded]
+        for row in decode(engine, sampler, batch_ids, known[padded]):
+            end = (row + 1) * num_columns
+            ids[images, :end] = batch_ids[: len(images), :end]
+            known[images, :end] = True
+            if end == num_tokens or (every_rows is not None and (row + 1) % every_rows == 0):
                 yield Partial(ids.clone(), known.clone())
 
 
-def _branches(texts: TokenStates, images: Tensor, settings: SamplingConfig) -> TokenStates:
-    """The texts of a micro-batch and, with guidance, as many null texts."""
-    states, mask = texts.states[images], texts.mask[images]
-    if settings.branches == 1:
-        return TokenStates(states, mask)
-    return TokenStates(
-        torch.cat([states, torch.zeros_like(states)]), torch.cat([mask, torch.zeros_like(mask)])
+def _open_engine(model: GeneratorModel, config: SamplingConfig) -> Engine:
+    scales = None
+    if config.guidance != 1:
+        num_tokens = model.config.num_tokens
+        scales = torch.tensor([config.guidance_at(position, num_tokens) for position in range(num_tokens)])
+    return Engine(
+        model,
+        config.micro_batch,
+        config.precision,
+        window=config.draft_tokens,
+        guidance_scale_N=scales,
+        compiled=config.compile,
     )
 
 
 def _given(
-    model: GeneratorModel, images: int, ids: Tensor | None, mask: Tensor | None
+    model: GeneratorModel, num_images: int, ids: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(B, N) ids and mask of what is given, checked; nothing by default."""
-    config, device, shape = model.config, model.start.device, (images, model.config.num_tokens)
+    """Check what is given; return its ids (0 elsewhere) and mask, both (B, N). By default nothing is."""
+    shape = (num_images, model.config.num_tokens)
     if (ids is None) != (mask is None):
         raise ValueError("got one of given_ids and given_mask, expected both or neither; give the other too")
     if ids is None or mask is None:
-        ids, mask = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool)
+        ids = torch.zeros(shape, dtype=torch.int64)
+        mask = torch.zeros(shape, dtype=torch.bool)
     if ids.shape not in (shape, shape[1:]) or mask.shape not in (shape, shape[1:]):
         raise ValueError(
             f"given_ids are {tuple(ids.shape)}, given_mask is {tuple(mask.shape)}; "
             f"expected {shape} or {shape[1:]} for each; reshape them"
         )
-    known = mask.to(device, torch.bool).expand(shape).clone()
-    kept = ids.to(device, torch.int64).expand(shape).clone().masked_fill_(~known, 0)
-    if kept.min() < 0 or kept.max() >= config.num_codes:
+
+    device = model.bos_embedding.device
+    known_BN = mask.to(device, torch.bool).expand(shape).clone()
+    ids_BN = ids.to(device, torch.int64).expand(shape).clone().masked_fill_(~known_BN, 0)
+    if ids_BN.min() < 0 or ids_BN.max() >= model.config.num_codes:
         raise ValueError(
-            f"given_ids reach from {kept.min()} to {kept.max()}, expected 0 to {config.num_codes - 1}; "
-            "give ids of the tokenizer that the generator was trained with"
+            f"given_ids reach from {ids_BN.min()} to {ids_BN.max()}, expected 0 to "
+            f"{model.config.num_codes - 1}; give ids of the tokenizer that the generator was trained with"
         )
-    return kept, known
+    return ids_BN, known_BN
+
+
+class TokenSampler:
+    """Turns the logits of a batch of images into ids, always in the same way at the same position."""
+
+    def __init__(self, config: SamplingConfig, seeds: Sequence[int], engine: Engine):
+        self.config = config
+        self.num_tokens = engine.config.num_tokens
+        self.image_B1 = torch.arange(len(seeds), device=engine.device)[:, None]
+        self.noise_BNK: Tensor | None = None
+        if config.temperature > 0:
+            noise = batch_gumbel_noise(seeds, range(self.num_tokens), engine.config.num_codes)
+            self.noise_BNK = noise.to(engine.device)
+
+    def __call__(self, logits: Tensor, position: int | Tensor) -> Tensor:
+        """Sample ids (B,) from logits (B, K) at one position, or ids (B, J) at the positions (B, J).
+
+        Positions past the end get noise, too, but their ids mean nothing.
+        """
+        if self.noise_BNK is None:
+            return sample_next_token(logits, None, self.config)
+        if isinstance(position, int):
+            return sample_next_token(logits, self.noise_BNK[:, position], self.config)
+        noise_BJK = self.noise_BNK[self.image_B1, position.clamp_max(self.num_tokens - 1)]
+        return sample_next_token(logits, noise_BJK, self.config)
+
+
+def sample_next_token(logits: Tensor, noise: Tensor | None, config: SamplingConfig) -> Tensor:
+    """Sample an id for each row of logits (..., K); without noise, take the likeliest.
+
+    argmax(logits + Gumbel noise) is a sample of softmax(logits) (Gumbel-max trick). It keeps all randomness
+    apart from the logits, which is what makes speculative decoding exact.
+    """
+    if noise is None:
+        return logits.argmax(-1)
+    logits = top_k_top_p_filtering(logits / config.temperature, config.top_k, config.top_p)
+    return (logits + noise).argmax(-1)
+
+
+def top_k_top_p_filtering(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Set all logits (..., K) to -inf but those of the likeliest codes: exactly `top_k` of them, and the
+    fewest that hold a probability of `top_p`. Among equals the lower code stays.
+
+    Args:
+        logits: divided by the temperature.
+        top_k: 0 means all.
+        top_p: 1 means all. Applied to what `top_k` leaves.
+    """
+    if not top_k and top_p == 1:
+        return logits
+    sorted_logits, codes = logits.sort(dim=-1, descending=True, stable=True)
+    remove = torch.zeros_like(sorted_logits, dtype=torch.bool)
+    if top_k:
+        remove[..., top_k:] = True
+    if top_p < 1:
+        probabilities = sorted_logits.masked_fill(remove, -math.inf).softmax(-1)
+        # Held by the likelier codes alone, without this one: the code that reaches top_p stays.
+        held_before = probabilities.cumsum(-1) - probabilities
+        remove |= held_before >= top_p
+    return logits.masked_fill(remove.scatter(-1, codes, remove), -math.inf)
+
+
+def gumbel_noise(seed: int, position: int, num_codes: int) -> Tensor:
+    """Make the noise (K,) of one token of the image with this seed, float32 on the CPU.
+
+    Changing a line here changes the image of every saved recipe; a test pins the values.
+    """
+    rng = torch.Generator().manual_seed(mixed_seed(seed, position))
+    # float64, as float32 uniforms reach 1 and cut off the upper tail.
+    uniform = torch.rand(num_codes, dtype=torch.float64, generator=rng)
+    return uniform.log_().neg_().log_().neg_().float()
+
+
+def batch_gumbel_noise(seeds: Sequence[int], positions: Sequence[int], num_codes: int) -> Tensor:
+    """Make the noise (B, positions, K) of some positions of B images."""
+    return torch.stack([torch.stack([gumbel_noise(s, p, num_codes) for p in positions]) for s in seeds])

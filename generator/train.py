@@ -168,7 +168,7 @@ class GeneratorTask(Task):
         generator = GeneratorModel(_resolved(run, train_set.meta, encoder))
         if codebook is not None:
             generator.check_codebook(tensor_hash(codebook))
-            generator.initialise(codebook)
+            generator.init_weights(codebook)
         if earlier is not None:
             _check_start(run, earlier.config, generator.config)
             generator.load_state_dict(earlier.state_dict())
@@ -188,7 +188,7 @@ class GeneratorTask(Task):
         }
 
     def _nats(self, generator: GeneratorModel, with_text: bool) -> float:
-        ids, total, device = self.val_set.ids[:, 0].flatten(1).long(), 0.0, generator.start.device
+        ids, total, device = self.val_set.ids[:, 0].flatten(1).long(), 0.0, generator.bos_embedding.device
         for rows in torch.arange(len(ids)).split(EVALUATION_BATCH):
             texts, targets = self.val_texts.rows(rows.tolist()), ids[rows].to(device)
             logits = generator(targets, texts.states.to(device), texts.mask.to(device) & with_text)

@@ -17,7 +17,7 @@ from PIL import Image
 from tavq.app.views import marked_words, token_grid, unit_overlays
 from tavq.captioner.decoding import Caption, Word
 from tavq.data.images import load_image
-from tavq.generator.settings import SamplingConfig
+from tavq.generator.sampling import SamplingConfig
 from tavq.pipeline import Pipeline, read_recipe
 
 ROOT = Path(__file__).resolve().parent.parent

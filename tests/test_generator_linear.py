@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from tavq.data.text_encoder import TokenStates
 from tavq.generator.linear import prepared_linear
 from tavq.generator.model import PRESETS, GeneratorConfig, GeneratorModel
-from tavq.generator.sampling import sample
-from tavq.generator.settings import SamplingConfig
+from tavq.generator.sampling import SamplingConfig, sample
 
 
 def inputs(rows: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,8 +12,14 @@ import torch
 
 from tavq.data.text_encoder import TokenStates
 from tavq.generator import attention
-from tavq.generator.decoding import Decoder
-from tavq.generator.model import PRESETS, GeneratorConfig, GeneratorModel, rotary_turns, rotate
+from tavq.generator.engine import Engine
+from tavq.generator.model import (
+    PRESETS,
+    GeneratorConfig,
+    GeneratorModel,
+    apply_rotary_emb,
+    precompute_rope_cache,
+)
 
 TINY = GeneratorConfig.of(PRESETS["tiny"], num_codes=64, grid_size=(4, 4))
 
@@ -43,8 +49,8 @@ def random_ids(count: int, config: GeneratorConfig = TINY) -> torch.Tensor:
 
 def test_outputs_have_exactly_no_gradient_from_later_inputs():
     model, texts, ids = random_model(), random_texts(1), random_ids(1)
-    embedded = model.tokens(ids).detach().requires_grad_()
-    model.tokens.forward = lambda read: embedded[:, : read.shape[1]]
+    embedded = model.token_embedding(ids).detach().requires_grad_()
+    model.token_embedding.forward = lambda read: embedded[:, : read.shape[1]]
     logits = model(ids, texts.states, texts.mask)
     for k in (0, 5, TINY.num_tokens - 1):
         (gradient,) = torch.autograd.grad(logits[0, k].square().sum(), embedded, retain_graph=True)
@@ -57,9 +63,9 @@ def test_cached_decoding_agrees_with_the_full_forward():
     texts.mask[1] = False
     with torch.inference_mode():
         full = model(ids, texts.states, texts.mask)
-        decoder = Decoder(model, rows=3)
-        decoder.read(texts)
-        steps = [decoder.step(ids[:, i - 1] if i else None, i) for i in range(TINY.num_tokens)]
+        engine = Engine(model, 3)
+        engine.prefill(texts)
+        steps = [engine.decode_one_token(ids[:, i - 1] if i else None, i) for i in range(TINY.num_tokens)]
     torch.testing.assert_close(torch.stack(steps, 1), full, atol=1e-5, rtol=1e-5)
 
 
@@ -79,7 +85,7 @@ def test_null_text_is_one_learned_vector_whatever_the_states():
     none = torch.zeros(1, TINY.max_text_tokens, dtype=torch.bool)
     first, second = (model(ids, random_texts(1, seed=s).states, none) for s in (1, 2))
     assert torch.equal(first, second)
-    (gradient,) = torch.autograd.grad(first.sum(), model.null_text)
+    (gradient,) = torch.autograd.grad(first.sum(), model.null_embedding)
     assert torch.count_nonzero(gradient)
 
 
@@ -91,18 +97,18 @@ def test_first_loss_is_that_of_a_uniform_guess():
 
 
 def test_rotation_keeps_lengths_and_sees_only_distances_in_rows_and_columns():
-    turns = rotary_turns(TINY)
+    rope = precompute_rope_cache(TINY)
     q, k = torch.randn(2, 1, 1, 1, 1, TINY.width // TINY.num_heads)
 
     def score(query_place: tuple[int, int], key_place: tuple[int, int]) -> float:
-        places = [TINY.max_text_tokens + 1 + r * TINY.grid_size[1] + c for r, c in (query_place, key_place)]
-        turned = [rotate(x, turns[place : place + 1]) for x, place in zip((q, k), places, strict=True)]
-        assert turned[0].norm().item() == pytest.approx(q.norm().item(), rel=1e-5)
-        return float((turned[0] * turned[1]).sum())
+        slots = [TINY.max_text_tokens + 1 + r * TINY.grid_size[1] + c for r, c in (query_place, key_place)]
+        rotated = [apply_rotary_emb(x, rope[slot : slot + 1]) for x, slot in zip((q, k), slots, strict=True)]
+        assert rotated[0].norm().item() == pytest.approx(q.norm().item(), rel=1e-5)
+        return float((rotated[0] * rotated[1]).sum())
 
     assert score((1, 2), (0, 1)) == pytest.approx(score((2, 3), (1, 2)), abs=1e-4)
     assert score((1, 2), (0, 1)) != pytest.approx(score((1, 2), (1, 1)), abs=1e-3)
-    assert (turns[: TINY.max_text_tokens + 1] == torch.tensor([1.0, 0.0])).all()
+    assert (rope[: TINY.max_text_tokens + 1] == torch.tensor([1.0, 0.0])).all()
 
 
 def test_xformers_and_sdpa_give_the_same(monkeypatch):
@@ -110,7 +116,7 @@ def test_xformers_and_sdpa_give_the_same(monkeypatch):
 
     def memory_efficient_attention(q, k, v, attn_bias):
         calls.append(tuple(attn_bias.shape))
-        assert attn_bias.stride(-2) % attention.ALIGNMENT == 0 or attn_bias.shape[-2] == 1
+        assert attn_bias.stride(-2) % attention.BIAS_ALIGNMENT == 0 or attn_bias.shape[-2] == 1
         weights = torch.einsum("blhd,bshd->bhls", q, k) * q.shape[-1] ** -0.5 + attn_bias
         return torch.einsum("bhls,bshd->blhd", weights.softmax(-1), v)
 
@@ -140,11 +146,11 @@ def test_embeddings_start_as_an_isometric_image_of_the_codebook():
         GeneratorModel(TINY),
         torch.nn.functional.normalize(torch.randn(TINY.num_codes, 8), dim=-1),
     )
-    model.initialise(codebook)
-    embedded = torch.nn.functional.normalize(model.tokens.weight, dim=-1)
+    model.init_weights(codebook)
+    embedded = torch.nn.functional.normalize(model.token_embedding.weight, dim=-1)
     torch.testing.assert_close(embedded @ embedded.T, codebook @ codebook.T, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="the codebook has 3 codes, the generator 64"):
-        model.initialise(codebook[:3])
+        model.init_weights(codebook[:3])
 
 
 def test_saved_generator_loads_with_the_same_logits(tmp_path):

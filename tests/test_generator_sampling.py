@@ -10,12 +10,16 @@ import pytest
 import torch
 
 from tavq.data.text_encoder import TokenStates
-from tavq.generator.decoding import Decoder
-from tavq.generator.drawing import choose, cut
+from tavq.generator.engine import Engine
 from tavq.generator.model import PRESETS, GeneratorConfig, GeneratorModel
-from tavq.generator.noise import gumbel_noise
-from tavq.generator.sampling import sample, stream
-from tavq.generator.settings import SamplingConfig
+from tavq.generator.sampling import (
+    SamplingConfig,
+    gumbel_noise,
+    sample,
+    sample_next_token,
+    stream,
+    top_k_top_p_filtering,
+)
 
 TINY = GeneratorConfig.of(PRESETS["tiny"], num_codes=64, grid_size=(4, 4))
 SETTINGS = SamplingConfig(guidance=2.0, micro_batch=4, draft_tokens=1)
@@ -95,7 +99,7 @@ def test_noise_is_standard_gumbel_and_differs_by_seed_and_position():
 def test_draws_follow_the_tempered_softmax():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(20_000, -1)
     noise = torch.stack([gumbel_noise(seed, 0, 4) for seed in range(20_000)])
-    drawn = choose(logits, noise, SamplingConfig(temperature=2.0))
+    drawn = sample_next_token(logits, noise, SamplingConfig(temperature=2.0))
     shares = torch.bincount(drawn, minlength=4) / 20_000
     torch.testing.assert_close(shares, (logits[0] / 2.0).softmax(-1), atol=0.01, rtol=0)
 
@@ -137,8 +141,8 @@ def test_compiled_decoding_gives_the_tokens_of_plain_decoding(model, texts):
 
 
 def test_drafts_take_fewer_passes_and_keep_what_is_given(model, texts, monkeypatch):
-    passes, window = [], Decoder.window
-    monkeypatch.setattr(Decoder, "window", lambda *args: passes.append(1) or window(*args))
+    passes, decode_window = [], Engine.decode_window
+    monkeypatch.setattr(Engine, "decode_window", lambda *args: passes.append(1) or decode_window(*args))
     settings = dataclasses.replace(SETTINGS, draft_tokens=8, micro_batch=1)
     whole = sample(model, part(texts, [0]), [4], settings)
     assert 2 <= len(passes) < TINY.num_tokens
@@ -168,16 +172,16 @@ def test_guidance_schedules_rise_from_none_to_all():
 
 def test_top_k_with_ties_keeps_k():
     logits = torch.tensor([[1.0, 3.0, 3.0, 3.0, 0.0], [2.0, 2.0, 2.0, 2.0, 2.0]])
-    kept = cut(logits, top_k=2, top_p=1.0).isfinite()
+    kept = top_k_top_p_filtering(logits, top_k=2, top_p=1.0).isfinite()
     assert kept.tolist() == [[False, True, True, False, False], [True, True, False, False, False]]
 
 
 def test_top_p_keeps_the_fewest_that_hold_p():
     logits = torch.tensor([[0.2, 0.5, 0.1, 0.2]]).log()
-    assert cut(logits, 0, 0.45).isfinite().tolist() == [[False, True, False, False]]
-    assert cut(logits, 0, 0.55).isfinite().tolist() == [[True, True, False, False]]
-    assert cut(logits, 0, 0.85).isfinite().tolist() == [[True, True, False, True]]
-    assert torch.equal(cut(logits, 0, 1.0), logits)
+    assert top_k_top_p_filtering(logits, 0, 0.45).isfinite().tolist() == [[False, True, False, False]]
+    assert top_k_top_p_filtering(logits, 0, 0.55).isfinite().tolist() == [[True, True, False, False]]
+    assert top_k_top_p_filtering(logits, 0, 0.85).isfinite().tolist() == [[True, True, False, True]]
+    assert torch.equal(top_k_top_p_filtering(logits, 0, 1.0), logits)
 
 
 @pytest.mark.parametrize("keep", ["top", "box", "random"])

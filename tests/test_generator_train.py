@@ -12,8 +12,7 @@ from tavq.commands.train_generator import main
 from tavq.data.text_encoder import TextEncoder
 from tavq.data.tokens import TokenMeta, TokenRecord, open_tokens, write_tokens
 from tavq.generator.model import GeneratorModel
-from tavq.generator.sampling import sample
-from tavq.generator.settings import SamplingConfig
+from tavq.generator.sampling import SamplingConfig, sample
 from tavq.generator.text_states import pack_states
 from tavq.generator.train import RUN_PRESETS, GeneratorTask, TokenExamples, train_generator
 from tavq.training.checkpoint import tensor_hash
