@@ -27,8 +27,7 @@ from tavq.training.loop import train
 from tavq.training.task import StepOutput, Task, TrainingConfig
 
 from .model import PRESETS, GeneratorConfig, GeneratorModel, GeneratorShape
-from .sampling import sample
-from .settings import SamplingConfig
+from .sampling import SamplingConfig, sample
 from .text_states import pack_states
 
 EVALUATION_BATCH = 100
