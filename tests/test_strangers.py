@@ -100,8 +100,7 @@ def png(width: int, height: int) -> bytes:
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, monkeypatch, tiny_checkpoint):
-    monkeypatch.setattr(Image.Image, "load", None)
-    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda image: pytest.fail("was decoded"))
     (tmp_path / "large.png").write_bytes(png(10_000, 10_000))
     line = refused(caption, tmp_path / "large.png", "--checkpoint", tiny_checkpoint)
     assert "large.png: image is 10000 x 10000 px, that is 100 million pixels, and at most 89 million" in line
