@@ -1,28 +1,32 @@
-"""Bootstrap intervals over images, for metrics that are a function of summed per-image statistics.
+"""Bootstrap confidence intervals over images, for metrics that are a function of summed per-image statistics.
 
-A mean is one such function; corpus BLEU and METEOR are others. CIDEr's document frequencies stay those of the
-whole evaluated set. (Efron 1979, "Bootstrap methods"; percentile interval; for the paired form Koehn 2004,
-"Statistical significance tests for machine translation evaluation".)
+A mean is such a function; corpus BLEU and METEOR are others. The intervals are percentile intervals (Efron
+1979, "Bootstrap methods"), for paired differences after Koehn 2004 ("Statistical significance tests for
+machine translation evaluation").
 
-Legend: `n` images, `k` statistics an image, `R` resamples.
+CIDEr is resampled as a mean of per-image scores: its document frequencies stay those of the whole evaluated
+set. If they were counted anew in each resample, an image that is drawn twice would make its own n-grams look
+common.
+
+Shapes: n images, k statistics per image, R resamples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 Score = Callable[[np.ndarray, int], np.ndarray]
-"""(sums (..., k) over the images, n) -> (...) values."""
+"""Turns statistics (..., k) that are summed over n images, and n, into values (...)."""
 
-_CHUNK = 200  # resamples drawn at a time: (200, n) counts
+_CHUNK = 200  # resamples at a time: their counts (200, n) and not (R, n) lie in memory
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with its bootstrap interval over `n` images."""
+    """A value with its bootstrap confidence interval over `n` images."""
 
     value: float
     low: float
@@ -31,31 +35,32 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether a difference with this interval is judged real."""
+        """Whether a difference with this interval is significant at its level."""
         return self.low > 0 or self.high < 0
 
 
 def mean_score(sums: np.ndarray, n: int) -> np.ndarray:
-    """The score that is a plain mean of one statistic."""
+    """Compute the score that is a plain mean of one statistic."""
     return sums[..., 0] / n
 
 
 def bootstrap_interval(
     rows: np.ndarray, score: Score = mean_score, *, level: float = 0.95, resamples: int = 1000, seed: int = 0
 ) -> Interval:
-    """Return the score of all images and the percentile interval of its resamples.
+    """Compute the score of all images and its percentile interval.
 
     Args:
-        rows: (n,) or (n, k) statistics, one row an image.
+        rows: (n,) or (n, k) statistics, one row per image.
         score: turns summed statistics into the metric.
-        level: coverage of the interval.
-        resamples: R; the same `seed` gives the same interval.
+        level: nominal coverage of the interval.
+        resamples: R.
+        seed: of the resamples; the same seed gives the same interval.
     """
     rows = _as_rows(rows)
-    draws = np.concatenate(
-        [score(counts @ rows, len(rows)) for counts in _counts(len(rows), resamples, seed)]
-    )
-    return _interval(float(score(rows.sum(axis=0), len(rows))), draws, level, len(rows))
+    n = len(rows)
+    value = float(score(rows.sum(axis=0), n))
+    resampled = np.concatenate([score(counts @ rows, n) for counts in _counts(n, resamples, seed)])
+    return _interval(value, resampled, level, n)
 
 
 def paired_difference(
@@ -67,20 +72,30 @@ def paired_difference(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Interval:
-    """Return score(b) - score(a) and its interval; every resample takes the same images from both."""
-    rows_a, rows_b = _as_rows(rows_a), _as_rows(rows_b)
+    """Compute score(b) - score(a) and its percentile interval; see `bootstrap_interval`.
+
+    Every resample takes the same images from both: what makes an image hard for both cancels out, and the
+    interval is narrower than that of two independent sets.
+
+    Raises:
+        ValueError: `rows_a` and `rows_b` differ in shape.
+    """
+    rows_a = _as_rows(rows_a)
+    rows_b = _as_rows(rows_b)
     if rows_a.shape != rows_b.shape:
         raise ValueError(
             f"per-image statistics of shapes {rows_a.shape} and {rows_b.shape}; pair the same images"
         )
     n = len(rows_a)
-    draws = np.concatenate(
+    value = float(score(rows_b.sum(axis=0), n) - score(rows_a.sum(axis=0), n))
+    resampled = np.concatenate(
         [score(counts @ rows_b, n) - score(counts @ rows_a, n) for counts in _counts(n, resamples, seed)]
     )
-    return _interval(float(score(rows_b.sum(axis=0), n) - score(rows_a.sum(axis=0), n)), draws, level, n)
+    return _interval(value, resampled, level, n)
 
 
 def _as_rows(rows: np.ndarray) -> np.ndarray:
+    """Return the statistics as (n, k) float64: sums over thousands of images lose digits in float32."""
     rows = np.asarray(rows, dtype=np.float64)
     rows = rows[:, None] if rows.ndim == 1 else rows
     if rows.ndim != 2 or len(rows) == 0:
@@ -88,15 +103,21 @@ def _as_rows(rows: np.ndarray) -> np.ndarray:
     return rows
 
 
-def _counts(n: int, resamples: int, seed: int):
-    """Yield (<= 200, n) counts of how often each image is drawn."""
-    generator = np.random.default_rng(seed)
+def _counts(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield (at most 200, n) float64: how often each resample draws each image.
+
+    Statistics are summed, so counts are all that a resample has to say: counts @ rows are its sums.
+    """
+    rng = np.random.default_rng(seed)
     for start in range(0, resamples, _CHUNK):
         size = min(_CHUNK, resamples - start)
-        picks = generator.integers(0, n, size=(size, n)) + np.arange(size)[:, None] * n
-        yield np.bincount(picks.ravel(), minlength=size * n).reshape(size, n).astype(np.float64)
+        images = rng.integers(0, n, size=(size, n))
+
+        # One bincount for all resamples: resample r counts its images in the range from r * n on.
+        images += np.arange(size)[:, None] * n
+        yield np.bincount(images.ravel(), minlength=size * n).reshape(size, n).astype(np.float64)
 
 
-def _interval(value: float, draws: np.ndarray, level: float, n: int) -> Interval:
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+def _interval(value: float, resampled: np.ndarray, level: float, n: int) -> Interval:
+    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     return Interval(value, float(low), float(high), n)

@@ -1,8 +1,13 @@
-"""CIDEr, BLEU-1..4, METEOR, ROUGE-L and SPICE of captions, with what the bootstrap needs, by pycocoevalcap.
+"""CIDEr, BLEU-1 to 4, METEOR, ROUGE-L and SPICE of captions, computed by pycocoevalcap.
 
-CIDEr is pycocoevalcap's, which is the CIDEr-D formula with the document frequencies of the evaluated
-references. Values are raw: a published "CIDEr 60" is 0.60 here. Java tokenises where it is present; the
-tokenizer in `ptb.py` gives the same tokens without. METEOR and SPICE exist in Java only.
+Each metric is kept as statistics per image, which are summed into the corpus score: the bootstrap resamples
+them. CIDEr is that of pycocoevalcap, the CIDEr-D formula with the document frequencies of the evaluated
+references. Values are raw: a published "CIDEr 60" is 0.60 here.
+
+Captions are split by the Penn Treebank tokenizer of Java where Java is present; the one in `ptb.py` gives the
+same tokens. METEOR and SPICE exist in Java only.
+
+Shapes: n images, k statistics per image.
 """
 
 from __future__ import annotations
@@ -21,22 +26,30 @@ Backend = Literal["auto", "java", "python"]
 METRICS = ("CIDEr", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "SPICE")
 JAVA_ONLY = ("METEOR", "SPICE")
 
+# METEOR 1.5, parameters of the task "rank" for English
+METEOR_ALPHA = 0.85  # weight of recall against precision
+METEOR_BETA = 0.2  # exponent of the fragmentation penalty
+METEOR_GAMMA = 0.6  # weight of the fragmentation penalty
+METEOR_DELTA = 0.75  # weight of content words against function words
+METEOR_STAGE_WEIGHTS = np.array([1.0, 0.6, 0.8, 0.6])  # exact, stem, synonym, paraphrase
+
 
 @dataclass(frozen=True)
 class CaptionScores:
     """Caption metrics of one set of images."""
 
     ids: tuple[str, ...]
+    """The images, sorted; statistics are in this order."""
     statistics: dict[str, np.ndarray]
-    """By metric, (n, k): what `score_of(metric)` turns into the value once summed over images."""
+    """For each metric, (n, k) statistics. `score_of(metric)` turns their sum over images into the value."""
     backend: str
-    """Which tokenizer was used: "java" or "python"."""
+    """Tokenizer that was used: "java" or "python"."""
     skipped: dict[str, str]
-    """Metric that could not be measured -> why."""
+    """For each metric that could not be computed, the reason."""
 
     @property
     def values(self) -> dict[str, float]:
-        """The corpus score of each metric."""
+        """Compute the corpus score of each metric."""
         return {
             name: float(score_of(name)(rows.sum(axis=0), len(rows))) for name, rows in self.statistics.items()
         }
@@ -50,79 +63,116 @@ def caption_metrics(
     metrics: Sequence[str] = METRICS,
     timeout_s: float = 600.0,
 ) -> CaptionScores:
-    """Score one caption an image against that image's references.
+    """Score one caption per image against the references of that image.
 
     Args:
         hypotheses: image id -> caption. Every image with references needs one.
         references: image id -> human captions, raw text.
         backend: "java" or "python" tokenizer; "auto" takes Java where it is present.
-        metrics: names out of `METRICS`; what cannot run here is listed in `skipped`.
-        timeout_s: the longest a Java process may take.
+        metrics: names from `METRICS`; those that cannot run here are listed in `skipped`.
+        timeout_s: limit for each Java process, in seconds.
 
     Raises:
-        ValueError: ids do not match, an image has no reference, an unknown name, or Java is asked for and
+        ValueError: ids do not match, an image has no reference, a name is unknown, or Java was asked for and
             fails.
     """
     _check(hypotheses, references, backend, metrics)
-    ids = tuple(sorted(references))
-    backend = ("java" if java_available() else "python") if backend == "auto" else backend
-    tokenized = _tokenize([hypotheses[i] for i in ids], [references[i] for i in ids], backend, timeout_s)
+    if backend == "auto":
+        backend = "java" if java_available() else "python"
     skipped = _skipped(metrics, backend)
-    statistics = _measure(*tokenized, [name for name in metrics if name not in skipped], timeout_s)
+
+    ids = tuple(sorted(references))
+    tokenized_hypotheses, tokenized_references = _tokenize(
+        [hypotheses[i] for i in ids], [references[i] for i in ids], backend, timeout_s
+    )
+    statistics = _statistics(
+        tokenized_hypotheses,
+        tokenized_references,
+        [name for name in metrics if name not in skipped],
+        timeout_s,
+    )
     return CaptionScores(ids, statistics, backend, skipped)
 
 
 def score_of(metric: str) -> Score:
-    """Return the function from summed statistics to a metric's value: a mean, but for BLEU and METEOR."""
+    """Return the function that turns the summed statistics of a metric into its value."""
+    # BLEU and METEOR are ratios of sums over the corpus; the others are means over images.
     if metric.startswith("BLEU-"):
         order = int(metric.removeprefix("BLEU-"))
         return lambda sums, n: bleu_score(sums, order)
-    return (lambda sums, n: meteor_score(sums)) if metric == "METEOR" else mean_score
+    if metric == "METEOR":
+        return lambda sums, n: meteor_score(sums)
+    return mean_score
 
 
 def bleu_score(sums: np.ndarray, order: int) -> np.ndarray:
-    """Corpus BLEU (Papineni et al. 2002) with pycocoevalcap's guards against division by zero.
+    """Compute corpus BLEU (Papineni et al. 2002).
 
     Args:
-        sums: (..., 10): hypothesis length, closest reference length, 4 counts of n-grams, 4 of those matched.
-        order: the longest n-gram.
+        sums: (..., 10): hypothesis length, closest reference length, 4 counts of n-grams, 4 of matched ones.
+        order: length of the longest n-gram.
+
+    Returns:
+        (...) values.
     """
-    guess, correct = sums[..., 2 : 2 + order], sums[..., 6 : 6 + order]
-    precision = np.prod((correct + 1e-15) / (guess + 1e-9), axis=-1) ** (1 / order)
-    ratio = (sums[..., 0] + 1e-15) / (sums[..., 1] + 1e-9)
-    return precision * np.where(ratio < 1, np.exp(1 - 1 / np.minimum(ratio, 1)), 1.0)
+    hypothesis_length = sums[..., 0]
+    reference_length = sums[..., 1]
+    ngrams = sums[..., 2 : 2 + order]
+    matched = sums[..., 6 : 6 + order]
+
+    # The small numbers are those of pycocoevalcap, against division by zero; others would give other scores.
+    precision = np.prod((matched + 1e-15) / (ngrams + 1e-9), axis=-1) ** (1 / order)
+    ratio = (hypothesis_length + 1e-15) / (reference_length + 1e-9)
+    brevity_penalty = np.where(ratio < 1, np.exp(1 - 1 / np.minimum(ratio, 1)), 1.0)
+    return precision * brevity_penalty
 
 
 def meteor_score(sums: np.ndarray) -> np.ndarray:
-    """METEOR 1.5 for English (Denkowski and Lavie 2014, sec. 2) from its summed statistics (..., 23)."""
-    alpha, beta, gamma, delta = 0.85, 0.2, 0.6, 0.75
-    weights = np.array([1.0, 0.6, 0.8, 0.6])  # exact, stem, synonym, paraphrase
-    stages = sums[..., 4:20].reshape(
-        *sums.shape[:-1], 4, 4
-    )  # content of hypothesis, of reference; function of both
-    content, function = stages[..., 0:2], stages[..., 2:4]
-    matched = (weights[:, None] * (delta * content + (1 - delta) * function)).sum(axis=-2)
-    lengths, functions = sums[..., 0:2], sums[..., 2:4]
-    total = delta * (lengths - functions) + (1 - delta) * functions
-    precision, recall = np.moveaxis(
-        np.divide(matched, total, out=np.zeros_like(total), where=total > 0), -1, 0
-    )
-    denominator = alpha * precision + (1 - alpha) * recall
-    f_mean = np.divide(precision * recall, denominator, out=np.zeros_like(recall), where=denominator > 0)
-    words = sums[..., 21:23].sum(axis=-1) / 2
-    fragments = np.divide(sums[..., 20], words, out=np.zeros_like(words), where=words > 0)
-    return f_mean * (1 - gamma * fragments**beta)
+    """Compute METEOR 1.5 for English (Denkowski and Lavie 2014, sec. 2).
+
+    Args:
+        sums: (..., 23): words of hypothesis and reference, function words of both, 4 stages of matches
+            (content words of hypothesis and reference, function words of both), chunks, matched words of
+            both.
+
+    Returns:
+        (...) values.
+    """
+    words = sums[..., 0:2]
+    function_words = sums[..., 2:4]
+    stages = sums[..., 4:20].reshape(*sums.shape[:-1], 4, 4)
+    chunks = sums[..., 20]
+    matches = sums[..., 21:23].sum(axis=-1) / 2
+
+    # Weighted matches over weighted words: precision for the hypothesis, recall for the reference.
+    content = stages[..., 0:2]
+    function = stages[..., 2:4]
+    weighted = METEOR_DELTA * content + (1 - METEOR_DELTA) * function
+    matched = (METEOR_STAGE_WEIGHTS[:, None] * weighted).sum(axis=-2)
+    total = METEOR_DELTA * (words - function_words) + (1 - METEOR_DELTA) * function_words
+    precision, recall = np.moveaxis(_ratio(matched, total), -1, 0)
+    f_mean = _ratio(precision * recall, METEOR_ALPHA * precision + (1 - METEOR_ALPHA) * recall)
+
+    # The fewer chunks the matches form, the more the order of the words agrees.
+    fragmentation = _ratio(chunks, matches)
+    return f_mean * (1 - METEOR_GAMMA * fragmentation**METEOR_BETA)
+
+
+def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """Divide; 0 where the denominator is 0."""
+    return np.divide(numerator, denominator, out=np.zeros_like(denominator), where=denominator > 0)
 
 
 def _check(hypotheses: Mapping, references: Mapping, backend: str, metrics: Sequence[str]) -> None:
     if not references:
         raise ValueError("no references; give at least one image with captions")
     if hypotheses.keys() != references.keys():
-        lacking, spare = references.keys() - hypotheses.keys(), hypotheses.keys() - references.keys()
-        example = next(iter(lacking or spare))
+        without_caption = references.keys() - hypotheses.keys()
+        without_reference = hypotheses.keys() - references.keys()
+        example = next(iter(without_caption or without_reference))
         raise ValueError(
-            f"{len(lacking)} images without caption, {len(spare)} captions without reference "
-            f"(first: {example!r}); score one caption for every image of the reference set"
+            f"{len(without_caption)} images without caption, {len(without_reference)} captions without "
+            f"reference (first: {example!r}); score one caption for every image of the reference set"
         )
     empty = next((i for i, captions in references.items() if not captions), None)
     if empty is not None:
@@ -135,6 +185,7 @@ def _check(hypotheses: Mapping, references: Mapping, backend: str, metrics: Sequ
 
 
 def _skipped(metrics: Sequence[str], backend: str) -> dict[str, str]:
+    """Return the metrics that cannot be computed here, each with the reason."""
     if backend == "python":
         return {name: "needs Java" for name in metrics if name in JAVA_ONLY}
     reason = spice_missing()
@@ -144,12 +195,13 @@ def _skipped(metrics: Sequence[str], backend: str) -> dict[str, str]:
 def _tokenize(
     hypotheses: list[str], references: list[Sequence[str]], backend: str, timeout_s: float
 ) -> tuple[list[str], list[list[str]]]:
+    """Tokenise all captions in one call, since every call starts Java anew."""
     flat = hypotheses + [caption for captions in references for caption in captions]
     tokens = iter(tokenize_java(flat, timeout_s) if backend == "java" else tokenize_all(flat))
     return [next(tokens) for _ in hypotheses], [[next(tokens) for _ in captions] for captions in references]
 
 
-def _measure(
+def _statistics(
     hypotheses: list[str], references: list[list[str]], metrics: Sequence[str], timeout_s: float
 ) -> dict[str, np.ndarray]:
     statistics: dict[str, np.ndarray] = {}
@@ -161,7 +213,7 @@ def _measure(
     if "METEOR" in metrics:
         statistics["METEOR"] = meteor_statistics(hypotheses, references, timeout_s)
     if "ROUGE-L" in metrics:
-        statistics["ROUGE-L"] = _rouge(hypotheses, references)
+        statistics["ROUGE-L"] = _rouge_l(hypotheses, references)
     if "SPICE" in metrics:
         statistics["SPICE"] = spice_scores(hypotheses, references, timeout_s)[:, None]
     return statistics
@@ -171,11 +223,14 @@ def _cider(hypotheses: list[str], references: list[list[str]]) -> np.ndarray:
     from pycocoevalcap.cider.cider_scorer import CiderScorer
 
     if not any(caption for captions in references for caption in captions):
-        return np.zeros((len(hypotheses), 1))  # the scorer needs one word among the references
+        # The scorer fails where no reference holds a word.
+        return np.zeros((len(hypotheses), 1))
+
     scorer = CiderScorer(n=4, sigma=6.0)
     for hypothesis, captions in zip(hypotheses, references, strict=True):
         scorer += (hypothesis, captions)
-    return np.asarray(scorer.compute_score()[1], dtype=np.float64)[:, None]
+    _, per_image = scorer.compute_score()
+    return np.asarray(per_image, dtype=np.float64)[:, None]
 
 
 def _bleu_statistics(hypotheses: list[str], references: list[list[str]]) -> np.ndarray:
@@ -188,7 +243,7 @@ def _bleu_statistics(hypotheses: list[str], references: list[list[str]]) -> np.n
     return np.array(rows, dtype=np.float64)
 
 
-def _rouge(hypotheses: list[str], references: list[list[str]]) -> np.ndarray:
+def _rouge_l(hypotheses: list[str], references: list[list[str]]) -> np.ndarray:
     from pycocoevalcap.rouge.rouge import Rouge
 
     rouge = Rouge()

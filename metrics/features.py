@@ -1,15 +1,16 @@
-"""Feature networks and the features of image sets: the part of the FID family that costs time.
+"""Feature networks, and the features of image sets for the FID family.
 
-Images are uint8 RGB, (3, H, W) each. Features of a set are cached by what they depend on: the network's
-weights and the content of the images (torch-fidelity's own cache goes by names alone and returns stale
-numbers).
+Features are cached by the content they depend on: the network's weights and the images. The cache of
+torch-fidelity goes by names and returns stale numbers.
+
+Shapes: n images, each (3, H, W) uint8 RGB; D feature width.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.error import URLError
@@ -25,25 +26,31 @@ METRIC_LAYERS = ("fid", "kid", "prc", "isc")
 
 @dataclass(frozen=True)
 class FeatureNetwork:
-    """A network known to torch-fidelity as `extractor`, a name that carries the hash of its weights."""
+    """A feature network that is registered with torch-fidelity."""
 
     name: str
     """"inception", or the stem of the TorchScript file without "_features"."""
     extractor: str
+    """Name under which torch-fidelity knows the network; it holds the hash of the weights."""
     weights: Path
+    """File of the weights."""
     sha256: str
+    """Hash of that file."""
     layers: Mapping[str, str]
-    """"fid", "kid", "prc" and, where the network classifies, "isc" -> torch-fidelity's name of the layer."""
+    """Metric ("fid", "kid", "prc" and, if the network classifies, "isc") -> torch-fidelity's layer name."""
 
     @property
     def frechet_name(self) -> str:
-        """How the Frechet distance in these features is called: "FID" for Inception alone."""
+        """Name of the Frechet distance in these features. Only with Inception it is called FID."""
         return "FID" if self.name == "inception" else f"FD-{self.name}"
 
 
 def load_network(path: str | Path | None = None) -> FeatureNetwork:
-    """Return Inception v3 as torch-fidelity loads it, or the TorchScript network (uint8 B,3,H,W -> B,D) in
-    `path`.
+    """Load a feature network.
+
+    Args:
+        path: TorchScript file of a network that maps (B, 3, H, W) uint8 to (B, D); None loads Inception v3
+            with the weights of the published FID.
 
     Raises:
         FileNotFoundError: the file is absent, or Inception's weights are and cannot be downloaded.
@@ -53,12 +60,17 @@ def load_network(path: str | Path | None = None) -> FeatureNetwork:
 
 
 def refuse_training_network(network: FeatureNetwork, training_networks: Mapping[str, str]) -> None:
-    """Raise ValueError if `network` is among the networks that shaped a checkpoint.
+    """Refuse a network that shaped a checkpoint to measure it.
 
     Args:
-        training_networks: what each was used for -> its sha256, or the first 16 digits of it or more.
+        network: that shall measure.
+        training_networks: use in training -> sha256 of the network, at least its first 16 digits.
+
+    Raises:
+        ValueError: `network` is one of them.
     """
     for name, sha256 in training_networks.items():
+        # Fewer digits could match by chance, or be no hash at all.
         if len(sha256) >= 16 and network.sha256.startswith(sha256):
             raise ValueError(
                 f"the feature network {network.weights.name} shaped training (as {name}); a network that "
@@ -71,8 +83,8 @@ class ImageSet(torch.utils.data.Dataset):
 
     Args:
         source: a folder; or a tensor or array (n, 3, H, W), or an iterable of (3, H, W), all uint8 RGB.
-        image_size_px: squash each image of a folder to this square (antialiased bicubic) when it is not that
-            size.
+        image_size_px: resize the images of a folder to this square (antialiased bicubic), ignoring the aspect
+            ratio.
     """
 
     def __init__(self, source: str | Path | Tensor | np.ndarray | Iterable, image_size_px: int | None = None):
@@ -97,22 +109,20 @@ class ImageSet(torch.utils.data.Dataset):
             image = Image.open(path).convert("RGB")
         except OSError as error:
             raise ValueError(f"{path} cannot be read as an image ({error}); remove or replace it") from error
-        size = (self.image_size_px,) * 2
-        if self.image_size_px is not None and image.size != size:
-            image = image.resize(size, Image.Resampling.BICUBIC)
+        if self.image_size_px is not None:
+            size = (self.image_size_px, self.image_size_px)
+            if image.size != size:
+                image = image.resize(size, Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
     @property
     def sha256(self) -> str:
-        """Hash of the content: of the files' bytes, or of the arrays and their shapes."""
+        """Hash of the content: the bytes of the files and their new size, or the arrays and their shapes."""
         digest = hashlib.sha256(f"{self.image_size_px if self.files else None}".encode())
-        for index in range(len(self)):
-            if self.files:
-                digest.update(hashlib.sha256(self.files[index].read_bytes()).digest())
-            else:
-                digest.update(
-                    str(tuple(self.images[index].shape)).encode() + self.images[index].numpy().tobytes()
-                )
+        for file in self.files:
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+        for image in self.images:
+            digest.update(str(tuple(image.shape)).encode() + image.numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -134,13 +144,26 @@ def extract_features(
     batch_size: int = 64,
     cache_dir: str | Path | None = None,
 ) -> dict[str, Tensor]:
-    """Return layer name -> (n, D) float32 features; `cache_dir` keeps them by content for the next call."""
+    """Extract the features of all images.
+
+    Args:
+        images: n images of one size.
+        network: the feature network.
+        device: that the network runs on.
+        batch_size: images per forward pass.
+        cache_dir: folder in which features are kept, and looked up, by content.
+
+    Returns:
+        layer name -> (n, D) float32.
+    """
     if cache_dir is None:
         return _extract(images, network, device, batch_size)
+
     cached = Path(cache_dir) / f"{network.extractor}-{images.sha256[:32]}.npz"
     if cached.is_file():
         with np.load(cached) as arrays:
             return {layer: torch.from_numpy(arrays[layer]) for layer in arrays.files}
+
     features = _extract(images, network, device, batch_size)
     cached.parent.mkdir(parents=True, exist_ok=True)
     partial = cached.with_name(f"{cached.stem}.{os.getpid()}.tmp.npz")
@@ -162,20 +185,26 @@ def _extract(images: ImageSet, network: FeatureNetwork, device: str, batch_size:
 
 
 def _check_one_size(images: ImageSet) -> None:
-    """Batches need one size; a folder's sizes are read from the headers."""
+    """Raise ValueError unless all images have one size, which batches need."""
+    # Files that are resized on reading have one size.
     if images.image_size_px is not None and images.files:
         return
+
     first = None
-    for index in range(len(images)):
-        if images.files:
-            with Image.open(images.files[index]) as image:
-                size = image.size
-        else:
-            size = tuple(images.images[index].shape[:0:-1])
+    for name, size in _sizes(images):
         first = first or size
         if size != first:
-            name = images.files[index].name if images.files else f"image {index}"
             raise ValueError(f"{name} is {size}, the first image {first}; give one size, or --image-size-px")
+
+
+def _sizes(images: ImageSet) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Yield name and (width, height) of each image; of a file only the header is read."""
+    for file in images.files:
+        with Image.open(file) as image:
+            yield file.name, image.size
+    for index, image in enumerate(images.images):
+        _, height, width = image.shape
+        yield f"image {index}", (width, height)
 
 
 def _checked(image: Tensor | np.ndarray) -> Tensor:
@@ -201,7 +230,7 @@ def _torchscript(path: Path) -> FeatureNetwork:
 
 
 def _torchscript_extractor(path: Path) -> type:
-    """Make the class that torch-fidelity wants, around one loaded network."""
+    """Make the class that torch-fidelity registers, around one loaded network."""
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
     try:
@@ -245,10 +274,13 @@ def _inception() -> FeatureNetwork:
                 f"no Inception weights and no way to download them ({error}); fetch {URL_INCEPTION_V3} "
                 f"and put it at {weights}, or measure in other features with --features NETWORK.pt"
             ) from error
+
+    # The name of the file ends in the first digits of its hash, as torch.hub has it.
     sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
     if not sha256.startswith(weights.stem.rsplit("-", 1)[-1]):
         raise ValueError(
             f"{weights} is damaged (sha256 {sha256[:12]}); delete it and fetch {URL_INCEPTION_V3}"
         )
+
     layers = {m: FeatureExtractorInceptionV3.get_default_feature_layer_for_metric(m) for m in METRIC_LAYERS}
     return FeatureNetwork("inception", "inception-v3-compat", weights, sha256, layers)

@@ -1,10 +1,10 @@
-"""FID, KID, precision, recall and IS through torch-fidelity's functions, on features already taken.
+"""FID, KID, precision, recall and IS from features, computed by torch-fidelity.
 
 Frechet distance: Heusel et al. 2017 (arXiv:1706.08500); KID: Binkowski et al. 2018 (arXiv:1801.01401);
-precision and
-recall: Kynkaanniemi et al. 2019 (arXiv:1904.06991); IS: Salimans et al. 2016 (arXiv:1606.03498).
+precision and recall: Kynkaanniemi et al. 2019 (arXiv:1904.06991); IS: Salimans et al. 2016
+(arXiv:1606.03498).
 
-Legend: `n` images, `D` feature width.
+Shapes: n images, D feature width.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from torch import Tensor
 
 from .features import FeatureNetwork, ImageSet, extract_features
 
-KID_SUBSETS, KID_SUBSET_SIZE = 100, 250
+KID_SUBSETS = 100
+KID_SUBSET_SIZE = 250
 ISC_SPLITS = 10
-SMALL_FACTOR = 5  # below 5 D images the covariance is poorly known and the distance mostly bias
+# Below 5 D images the covariance is poorly estimated, and the Frechet distance is mostly bias.
+SMALL_FACTOR = 5
 
 Images = str | Path | Tensor | np.ndarray | Iterable | ImageSet
 
@@ -32,7 +34,7 @@ class ImageScores:
     """Distances between two sets of images in the features of one network."""
 
     values: dict[str, float]
-    """"FID" or "FD-<network>", "KID", "precision", "recall" and, where the network classifies, "IS"."""
+    """"FID" or "FD-<network>", "KID", "precision", "recall" and, if the network classifies, "IS"."""
     deviations: dict[str, float]
     """Standard deviation of "KID" over its subsets and of "IS" over its splits."""
     n_generated: int
@@ -52,22 +54,27 @@ def image_metrics(
     cache_dir: str | Path | None = None,
     image_size_px: int | None = None,
 ) -> ImageScores:
-    """Compare generated images with reference images, equal to `torch_fidelity.calculate_metrics` on the
-    same.
+    """Compare generated images with reference images, as `torch_fidelity.calculate_metrics` does.
 
     Args:
         generated: a folder, or uint8 RGB images (n, 3, H, W); see `ImageSet`.
-        reference: likewise; its features are cached in `cache_dir` by content, those of `generated` are not.
+        reference: likewise.
         network: see `features.load_network`.
-        kid_subsets: how many random subsets KID averages over.
-        kid_subset_size: images of each subset; both sets must hold as many.
-        seed: of the subsets, and of IS's shuffle.
-        image_size_px: squash the images of folders to this square first.
+        kid_subsets: number of random subsets that KID averages over.
+        kid_subset_size: images per subset; both sets must hold at least as many.
+        seed: of the subsets, and of the shuffle of IS.
+        device: that the network runs on.
+        batch_size: images per forward pass.
+        cache_dir: keeps the features of `reference` by content, for the next call. Those of `generated` are
+            not kept, since they rarely come twice.
+        image_size_px: resize the images of folders to this square first.
     """
-    generated_set, reference_set = _as_set(generated, image_size_px), _as_set(reference, image_size_px)
-    options = {"device": device, "batch_size": batch_size}
-    features = extract_features(generated_set, network, **options)
-    reference_features = extract_features(reference_set, network, cache_dir=cache_dir, **options)
+    generated_set = _as_set(generated, image_size_px)
+    reference_set = _as_set(reference, image_size_px)
+    features = extract_features(generated_set, network, device=device, batch_size=batch_size)
+    reference_features = extract_features(
+        reference_set, network, device=device, batch_size=batch_size, cache_dir=cache_dir
+    )
     return score_features(
         features,
         reference_features,
@@ -87,25 +94,37 @@ def score_features(
     kid_subset_size: int = KID_SUBSET_SIZE,
     seed: int = 2020,
 ) -> ImageScores:
-    """As `image_metrics`, from what `extract_features` gave."""
+    """Compute what `image_metrics` returns, from features that `extract_features` gave."""
     pairs = {m: (features[layer], reference_features[layer]) for m, layer in network.layers.items()}
-    n_generated, n_reference = len(pairs["fid"][0]), len(pairs["fid"][1])
-    _warn_if_small(min(n_generated, n_reference), pairs["fid"][0].shape[1], network.frechet_name)
-    kid = kid_score(*pairs["kid"], subsets=kid_subsets, subset_size=kid_subset_size, seed=seed)
+    n_generated, width = pairs["fid"][0].shape
+    n_reference = len(pairs["fid"][1])
+    _warn_if_small(min(n_generated, n_reference), width, network.frechet_name)
+
+    kid, kid_deviation = kid_score(*pairs["kid"], subsets=kid_subsets, subset_size=kid_subset_size, seed=seed)
     precision, recall = precision_recall(*pairs["prc"])
-    values = {network.frechet_name: frechet_distance(*pairs["fid"]), "KID": kid[0]}
-    values |= {"precision": precision, "recall": recall}
-    deviations = {"KID": kid[1]}
+    values = {
+        network.frechet_name: frechet_distance(*pairs["fid"]),
+        "KID": kid,
+        "precision": precision,
+        "recall": recall,
+    }
+    deviations = {"KID": kid_deviation}
     if "isc" in pairs:
         values["IS"], deviations["IS"] = inception_score(pairs["isc"][0], seed=seed)
     return ImageScores(values, deviations, n_generated, n_reference)
 
 
 def frechet_distance(features: Tensor, reference: Tensor) -> float:
-    """Return |mu_1 - mu_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^1/2) of features (n, D); C in float64."""
+    """Compute the Frechet distance of two Gaussians, |mu_1 - mu_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^1/2).
+
+    Args:
+        features: (n, D).
+        reference: likewise, of another n.
+    """
     _check(features, reference, at_least=2)
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
+    # torch-fidelity takes the covariances in float64: the trace is a small difference of large sums.
     statistics = (fid_features_to_statistics(values.cpu()) for values in (features, reference))
     return fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
 
@@ -118,7 +137,18 @@ def kid_score(
     subset_size: int = KID_SUBSET_SIZE,
     seed: int = 2020,
 ) -> tuple[float, float]:
-    """Return mean and standard deviation over random subsets of the unbiased squared MMD, cubic kernel."""
+    """Compute the kernel distance: the unbiased squared MMD with a cubic polynomial kernel.
+
+    Args:
+        features: (n, D).
+        reference: likewise, of another n.
+        subsets: number of random subsets.
+        subset_size: images per subset.
+        seed: of the subsets.
+
+    Returns:
+        Mean and standard deviation over the subsets.
+    """
     _check(features, reference, at_least=subset_size, hint="add images, or take a smaller KID subset")
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
@@ -128,7 +158,13 @@ def kid_score(
 
 
 def precision_recall(features: Tensor, reference: Tensor, *, neighbours: int = 3) -> tuple[float, float]:
-    """Return the share of images inside the reference's manifold, and of the reference inside the images'."""
+    """Compute precision and recall: the share of each set that lies on the manifold of the other.
+
+    Args:
+        features: (n, D); precision is the share of these on the manifold of `reference`.
+        reference: likewise, of another n; recall is the share of these on the manifold of `features`.
+        neighbours: a set's manifold is the union of balls that reach to the k-th nearest neighbour.
+    """
     _check(features, reference, at_least=neighbours + 1)
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
@@ -137,7 +173,16 @@ def precision_recall(features: Tensor, reference: Tensor, *, neighbours: int = 3
 
 
 def inception_score(logits: Tensor, *, splits: int = ISC_SPLITS, seed: int = 2020) -> tuple[float, float]:
-    """Return mean and deviation over the splits of exp(E KL(p(y|x) || p(y))) from (n, classes) logits."""
+    """Compute the inception score, exp(E KL(p(y|x) || p(y))).
+
+    Args:
+        logits: (n, classes).
+        splits: number of parts of the shuffled images.
+        seed: of the shuffle.
+
+    Returns:
+        Mean and standard deviation over the splits.
+    """
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 
     if len(logits) < splits:

@@ -1,9 +1,8 @@
-"""Which characters of the basic plane the Penn Treebank tokenizer of CoreNLP 3.4.1 knows, as hexadecimal
-ranges.
+"""Characters that the Penn Treebank tokenizer of CoreNLP 3.4.1 knows, as hexadecimal ranges of code points.
 
-Measured, not copied: every code point was sent through the Java tokenizer between two letters. A word
-character stays inside its word, a symbol becomes a token of its own, and every other character is dropped and
-ends a token.
+They were measured: every code point of the basic plane was sent through the Java tokenizer between two
+letters. A word character stays inside its word, a symbol becomes a token of its own, and all other characters
+are dropped and end a token.
 """
 
 WORD_CHARACTERS = """
