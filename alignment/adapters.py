@@ -1,9 +1,10 @@
 """Other people's VQ models as the alignment sees them: three feature maps, a codebook, a reconstruction.
 
-The base model's code, its keys and its file format stay untouched: an adapter listens to the model's own
-forward pass with hooks. A new one is a subclass of `Adapter` that names the modules to listen to.
+The base model's code, its keys and its file format stay untouched: an adapter captures what passes through
+the model's own forward pass with hooks. A new one is a subclass of `Adapter` that names the modules to
+hook.
 
-Legend: B batch, E code width, K codes, h w token grid, C channels of a stage.
+Shapes: B batch, E code width, K codes, h w token grid, H W image size in px, C channels of a stage.
 """
 
 from __future__ import annotations
@@ -24,25 +25,25 @@ from tavq.base.files import atomic_write
 from .projections import NUM_LEVELS, TextProjections
 
 
-class Heard:
-    """What an adapter heard of one forward pass of its base; filled when the `listening` block ends."""
+class Captured:
+    """What an adapter captured of one forward pass of its base; filled when the `capture` block ends."""
 
     features: list[Tensor]
     """Three maps (B, E, h, w) before quantisation, as the look-up sees them, shallow first."""
     ids: Tensor
     """(B, h, w) int64 of the last level."""
-    loss: Tensor
-    """Scalar: the base's own quantiser loss; 0 where it reports none."""
-    shared: tuple[Tensor, ...]
+    quantizer_loss: Tensor
+    """Scalar: the base's own codebook and commitment loss; 0 where it reports none."""
+    shared_activations: tuple[Tensor, ...]
     """Activations of the base through which both reconstruction and alignment send their gradient."""
 
 
 class Adapter(nn.Module, ABC):
-    """Listens to a base that calls `quant_conv` and then `quantize`, as taming-transformers' models do.
+    """Captures from a base that calls `quant_conv` and then `quantize`, as taming-transformers' models do.
 
-    Levels 1 and 2 are read from two stages of the base's encoder (by default in its last block, behind global
-    attention), averaged to the token grid and brought to width E by 1x1 convolutions of the adapter. Level 3
-    is the latent that the base quantises.
+    Levels 1 and 2 are taken from two stages of the base's encoder (by default in its last block, behind
+    global attention), averaged to the token grid and brought to width E by 1x1 convolutions of the adapter.
+    Level 3 is the latent that the base quantises.
 
     Args:
         base: the model; it is trained in place, and its class and keys stay as they are.
@@ -50,11 +51,13 @@ class Adapter(nn.Module, ABC):
         stages: names of two submodules of the base, shallow first, each called once a forward pass.
     """
 
-    latent_module, quantizer_module = "quant_conv", "quantize"
+    latent_module = "quant_conv"
+    quantizer_module = "quantize"
 
     def __init__(self, base: nn.Module, image_size_px: int, stages: tuple[str, ...] | None = None):
         super().__init__()
-        self.base, self.image_size_px = base, image_size_px
+        self.base = base
+        self.image_size_px = image_size_px
         self.check()
         self.stages = self.default_stages() if stages is None else stages
         absent = sorted(set(self.stages) - set(dict(base.named_modules())))
@@ -63,8 +66,8 @@ class Adapter(nn.Module, ABC):
                 f"stages are {', '.join(self.stages)}, expected {NUM_LEVELS - 1} submodules of "
                 f"{type(base).__name__}; see its named_modules()"
             )
-        width = self.codebook.shape[1]
-        self.heads = nn.ModuleList(nn.Conv2d(channels, width, 1) for channels in self._stage_channels())
+        code_dim = self.codebook.shape[1]
+        self.heads = nn.ModuleList(nn.Conv2d(channels, code_dim, 1) for channels in self._stage_channels())
 
     @property
     def codebook(self) -> Tensor:
@@ -73,7 +76,7 @@ class Adapter(nn.Module, ABC):
 
     @property
     def projections(self) -> TextProjections | None:
-        """The base's own way from codes to text; None where it has none."""
+        """The base's own projections of codes to text; None where it has none."""
         return None
 
     def check(self) -> None:
@@ -81,57 +84,60 @@ class Adapter(nn.Module, ABC):
         if not self.codebook.requires_grad:
             raise ValueError(
                 f"the codebook of {type(self.base).__name__} takes no gradient (moved by averages, or "
-                "frozen), so text cannot reach it; make it a parameter that the quantiser loss trains"
+                "frozen), so "
+                "text cannot reach it; make it a parameter that the quantiser loss trains"
             )
 
     def default_stages(self) -> tuple[str, ...]:
-        """The modules that levels 1 and 2 are read from where the user names none; here they must be
-        named."""
+        """The modules that levels 1 and 2 are taken from where the user names none; here they must be "
+        "named."""
         return ()
 
     @abstractmethod
     def save(self, directory: Path) -> None:
         """Write the base as its own library does."""
 
-    def images_of(self, output: Any) -> Tensor:
+    def decoded_images(self, output: Any) -> Tensor:
         """The reconstructions in what the base's forward returns."""
         return output[0] if isinstance(output, tuple) else output
 
-    def read_quantizer(self, output: Any) -> tuple[Tensor, Tensor | None]:
+    def parse_quantizer_output(self, output: Any) -> tuple[Tensor, Tensor | None]:
         """The ids, in any shape, and the loss in what the base's quantiser returns."""
         _, loss, (*_, ids) = output
         return ids, loss
 
-    def as_looked_up(self, latents: Tensor) -> Tensor:
+    def normalize_for_lookup(self, latents: Tensor) -> Tensor:
         """Maps (B, E, h, w) as the look-up compares them with `codebook`."""
         return latents
 
-    def reconstruct(self, images: Tensor) -> tuple[Tensor, Heard]:
-        """The base's forward pass: images (B, 3, H, W) in [-1, 1] -> reconstructions, and what was heard."""
-        with self.listening() as heard:
+    def reconstruct(self, images: Tensor) -> tuple[Tensor, Captured]:
+        """Run the base: images (B, 3, H, W) in [-1, 1] -> reconstructions, and what was captured."""
+        with self.capture() as captured:
             output = self.base(images)
-        return self.images_of(output), heard
+        return self.decoded_images(output), captured
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[Heard]:
-        """Hear the one forward pass of the base that the block makes, wherever the call stands."""
-        heard = Heard()
+    def capture(self) -> Iterator[Captured]:
+        """Capture from the one forward pass of the base that the block makes, wherever the call stands."""
+        captured = Captured()
         with self._outputs(*self.stages, self.latent_module, self.quantizer_module) as outputs:
-            yield heard
-        ids, loss = self.read_quantizer(outputs[self.quantizer_module])
+            yield captured
+
+        ids, loss = self.parse_quantizer_output(outputs[self.quantizer_module])
         latents = self.to_map(outputs[self.latent_module], ids)
         maps = [self.to_map(outputs[name], ids) for name in self.stages]
         levels = [
             head(F.adaptive_avg_pool2d(stage, latents.shape[-2:]))
             for head, stage in zip(self.heads, maps, strict=True)
         ]
-        heard.features = [self.as_looked_up(level) for level in (*levels, latents)]
-        heard.ids = ids.reshape(len(latents), *latents.shape[-2:])
-        heard.loss = latents.new_zeros(()) if loss is None else loss
-        heard.shared = (outputs[self.stages[0]],)  # as it came: a reshaped copy lies beside the base's path
+        captured.features = [self.normalize_for_lookup(level) for level in (*levels, latents)]
+        captured.ids = ids.reshape(len(latents), *latents.shape[-2:])
+        captured.quantizer_loss = latents.new_zeros(()) if loss is None else loss
+        # As it came: a reshaped copy would lie beside the base's own path, and take no gradient from it.
+        captured.shared_activations = (outputs[self.stages[0]],)
 
     def to_map(self, output: Tensor, ids: Tensor) -> Tensor:
-        """What a listened-to module returns -> (B, C, h, w); `ids` as the quantiser returned them."""
+        """What a hooked module returns -> (B, C, h, w); `ids` as the quantiser returned them."""
         return output
 
     @contextlib.contextmanager
@@ -141,24 +147,25 @@ class Adapter(nn.Module, ABC):
         with contextlib.ExitStack() as hooks:
             for name in dict.fromkeys(names):
                 module = self.base.get_submodule(name)
-                hook = partial(_keep, outputs, name)
+                hook = partial(_store_output, outputs, name)
                 hooks.callback(module.register_forward_hook(hook).remove)
             yield outputs
         silent = [name for name in names if name not in outputs]
         if silent:
             raise ValueError(
-                f"{type(self.base).__name__} did not call {', '.join(silent)} in its forward pass; "
-                "name other stages"
+                f"{type(self.base).__name__} did not call {', '.join(silent)} in its forward pass; name "
+                "other stages"
             )
 
     @torch.no_grad()
     def _stage_channels(self) -> list[int]:
-        size, device, was_training = self.image_size_px, self.codebook.device, self.base.training
+        size = self.image_size_px
+        was_training = self.base.training
         self.base.eval()
         with self._outputs(*self.stages, self.quantizer_module) as outputs:
-            self.base(torch.zeros(1, 3, size, size, device=device))
+            self.base(torch.zeros(1, 3, size, size, device=self.codebook.device))
         self.base.train(was_training)
-        ids, _ = self.read_quantizer(outputs[self.quantizer_module])
+        ids, _ = self.parse_quantizer_output(outputs[self.quantizer_module])
         return [self.to_map(outputs[name], ids).shape[1] for name in self.stages]
 
 
@@ -171,7 +178,7 @@ class DiffusersAdapter(Adapter):
         first = "attentions.0" if attention else "resnets.0"
         return f"encoder.mid_block.{first}", "encoder.mid_block.resnets.1"
 
-    def images_of(self, output: Any) -> Tensor:
+    def decoded_images(self, output: Any) -> Tensor:
         return output.sample
 
     def save(self, directory: Path) -> None:
@@ -179,7 +186,7 @@ class DiffusersAdapter(Adapter):
 
 
 class TamingAdapter(Adapter):
-    """VQModel of CompVis/taming-transformers; saved as `model.ckpt`, which its `init_from_ckpt` reads."""
+    """VQModel of CompVis/taming-transformers; saved as `model.ckpt`, which its `init_from_ckpt` loads."""
 
     def default_stages(self) -> tuple[str, ...]:
         return "encoder.mid.attn_1", "encoder.mid.block_2"
@@ -190,7 +197,7 @@ class TamingAdapter(Adapter):
 
 
 class LlamaGenAdapter(Adapter):
-    """VQModel of FoundationVision/LlamaGen; saved as `model.pt`, which its scripts read by --vq-ckpt."""
+    """VQModel of FoundationVision/LlamaGen; saved as `model.pt`, which its scripts load by --vq-ckpt."""
 
     def default_stages(self) -> tuple[str, ...]:
         return "encoder.mid.1", "encoder.mid.2"
@@ -200,10 +207,10 @@ class LlamaGenAdapter(Adapter):
         weight = self.base.quantize.embedding.weight
         return F.normalize(weight, dim=-1) if self.base.quantize.l2_norm else weight
 
-    def as_looked_up(self, latents: Tensor) -> Tensor:
+    def normalize_for_lookup(self, latents: Tensor) -> Tensor:
         return F.normalize(latents, dim=1) if self.base.quantize.l2_norm else latents
 
-    def read_quantizer(self, output: Any) -> tuple[Tensor, Tensor | None]:
+    def parse_quantizer_output(self, output: Any) -> tuple[Tensor, Tensor | None]:
         _, (*losses, _usage), (*_, ids) = output
         return ids, None if losses[0] is None else sum(losses)  # in evaluation it computes none
 
@@ -215,8 +222,8 @@ class LlamaGenAdapter(Adapter):
 class VectorQuantizeAdapter(Adapter):
     """Any model around one `vector_quantize_pytorch.VectorQuantize` that returns its reconstruction first.
 
-    Unless stages are named, all levels read the latent, each in its own way. Saved as `model.pt`, the plain
-    state dict.
+    Unless stages are named, all levels start from the latent, each with a 1x1 convolution of its own. Saved
+    as `model.pt`, the plain state dict.
     """
 
     def check(self) -> None:
@@ -243,7 +250,7 @@ class VectorQuantizeAdapter(Adapter):
     def codebook(self) -> Tensor:
         return self.base.get_submodule(self.quantizer_module)._codebook.embed[0]
 
-    def read_quantizer(self, output: Any) -> tuple[Tensor, Tensor | None]:
+    def parse_quantizer_output(self, output: Any) -> tuple[Tensor, Tensor | None]:
         _, ids, loss = output
         return ids, loss.sum()
 
@@ -258,7 +265,7 @@ class VectorQuantizeAdapter(Adapter):
             torch.save(self.base.state_dict(), path)
 
 
-def _keep(outputs: dict[str, Any], name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+def _store_output(outputs: dict[str, Any], name: str, module: nn.Module, inputs: Any, output: Any) -> None:
     outputs[name] = output
 
 

@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tavq.alignment.aligner import AlignmentConfig, TextAligner, TextUnits, draw_texts
-from tavq.alignment.text_index import UnitIndex
+from tavq.alignment.aligner import AlignmentConfig, TextAligner, sample_texts
 from tavq.alignment.transport import gaussian_cost, transport_cost
+from tavq.alignment.unit_index import SampledTexts, UnitIndex
 from tavq.base.arguments import parse, run_main
 from tavq.data.images import to_tensor
 from tavq.data.layouts import open_dataset
@@ -83,8 +83,8 @@ class Batch:
     targets: Tensor
     index: UnitIndex
 
-    def texts(self, config: AlignmentConfig) -> dict[str, list[tuple[Tensor, Tensor]]]:
-        return draw_texts(self.index, range(len(self.images)), torch.Generator().manual_seed(0), config)
+    def texts(self, config: AlignmentConfig) -> SampledTexts:
+        return sample_texts(self.index, range(len(self.images)), torch.Generator().manual_seed(0), config)
 
 
 def load_batch(bench: AlignmentBenchmark, batch_size: int) -> Batch:
@@ -137,7 +137,7 @@ def training_step(run: TokenizerRun, batch: Batch) -> Callable[[int], None]:
     trainee = TokenizerTrainer(run, TAVQTokenizer(run.model)).train()
     optimizer = torch.optim.AdamW(trainee.parameters(), lr=1e-4)
     inputs = {"image": batch.images, "target": batch.targets} | (
-        batch.texts(run.alignment) if run.align != "none" else {}
+        {"texts": batch.texts(run.alignment)} if run.align != "none" else {}
     )
 
     def step(number: int) -> None:
@@ -152,11 +152,16 @@ def alignment_pass(run: TokenizerRun, batch: Batch) -> Callable[[int], None]:
     """Forward and backward of the aligner alone, on the latents of an untrained tokenizer."""
     torch.manual_seed(0)
     tokenizer = TAVQTokenizer(run.model)
-    config = dataclasses.replace(run.alignment, method=run.align, bank_size=0)
-    sizes = (*tokenizer.codebook.shape, run.model.text_dim)
-    aligner = TextAligner(config, *sizes, projections=tokenizer.projections)
+    config = dataclasses.replace(run.alignment, bank_size=0)
+    aligner = TextAligner(
+        *tokenizer.codebook.shape,
+        tokenizer.config.text_dim,
+        config,
+        method=run.align,
+        projections=tokenizer.projections,
+    )
     features = [level.detach().requires_grad_() for level in tokenizer.encoder(batch.images)]
-    texts = [TextUnits(*pair) for pair in batch.texts(dataclasses.replace(config, bank_size=1))["texts"]]
+    texts = batch.texts(config)
     return lambda _: aligner(features, tokenizer.quantizer.codebook, texts).loss.backward()
 
 
@@ -164,10 +169,13 @@ def codes_and_units(run: TokenizerRun, batch: Batch) -> list[tuple[Tensor, Tenso
     """A level each: codes in text space (B, S, D), units (B, U, D) and their mask (B, U)."""
     torch.manual_seed(0)
     tokenizer, config = TAVQTokenizer(run.model), run.alignment
-    texts = batch.texts(dataclasses.replace(config, bank_size=1))["texts"]
+    texts = batch.texts(dataclasses.replace(config, bank_size=0)).units
     with torch.no_grad():
         ids = tokenizer.encode_levels(batch.images).flatten(2)[:, :, : config.samples]
-        return [(tokenizer.project(ids[:, level - 1], level), *texts[level - 1]) for level in LEVELS]
+        return [
+            (tokenizer.project(ids[:, level - 1], level), texts[level - 1].vectors, texts[level - 1].mask)
+            for level in LEVELS
+        ]
 
 
 def solving(run: TokenizerRun, batch: Batch) -> Callable[[int], Any]:

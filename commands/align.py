@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tavq.alignment.adapters import Adapter, adapt
-from tavq.alignment.aligner import AlignmentConfig, TextAligner, draw_texts, units_and_banks
+from tavq.alignment.aligner import AlignmentConfig, Method, TextAligner, sample_texts
 from tavq.alignment.projections import NUM_LEVELS, TextProjections
-from tavq.alignment.text_index import UnitIndex
+from tavq.alignment.unit_index import UnitIndex
 from tavq.base.arguments import parse, run_main
 from tavq.base.files import atomic_write
 from tavq.base.seeding import mixed_seed
@@ -89,6 +89,8 @@ class AlignRun:
     probe_only: bool = False
     """Stop there: how well codes that never saw a text can be read. With tavq:PATH, fit the way from codes to
     text anew and save the tokenizer with it."""
+    method: Method = "ot"
+    """How codes are aligned with text."""
     alignment: AlignmentConfig = AlignmentConfig()
     losses: AlignLosses = AlignLosses()
     training: TrainingConfig = TrainingConfig(
@@ -101,10 +103,15 @@ class AlignTrainer(nn.Module):
 
     def __init__(self, run: AlignRun, adapter: Adapter, text_dim: int, frozen: bool):
         super().__init__()
-        self.run, self.adapter, self.frozen = run, adapter, frozen
+        self.run = run
+        self.adapter = adapter
+        self.frozen = frozen
+        # A frozen codebook takes no gradient, so the soft look-up would refuse it.
         lookup = "straight-through" if frozen else run.alignment.lookup
         config = dataclasses.replace(run.alignment, lookup=lookup)
-        self.aligner = TextAligner(config, *adapter.codebook.shape, text_dim, projections=adapter.projections)
+        self.aligner = TextAligner(
+            *adapter.codebook.shape, text_dim, config, method=run.method, projections=adapter.projections
+        )
         self.perceptual = open_perceptual(run.perceptual) if run.perceptual and not frozen else None
         self.balance = GradientBalance({"align": run.losses.align})
 
@@ -116,22 +123,24 @@ class AlignTrainer(nn.Module):
 
     def forward(self, batch: dict[str, Any], step: int) -> StepOutput:
         images, losses = batch["image"], self.run.losses
-        rebuilt, heard = self.adapter.reconstruct(images)
-        texts, banks = units_and_banks(batch)
-        aligned = self.aligner(heard.features, self.adapter.codebook, texts, banks)
+        decoded, captured = self.adapter.reconstruct(images)
+        alignment = self.aligner(captured.features, self.adapter.codebook, batch["texts"])
         if self.frozen:
-            return StepOutput(aligned.loss, dict(aligned.report))
-        report = {"l1": F.l1_loss(rebuilt, images), "quantizer": heard.loss, **aligned.report}
+            return StepOutput(alignment.loss, dict(alignment.report))
+
+        report = {"l1": F.l1_loss(decoded, images), "quantizer": captured.quantizer_loss, **alignment.report}
         reconstruction = losses.l1 * report["l1"]
         if self.perceptual is not None:
-            cropped, targets = random_crop_alike(rebuilt, images)
+            cropped, targets = random_crop_alike(decoded, images)
             with torch.no_grad():
                 wanted = self.perceptual(targets)
             report["perceptual"] = self.perceptual.distance(self.perceptual(cropped), wanted)
             reconstruction = reconstruction + losses.perceptual * report["perceptual"]
-        weighed = self.balance.weigh("align", aligned.loss, reconstruction, heard.shared, step)
+        on = captured.shared_activations
+        weighed = self.balance.weigh("align", alignment.loss, reconstruction, on, step)
         report |= self.balance.report()
-        return StepOutput(reconstruction + losses.quantizer * heard.loss + weighed, report)
+        loss = reconstruction + losses.quantizer * captured.quantizer_loss + weighed
+        return StepOutput(loss, report)
 
     def heads(self) -> dict[str, Tensor]:
         """The weights beside the base's: what level heads and projections have learnt."""
@@ -179,8 +188,8 @@ class AlignTask(Task):
     def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(mixed_seed(examples[0]["draw"], len(examples)))
         indices = [example["index"] for example in examples]
-        texts = draw_texts(self.data.texts, indices, generator, self.run.alignment)
-        return {"image": torch.stack([example["image"] for example in examples]), **texts}
+        texts = sample_texts(self.data.texts, indices, generator, self.run.alignment)
+        return {"image": torch.stack([example["image"] for example in examples]), "texts": texts}
 
     @torch.inference_mode()
     def evaluate(self, model: AlignTrainer, step: int) -> dict[str, float]:
@@ -188,8 +197,8 @@ class AlignTask(Task):
         adapter, device = model.adapter, next(model.parameters()).device
         ids, rows, l1, ratios = [], [], [], []
         for (images,), indices in image_batches(self.data.val_set, self.run.image_size_px):
-            rebuilt, heard = adapter.reconstruct(images.to(device))
-            ids.append(heard.ids.cpu())
+            rebuilt, captured = adapter.reconstruct(images.to(device))
+            ids.append(captured.ids.cpu())
             rows += indices
             l1.append((rebuilt.cpu() - images).abs().flatten(1).mean(dim=1))
             ratios.append(torch.from_numpy(psnr(to_uint8(rebuilt.cpu()), to_uint8(images))))
@@ -205,7 +214,7 @@ class AlignTask(Task):
         """The first caption of each photo among the photos, and each photo among all captions."""
         alignment, data = self.run.alignment, self.data
         projections = model.aligner.projections
-        projected = projections(model.adapter.codebook, projections.marks, NUM_LEVELS)
+        projected = projections(model.adapter.codebook, projections.per_code_embedding, NUM_LEVELS)
         projected = F.normalize(projected, dim=-1).cpu()
         scores = scores_of_codes(projected, ids, data.captions, alignment.epsilon + alignment.relaxation)
         place = torch.full((len(data.val_set),), -1)
@@ -233,7 +242,7 @@ class AlignTask(Task):
         """`config` of a tokenizer of ours, as it is once its codes can be read."""
         alignment = self.run.alignment
         provenance = config.provenance | {
-            "probe": self.run.alignment.method,
+            "probe": self.run.method,
             "text_encoder": self.run.text_encoder,
             "text_encoder_hash": self.data.text_hash,
         }

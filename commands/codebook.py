@@ -20,7 +20,7 @@ from torch import Tensor
 from tyro.conf import Positional
 
 from tavq.alignment.projections import NUM_LEVELS
-from tavq.alignment.text_index import units_of
+from tavq.alignment.unit_index import units_of
 from tavq.base.arguments import parse, run_main
 from tavq.base.device import Device, choose_device
 from tavq.base.files import atomic_write

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from tavq.alignment.text_index import UnitIndex, units_of
+from tavq.alignment.unit_index import UnitIndex, units_of
 from tavq.base.cache import default_cache_directory
 from tavq.data.embedding_cache import EmbeddingCache
 from tavq.data.examples import Example, ImageTextDataset

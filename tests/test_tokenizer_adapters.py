@@ -16,7 +16,8 @@ from torch import nn
 from vector_quantize_pytorch import VectorQuantize
 
 from tavq.alignment.adapters import Adapter, adapt
-from tavq.alignment.aligner import AlignmentConfig, TextAligner, TextUnits
+from tavq.alignment.aligner import AlignmentConfig, TextAligner
+from tavq.alignment.unit_index import SampledTexts, TextUnits
 from tavq.commands import align
 from tavq.data.images import to_tensor
 from tavq.data.layouts import open_dataset
@@ -183,20 +184,22 @@ def adapted(base: nn.Module) -> Adapter:
 
 def made_up_texts(batch: int = 4):
     mask = torch.ones(batch, 3, dtype=torch.bool)
-    return [TextUnits(F.normalize(torch.randn(batch, 3, 12), dim=-1), mask) for _ in range(3)]
+    return SampledTexts(
+        tuple(TextUnits(F.normalize(torch.randn(batch, 3, 12), dim=-1), mask) for _ in range(3))
+    )
 
 
 def test_what_is_heard_is_what_the_look_up_sees_and_the_base_stays_as_it_was(base):
     base.eval()
     keys = list(base.state_dict())
     adapter = adapted(base)
-    rebuilt, heard = adapter.reconstruct(images())
-    assert torch.equal(rebuilt, adapter.images_of(base(images())))
-    latents = heard.features[-1]
-    assert {level.shape for level in heard.features} == {latents.shape}
+    rebuilt, captured = adapter.reconstruct(images())
+    assert torch.equal(rebuilt, adapter.decoded_images(base(images())))
+    latents = captured.features[-1]
+    assert {level.shape for level in captured.features} == {latents.shape}
     rows, codebook = latents.movedim(1, -1).flatten(0, 2), adapter.codebook
-    assert torch.equal(torch.cdist(rows, codebook).argmin(dim=1), heard.ids.flatten())
-    assert heard.ids.shape == (4, *latents.shape[-2:])
+    assert torch.equal(torch.cdist(rows, codebook).argmin(dim=1), captured.ids.flatten())
+    assert captured.ids.shape == (4, *latents.shape[-2:])
     assert list(base.state_dict()) == keys
     assert not any(module._forward_hooks for module in base.modules())
 
@@ -205,22 +208,22 @@ def test_the_alignment_moves_codebook_and_encoder_and_the_loss_is_the_bases_own(
     torch.manual_seed(0)
     adapter = adapted(base.train())
     codebook = adapter.codebook
-    rebuilt, heard = adapter.reconstruct(images())
-    aligner = TextAligner(AlignmentConfig(samples=8, bank_size=0), *codebook.shape, 12)
-    on = torch.autograd.grad(rebuilt.sum(), heard.shared, retain_graph=True, allow_unused=True)
+    rebuilt, captured = adapter.reconstruct(images())
+    aligner = TextAligner(*codebook.shape, 12, AlignmentConfig(samples=8, bank_size=0))
+    on = torch.autograd.grad(rebuilt.sum(), captured.shared_activations, retain_graph=True, allow_unused=True)
     assert on[-1].norm() > 0, "the reconstruction's gradient passes where the two are balanced"
-    aligner(heard.features, adapter.codebook, made_up_texts()).loss.backward()
+    aligner(captured.features, adapter.codebook, made_up_texts()).loss.backward()
     first = next(p for p in base.parameters() if p.ndim == 4)
     assert first.grad.norm() > 0
     assert codebook_of(base).grad.norm() > 0
-    assert rebuilt.shape == (4, 3, SIZE, SIZE) and heard.loss > 0
+    assert rebuilt.shape == (4, 3, SIZE, SIZE) and captured.quantizer_loss > 0
 
 
 @pytest.mark.parametrize("l2_norm", [True, False])
 def test_where_llamagen_compares_unit_vectors_the_aligner_is_given_unit_vectors(l2_norm):
     adapter = adapt(ForeignVQModel(l2_norm=l2_norm).eval(), SIZE)
-    _, heard = adapter.reconstruct(images())
-    for vectors in (adapter.codebook, *heard.features):
+    _, captured = adapter.reconstruct(images())
+    for vectors in (adapter.codebook, *captured.features):
         norms = vectors.norm(dim=1)
         assert torch.allclose(norms, torch.ones_like(norms), atol=1e-5) == l2_norm
 
@@ -236,8 +239,8 @@ def test_a_copy_for_averaging_hears_its_own_base():
 
 def test_named_stages_are_averaged_to_the_grid_and_a_wrong_name_is_refused():
     adapter = adapt(diffusers_model(), SIZE, ("encoder.down_blocks.0", "encoder.mid_block"))
-    _, heard = adapter.reconstruct(images())
-    assert {level.shape for level in heard.features} == {(4, 6, 16, 16)}
+    _, captured = adapter.reconstruct(images())
+    assert {level.shape for level in captured.features} == {(4, 6, 16, 16)}
     with pytest.raises(ValueError, match=r"encoder\.middle.*named_modules"):
         adapt(diffusers_model(), SIZE, ("encoder.middle", "encoder.mid_block"))
     with pytest.raises(ValueError, match=r"did not call decoder\.unused"):
@@ -284,8 +287,7 @@ def test_the_fifteen_lines_of_the_readme_align_a_foreign_model():
     model, costs = ForeignVQModel(), []
     optimizer, keys = torch.optim.Adam(model.parameters(), lr=2e-3), list(model.state_dict())
     names = {
-        "torch": torch,
-        "dataset": dataset,
+        "captions": [example.captions for example in dataset.examples],
         "model": model,
         "optimizer": optimizer,
         "your_loss": F.l1_loss,
@@ -344,12 +346,12 @@ def test_a_probe_learns_to_read_a_tokenizer_of_ours_and_changes_no_code(
     }
     assert changed == {"projections"}
     assert after.config.provenance["probe"] == "ot" and aligned_levels(after) == {1: 1, 2: 2, 3: 3}
-    torch.nn.init.ones_(before.projections.marks)  # what was learnt before is forgotten
+    torch.nn.init.ones_(before.projections.per_code_embedding)  # what was learnt before is forgotten
     before.save_pretrained(tmp_path / "other")
     flags = ["--base", f"tavq:{tmp_path / 'other'}", "--data", str(few_shapes), "--out", str(tmp_path / "b")]
     align.main([*flags, "--probe-only", *SHORT])
     other = TAVQTokenizer.from_pretrained(tmp_path / "b")
-    assert torch.equal(other.projections.marks, after.projections.marks)
+    assert torch.equal(other.projections.per_code_embedding, after.projections.per_code_embedding)
     assert "after" not in json.loads((out / "report.json").read_text())
 
 

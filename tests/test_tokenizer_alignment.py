@@ -6,12 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tavq.alignment.aligner import AlignmentConfig, TextAligner, TextBank, TextUnits, differentiable_lookup
-from tavq.alignment.text_index import UnitIndex
+from tavq.alignment.adapters import adapt
+from tavq.alignment.aligner import AlignmentConfig, TextAligner, differentiable_lookup, sample_texts
+from tavq.alignment.unit_index import NegativeBank, SampledTexts, TextUnits, UnitIndex
 from tavq.data.images import to_tensor
 from tavq.data.layouts import open_dataset
 from tavq.data.text_encoder import TextEncoder
-from tavq.tokenizer.fit_projections import codes_of_photos, fit_projections
+from tavq.tokenizer.fit_projections import codes_of_images, fit_projections
 from tavq.tokenizer.heatmaps import aligned_levels_field
 from tavq.tokenizer.model import PRESETS, TAVQTokenizer
 from tavq.tokenizer.retrieval import alignment_scores, text_to_image_ranks
@@ -26,20 +27,95 @@ def made_up(batch: int = 6, codes: int = 20, width: int = 5, text_dim: int = 12)
     mask = torch.rand(batch, 4, generator=generator) > 0.3
     mask[:, 0] = True
     texts = [TextUnits(F.normalize(torch.randn(batch, 4, text_dim, generator=generator), dim=-1), mask)] * 3
-    bank = TextBank(
+    bank = NegativeBank(
         F.normalize(torch.randn(16, text_dim, generator=generator), dim=-1), torch.zeros(batch, 16).bool()
     )
-    return features, codebook, texts, [bank] * 3
+    return features, codebook, SampledTexts(tuple(texts), (bank,) * 3)
 
 
 def codebook_gradient(lookup: str) -> torch.Tensor | None:
     torch.manual_seed(0)
-    features, codebook, texts, banks = made_up()
+    features, codebook, texts = made_up()
     features = [level.requires_grad_() for level in features]
-    aligner = TextAligner(dataclasses.replace(CONFIG, lookup=lookup), 20, 5, 12)
-    aligner(features, codebook, texts, banks).loss.backward()
+    aligner = TextAligner(20, 5, 12, dataclasses.replace(CONFIG, lookup=lookup))
+    aligner(features, codebook, texts).loss.backward()
     assert all(level.grad.norm() > 0 for level in features), "the encoder is moved either way"
     return codebook.grad
+
+
+def test_the_soft_look_up_has_ibqs_gradient():
+    """one_hot - sg(softmax) + softmax, times the codebook: for codebook and latents alike."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(30, 6, generator=generator)  # of a loss that is linear in what comes out
+
+    def inputs():
+        generator.manual_seed(1)
+        shapes = ((30, 5), (20, 5), (20, 1))
+        return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+
+    latents, codebook, embeddings = inputs()
+    codes, found = differentiable_lookup(latents, codebook, embeddings, "soft", 0.1)
+    (torch.cat([codes, found], 1) * weights).sum().backward()
+
+    reference = inputs()
+    distances = torch.cdist(reference[0], reference[1]).square()
+    soft = torch.softmax(-distances / (0.1 * distances.mean().detach()), dim=1)
+    one_hot = F.one_hot(distances.argmin(1), 20) - soft.detach() + soft
+    # The softmax weighs a table that stands still: only the chosen row itself is moved as a value.
+    hard = F.one_hot(distances.argmin(1), 20).float() @ torch.cat(reference[1:], 1)
+    mixed = one_hot @ torch.cat(reference[1:], 1).detach()
+    ((hard + mixed - mixed.detach()) * weights).sum().backward()
+    for mine, expected in zip((latents, codebook, embeddings), reference, strict=True):
+        assert torch.allclose(mine.grad, expected.grad, atol=1e-5)
+        assert mine.grad.norm() > 0
+
+
+def test_every_position_is_sampled_sooner_or_later():
+    features, codebook, texts = made_up()
+    aligner = TextAligner(20, 5, 12, dataclasses.replace(CONFIG, samples=2))
+    touched = torch.zeros(9)
+    for seed in range(12):
+        torch.manual_seed(seed)
+        leaves = [level.clone().requires_grad_() for level in features]
+        aligner(leaves, codebook, texts).loss.backward()
+        moved = leaves[0].grad.flatten(2).abs().sum(1) > 0
+        assert (moved.sum(1) <= 2).all()
+        touched += moved.sum(0)
+    assert (touched > 0).all()
+
+
+def test_words_phrases_and_sentences_are_sampled_in_this_order():
+    dataset = open_dataset("shapes", "train").head(6)
+    index = UnitIndex.build(dataset, TextEncoder())
+    texts = sample_texts(index, range(6), torch.Generator().manual_seed(0), CONFIG)
+    for level, units in enumerate(texts.units, 1):
+        for row in range(6):
+            own = {index.texts.index(unit) for unit in index.units(row, level)}
+            vectors = F.normalize(index.vectors[sorted(own)].float(), dim=-1)
+            for vector in units.vectors[row][units.mask[row]]:
+                assert (vectors @ vector).max() > 0.999
+
+
+def test_texts_move_to_a_device_whole():
+    _, _, texts = made_up()
+    moved = texts.to("meta")
+    assert {u.vectors.device.type for u in moved.units} | {b.own.device.type for b in moved.banks} == {"meta"}
+
+
+def test_captions_alone_make_an_aligner():
+    from .test_tokenizer_adapters import SIZE, ForeignVQModel
+
+    captions = [["a red circle on the left"], ["a blue square", "a square that is blue"], ["a green line"]]
+    adapter = adapt(ForeignVQModel(), SIZE)
+    aligner = TextAligner.from_captions(captions, adapter, CONFIG)
+    images = torch.rand(3, 3, SIZE, SIZE) * 2 - 1
+    _, captured = adapter.reconstruct(images)
+    texts = aligner.sample_texts([0, 1, 2], torch.Generator().manual_seed(0))
+    assert texts.units[2].mask.sum(1).tolist() == [1, 2, 1]
+    alignment = aligner(captured.features, adapter.codebook, texts)
+    assert torch.isfinite(alignment.loss) and "align/sentences_cost" in alignment.report
+    with pytest.raises(ValueError, match="from_captions"):
+        TextAligner(20, 5, 12).sample_texts([0])
 
 
 def test_the_gradient_reaches_the_codebook_and_not_with_plain_straight_through():
@@ -58,48 +134,53 @@ def test_the_look_up_gives_codes_in_value_whatever_the_gradient():
 
 
 def test_a_codebook_without_gradient_is_refused_with_the_way_out():
-    features, codebook, texts, _ = made_up()
+    features, codebook, texts = made_up()
     with pytest.raises(ValueError, match="lookup='straight-through'"):
-        TextAligner(CONFIG, 20, 5, 12)(features, codebook.detach(), texts)
+        TextAligner(20, 5, 12, CONFIG)(features, codebook.detach(), texts)
 
 
 def test_own_units_in_the_bank_do_not_count_against_an_image():
-    features, codebook, texts, banks = made_up()
-    aligner = TextAligner(dataclasses.replace(CONFIG, samples=9), 20, 5, 12)
-    duplicates = TextBank(torch.cat([texts[0].vectors[:, 0], banks[0].vectors]), torch.zeros(6, 22).bool())
+    features, codebook, texts = made_up()
+    aligner = TextAligner(20, 5, 12, dataclasses.replace(CONFIG, samples=9))
+    vectors = torch.cat([texts.units[0].vectors[:, 0], texts.banks[0].vectors])
+    duplicates = NegativeBank(vectors, torch.zeros(6, 22).bool())
     ignored = dataclasses.replace(duplicates, own=torch.cat([torch.ones(6, 6), torch.zeros(6, 16)], 1).bool())
-    alone = aligner(features, codebook, texts, banks).loss
-    assert float(aligner(features, codebook, texts, [ignored] * 3).loss) == pytest.approx(
-        float(alone), rel=1e-5
+    alone = aligner(features, codebook, texts).loss
+    with_ignored, with_duplicates = (
+        float(aligner(features, codebook, dataclasses.replace(texts, banks=(bank,) * 3)).loss)
+        for bank in (ignored, duplicates)
     )
-    assert float(aligner(features, codebook, texts, [duplicates] * 3).loss) > float(alone)
+    assert with_ignored == pytest.approx(float(alone), rel=1e-5)
+    assert with_duplicates > float(alone)
 
 
 def test_a_level_of_weight_zero_is_left_out_and_a_text_without_units_counts_nothing():
-    features, codebook, texts, banks = made_up()
-    aligner = TextAligner(dataclasses.replace(CONFIG, level_weights=(0.0, 0.0, 1.0)), 20, 5, 12)
-    result = aligner(features, codebook, texts, banks)
+    features, codebook, texts = made_up()
+    aligner = TextAligner(20, 5, 12, dataclasses.replace(CONFIG, level_weights=(0.0, 0.0, 1.0)))
+    result = aligner(features, codebook, texts)
     assert {name.split("/")[1].split("_")[0] for name in result.report} == {"sentences"}
-    empty = TextUnits(texts[0].vectors, texts[0].mask & (torch.arange(6) < 4).unsqueeze(1))
-    assert torch.isfinite(aligner(features, codebook, [empty] * 3, banks).loss)
+    first = texts.units[0]
+    empty = TextUnits(first.vectors, first.mask & (torch.arange(6) < 4).unsqueeze(1))
+    assert torch.isfinite(aligner(features, codebook, dataclasses.replace(texts, units=(empty,) * 3)).loss)
 
 
 @pytest.mark.parametrize("method", ["ot", "gaussian"])
 def test_places_without_a_unit_change_nothing(method):
-    features, codebook, texts, banks = made_up()
-    aligner = TextAligner(dataclasses.replace(CONFIG, method=method, samples=9), 20, 5, 12)
+    features, codebook, texts = made_up()
+    aligner = TextAligner(20, 5, 12, dataclasses.replace(CONFIG, samples=9), method=method)
     empty, no = torch.zeros(6, 12, 12), torch.zeros(6, 12).bool()
-    wide = [TextUnits(torch.cat([t.vectors, empty], 1), torch.cat([t.mask, no], 1)) for t in texts]
-    alone = float(aligner(features, codebook, texts, banks).loss)
-    assert float(aligner(features, codebook, wide, banks).loss) == pytest.approx(alone, rel=1e-5)
+    wide = tuple(TextUnits(torch.cat([t.vectors, empty], 1), torch.cat([t.mask, no], 1)) for t in texts.units)
+    alone = float(aligner(features, codebook, texts).loss)
+    padded = dataclasses.replace(texts, units=wide)
+    assert float(aligner(features, codebook, padded).loss) == pytest.approx(alone, rel=1e-5)
 
 
 def test_pairing_says_which_level_each_kind_of_unit_moves():
-    features, codebook, texts, banks = made_up()
+    features, codebook, texts = made_up()
     features = [level.requires_grad_() for level in features]
     config = dataclasses.replace(CONFIG, pairing=(3, 2, 1), level_weights=(1.0, 0.0, 0.0))
-    aligner = TextAligner(config, 20, 5, 12)
-    result = aligner(features, codebook, texts, banks)
+    aligner = TextAligner(20, 5, 12, config)
+    result = aligner(features, codebook, texts)
     result.loss.backward()
     assert {name.split("/")[1].split("_")[0] for name in result.report} == {"words"}
     assert features[2].grad.norm() > 0 and features[0].grad is None and features[1].grad is None
@@ -107,12 +188,12 @@ def test_pairing_says_which_level_each_kind_of_unit_moves():
 
 
 def test_alignment_and_ids_are_the_same_under_mixed_precision(tiny_tokenizer):
-    features, codebook, texts, banks = made_up()
-    aligner = TextAligner(dataclasses.replace(CONFIG, samples=9), 20, 5, 12)
-    alone = float(aligner(features, codebook, texts, banks).loss)
+    features, codebook, texts = made_up()
+    aligner = TextAligner(20, 5, 12, dataclasses.replace(CONFIG, samples=9))
+    alone = float(aligner(features, codebook, texts).loss)
     latents = F.normalize(torch.randn(500, 16, generator=torch.Generator().manual_seed(0)), dim=1)
     with torch.autocast("cpu", torch.bfloat16):
-        assert float(aligner(features, codebook, texts, banks).loss) == pytest.approx(alone, rel=1e-5)
+        assert float(aligner(features, codebook, texts).loss) == pytest.approx(alone, rel=1e-5)
         ids = tiny_tokenizer._ids(latents.T.reshape(1, 16, 25, 20).expand(1, -1, -1, -1)[..., :4, :4])
     assert torch.equal(ids, tiny_tokenizer._ids(latents.T.reshape(1, 16, 25, 20)[..., :4, :4]))
 
@@ -146,15 +227,15 @@ def test_matched_pairs_cost_less_than_shuffled_ones_after_training_on_shapes(met
     images, index = shapes_batch
     torch.manual_seed(0)
     tokenizer = TAVQTokenizer(PRESETS["tiny"])
-    config = AlignmentConfig(method=method, samples=8, bank_size=0)
-    aligner = TextAligner(config, 64, 16, 384, projections=tokenizer.projections)
+    config = AlignmentConfig(samples=8, max_units=8, bank_size=0)
+    aligner = TextAligner(64, 16, 384, config, method=method, projections=tokenizer.projections)
     parameters = {*tokenizer.parameters(), *aligner.parameters()}  # the projections are shared
     optimizer = torch.optim.AdamW(parameters, lr=2e-3)
     generator = torch.Generator().manual_seed(0)
 
     def run(rows, text_rows):
         latents = [F.normalize(level, dim=1) for level in tokenizer.encoder(images[rows])]
-        texts = [TextUnits(*index.batch(text_rows, level, generator, 8)) for level in (1, 2, 3)]
+        texts = sample_texts(index, text_rows, generator, config)
         return aligner(latents, tokenizer.quantizer.codebook, texts)
 
     for _ in range(200):
@@ -174,7 +255,7 @@ def test_the_way_to_text_is_fitted_to_codes_that_stay():
     torch.manual_seed(0)
     tokenizer = TAVQTokenizer(PRESETS["tiny"]).eval()
     captions = encoder.encode([example.captions[0] for example in dataset.examples])
-    codes, _ = codes_of_photos(tokenizer, dataset)
+    codes, _ = codes_of_images(tokenizer, dataset)
 
     def mean_rank() -> float:
         scores = alignment_scores(tokenizer, codes[:, 0, -1].long(), captions)
@@ -185,4 +266,4 @@ def test_the_way_to_text_is_fitted_to_codes_that_stay():
         texts = UnitIndex.build(dataset, encoder)
         fit_projections(tokenizer, dataset, texts, {1: 1, 2: 2, 3: 3}, steps=60)
     assert mean_rank() < 0.5 * before
-    assert torch.equal(codes_of_photos(tokenizer, dataset)[0], codes)
+    assert torch.equal(codes_of_images(tokenizer, dataset)[0], codes)

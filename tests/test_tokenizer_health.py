@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tavq.alignment.text_index import UnitIndex
+from tavq.alignment.unit_index import UnitIndex
 from tavq.commands import codebook, train_tokenizer
 from tavq.data.examples import ImageTextDataset
 from tavq.data.layouts import open_dataset

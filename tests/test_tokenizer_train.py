@@ -122,7 +122,7 @@ def test_a_step_without_decoding_teaches_the_encoder_alone(teacher):
     losses = dataclasses.replace(TINY.losses, decode_every=4)
     task = TokenizerTask(dataclasses.replace(TINY, distill=teacher, losses=losses))
     batch = task.collate([task.dataset[(index, index)] for index in range(4)])
-    decoder = task.model.tokenizer.decoder.enter.weight
+    decoder = task.model.tokenizer.decoder.proj_in.weight
     trunk = task.model.tokenizer.encoder.trunk[0].qkv.weight
     for step, decodes in ((0, True), (1, False), (3, False), (4, True)):
         output = task.model(batch, step)
@@ -200,7 +200,25 @@ def test_training_the_decoder_further_leaves_the_ids_alone(perceptual_network, t
     assert "# What it went on from: The first training" in after.card
 
 
-def test_alignment_method_follows_align():
-    method = dataclasses.replace(TINY.alignment, method="gaussian")
-    with pytest.raises(ValueError, match="it follows --align"):
-        dataclasses.replace(TINY, alignment=method)
+def test_alignment_and_distillation_are_part_of_the_loss(teacher):
+    """Projections learn from alignment alone, the distillation head from distillation alone."""
+    task = TokenizerTask(dataclasses.replace(TINY, distill=teacher))
+    batch = task.collate([task.dataset[(index, index)] for index in range(6)])
+    task.model(batch, 0).loss.backward()
+    assert task.shipped.projections.per_code_embedding.grad.norm() > 0
+    assert task.model.head.layers[0].weight.grad.norm() > 0
+
+
+def test_the_shares_of_alignment_and_distillation_are_obeyed(teacher):
+    losses = dataclasses.replace(TINY.losses, align=0.5, distill=0.25)
+    task = TokenizerTask(dataclasses.replace(TINY, distill=teacher, losses=losses))
+    batch = task.collate([task.dataset[(index, index)] for index in range(6)])
+    torch.manual_seed(0)
+    report = task.model(batch, 0).report
+    once = {name: float(report[f"weight/{name}"]) for name in ("align", "distill")}
+    doubled = dataclasses.replace(losses, align=1.0, distill=0.5)
+    task = TokenizerTask(dataclasses.replace(TINY, distill=teacher, losses=doubled))
+    torch.manual_seed(0)
+    report = task.model(batch, 0).report
+    for name, weight in once.items():
+        assert float(report[f"weight/{name}"]) == pytest.approx(2 * weight, rel=1e-3)

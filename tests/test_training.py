@@ -166,6 +166,35 @@ def test_early_stopping_keeps_the_best_weights(tmp_path):
     ]
 
 
+def test_the_averaged_weights_lag_behind_the_trained_ones_and_are_what_is_saved(tmp_path):
+    task = LineTask()
+    train(task, CONFIG, tmp_path, Run(CONFIG))
+    assert task.saved[-1] != float(task.model.slope)
+    slow = LineTask()
+    config = dataclasses.replace(CONFIG, ema_decay=0.99)
+    train(slow, config, tmp_path / "slow", Run(config))
+    assert float(slow.model.slope) == float(task.model.slope), "averaging does not change training"
+    assert abs(slow.saved[-1] - 3) > abs(task.saved[-1] - 3), "a longer average lags further behind"
+
+
+def test_finish_changes_what_is_evaluated_and_saved_but_not_the_run(tmp_path):
+    class Finishing(LineTask):
+        def finish(self, model):
+            torch.nn.init.constant_(model.slope, 7.0)
+
+    task = Finishing()
+    task.monitor = None
+    config = dataclasses.replace(CONFIG, steps=20)
+    train(task, config, tmp_path, Run(config))
+    assert task.saved[0] != 7.0 and task.saved[-1] == 7.0
+    longer = dataclasses.replace(CONFIG, steps=21)
+    again, straight = LineTask(), LineTask()
+    again.monitor = straight.monitor = None
+    train(again, longer, tmp_path, Run(longer))
+    train(straight, longer, tmp_path / "straight", Run(longer))
+    assert abs(again.saved[-1] - straight.saved[-1]) < 0.5, "the average goes on as if nothing was finished"
+
+
 def test_early_stopping_without_a_score_is_refused(tmp_path):
     task = LineTask()
     task.monitor = None

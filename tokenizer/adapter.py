@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tavq.alignment.adapters import Adapter, Heard
+from tavq.alignment.adapters import Adapter, Captured
 from tavq.alignment.projections import TextProjections
 
 from .model import TAVQTokenizer
@@ -18,11 +18,14 @@ from .model import TAVQTokenizer
 class TAVQAdapter(Adapter):
     """This project's own tokenizer, whose encoder gives the three levels itself."""
 
-    latent_module, quantizer_module = "encoder", "quantizer"
+    latent_module = "encoder"
+    quantizer_module = "quantizer"
 
     def __init__(self, base: TAVQTokenizer, image_size_px: int, stages: tuple[str, ...] | None = None):
         nn.Module.__init__(self)
-        self.base, self.image_size_px, self.heads = base, image_size_px, nn.ModuleList()
+        self.base = base
+        self.image_size_px = image_size_px
+        self.heads = nn.ModuleList()
         self.check()
         if stages is not None or image_size_px != base.image_size_px:
             raise ValueError(
@@ -39,17 +42,20 @@ class TAVQAdapter(Adapter):
         return self.base.projections
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[Heard]:
-        heard = Heard()
+    def capture(self) -> Iterator[Captured]:
+        captured = Captured()
         with self._outputs("encoder", "quantizer") as outputs:
-            yield heard
-        latents, quantized = outputs["encoder"], outputs["quantizer"]
-        normalise = self.base.quantizer.normalise
-        heard.features = [normalise(level.movedim(1, -1)).movedim(-1, 1) for level in latents]
-        heard.ids, heard.loss = quantized.ids.view(len(latents[0]), *self.base.grid_size), quantized.loss
-        heard.shared = latents
+            yield captured
 
-    def images_of(self, output: Any) -> Tensor:
+        latents = outputs["encoder"]
+        quantized = outputs["quantizer"]
+        normalise = self.base.quantizer.normalise
+        captured.features = [normalise(level.movedim(1, -1)).movedim(-1, 1) for level in latents]
+        captured.ids = quantized.ids.view(len(latents[0]), *self.base.grid_size)
+        captured.quantizer_loss = quantized.loss
+        captured.shared_activations = latents
+
+    def decoded_images(self, output: Any) -> Tensor:
         return output.images
 
     def save(self, directory: Path) -> None:

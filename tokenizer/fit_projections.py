@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tavq.alignment.aligner import LEVEL_NAMES, MAX_LOG_SCALE
-from tavq.alignment.text_index import UnitIndex
+from tavq.alignment.unit_index import UnitIndex
 from tavq.data.examples import ImageTextDataset
 
 from .model import TAVQTokenizer

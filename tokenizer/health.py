@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tavq.alignment.aligner import LEVEL_NAMES
-from tavq.alignment.text_index import UnitIndex
+from tavq.alignment.unit_index import UnitIndex
 
 from .blocks import to_sequence
 from .heatmaps import aligned_levels, text_plan

@@ -184,7 +184,7 @@ class Decoder(nn.Module):
         channels = config.channels[::-1]
         h, w = config.grid_size
         code_dim = config.code_dim
-        self.enter = nn.Linear(code_dim, channels[0])
+        self.proj_in = nn.Linear(code_dim, channels[0])
         self.positions = nn.Parameter(torch.randn(1, h * w, channels[0]) * 0.02)
         self.attention = nn.Sequential(
             *(AttentionBlock(channels[0], config.num_heads) for _ in range(config.decoder_blocks))
@@ -210,7 +210,7 @@ class Decoder(nn.Module):
 
     def forward(self, codes: Tensor, window: Window | None = None) -> Tensor:
         """Decode the whole image, or the part of it that `window` names (with `upsample_channels` alone)."""
-        x = self.enter(to_sequence(codes) * self.scale) + self.positions
+        x = self.proj_in(to_sequence(codes) * self.scale) + self.positions
         x = self.stages(to_map(self.attention(x), self.grid))
         if not hasattr(self, "upsample"):
             return self.last(self.pixels(x))
@@ -242,7 +242,13 @@ class TAVQTokenizer(Checkpointed):
 
     config_class = TokenizerConfig
     kind = "ta-vq-tokenizer"
-    renamed_weights: ClassVar = {"decoder.trunk.": "decoder.attention.0."}
+    renamed_weights: ClassVar = {
+        "decoder.trunk.": "decoder.attention.0.",
+        "decoder.enter.": "decoder.proj_in.",
+        "projections.marks": "projections.per_code_embedding",
+        "projections.enter.": "projections.proj_in.",
+        "projections.leave.": "projections.proj_out.",
+    }
     float32_weights = ("quantizer.weight", "quantizer.basis", "quantizer.transform.weight")
 
     def __init__(self, config: TokenizerConfig):
@@ -316,7 +322,9 @@ class TAVQTokenizer(Checkpointed):
     def project(self, ids: Tensor, level: int = NUM_LEVELS) -> Tensor:
         """ids (...) of `level` (1, 2 or 3) -> vectors (..., text_dim) of unit length in the text encoder's
         space."""
-        projected = self.projections(self.quantizer.lookup(ids), self.projections.marks[ids], level)
+        projected = self.projections(
+            self.quantizer.lookup(ids), self.projections.per_code_embedding[ids], level
+        )
         return F.normalize(projected, dim=-1)
 
     def _ids(self, latents: Tensor) -> Tensor:

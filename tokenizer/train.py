@@ -14,9 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tavq.alignment.aligner import AlignmentConfig, TextAligner, draw_texts, units_and_banks
+from tavq.alignment.aligner import AlignmentConfig, TextAligner, sample_texts
+from tavq.alignment.lgvq import CaptionMasker, LanguageGuidance, LGVQConfig, MaskedCaptions
 from tavq.alignment.projections import NUM_LEVELS
-from tavq.alignment.text_index import UnitIndex
+from tavq.alignment.unit_index import UnitIndex
 from tavq.base.seeding import mixed_seed
 from tavq.data.embedding_cache import EmbeddingCache
 from tavq.data.image_folder import with_more_images
@@ -30,7 +31,6 @@ from .distillation import DistillationHead, map_of_view, teacher_maps
 from .fit_projections import fit_projections
 from .health import CodebookWatch, level_costs, level_ids, perplexity, use_chart
 from .heatmaps import LEVELS_FIELD, aligned_levels, aligned_levels_field
-from .lgvq import CaptionReader, Captions, LanguageGuidance, LGVQConfig
 from .losses import FrozenNetwork, ReconstructionLoss, ReconstructionLossConfig
 from .model import PRESETS, TEACHERS, Encoded, TAVQTokenizer, TokenizerConfig
 from .retrieval import alignment_scores, recall_at, text_to_image_ranks
@@ -89,7 +89,7 @@ class TokenizerRun:
     """Share of codes in use on the validation split below which training ends with an error; 0 only warns."""
     model: TokenizerConfig = PRESETS["flickr8k"]
     alignment: AlignmentConfig = AlignmentConfig()
-    """Of ot and gaussian."""
+    """Options for --align ot and gaussian."""
     fit_steps: int = 500
     """After the last step, fit the way from codes to text once more in so many steps; 0 does not."""
     lgvq: LGVQConfig = LGVQConfig()
@@ -114,8 +114,6 @@ class TokenizerRun:
             raise ValueError(
                 "LG-VQ reads a caption of every image; leave out --images, or choose another --align"
             )
-        if self.alignment.method not in (AlignmentConfig.method, self.align):
-            raise ValueError(f"alignment.method is {self.alignment.method!r}; it follows --align, set that")
 
 
 RUN_PRESETS: dict[str, TokenizerRun] = {
@@ -159,9 +157,13 @@ class TokenizerTrainer(nn.Module):
         self.aligner = None
         self.guidance = None
         if run.align in ("ot", "gaussian"):
-            config = dataclasses.replace(run.alignment, method=run.align)
-            sizes = (*tokenizer.codebook.shape, tokenizer.config.text_dim)
-            self.aligner = TextAligner(config, *sizes, projections=tokenizer.projections)
+            self.aligner = TextAligner(
+                *tokenizer.codebook.shape,
+                tokenizer.config.text_dim,
+                run.alignment,
+                method=run.align,
+                projections=tokenizer.projections,
+            )
         else:
             tokenizer.projections.requires_grad_(False)
         if run.align == "lgvq":
@@ -192,7 +194,9 @@ class TokenizerTrainer(nn.Module):
         if self.aligner is not None:
             loss = loss + self._alignment(batch, encoded.latents, reconstruction, report, step)
         if self.guidance is not None:
-            guidance, values = self.guidance(self._straight_through(encoded), Captions(**batch["captions"]))
+            guidance, values = self.guidance(
+                self._straight_through(encoded), MaskedCaptions(**batch["captions"])
+            )
             loss = loss + guidance
             report |= values
         if self.head is not None:
@@ -214,8 +218,7 @@ class TokenizerTrainer(nn.Module):
     ) -> Tensor:
         quantizer = self.tokenizer.quantizer
         features = [quantizer.normalise(level.movedim(1, -1)).movedim(-1, 1) for level in latents]
-        texts, banks = units_and_banks(batch)
-        alignment = self.aligner(features, quantizer.codebook, texts, banks)
+        alignment = self.aligner(features, quantizer.codebook, batch["texts"])
         report |= alignment.report
         return self.loss.balance.weigh("align", alignment.loss, reconstruction, latents, step)
 
@@ -255,7 +258,7 @@ class TokenizerTask(Task):
             provenance |= {"text_encoder": run.text_encoder, "text_encoder_hash": cache.hash}
         if run.align == "lgvq":
             captions = [example.captions for example in self.train_set.examples]
-            self.captions = CaptionReader(encoder, captions, run.lgvq)
+            self.captions = CaptionMasker(encoder, captions, run.lgvq)
             vocabulary = encoder.token_embeddings
         elif run.align != "none":
             self.texts = UnitIndex.build(self.train_set, cache)
@@ -300,9 +303,9 @@ class TokenizerTask(Task):
         }
         generator = torch.Generator().manual_seed(mixed_seed(examples[0]["draw"], len(examples)))
         if self.texts is not None:
-            batch |= draw_texts(self.texts, indices, generator, self.run.alignment)
+            batch["texts"] = sample_texts(self.texts, indices, generator, self.run.alignment)
         if self.captions is not None:
-            batch["captions"] = vars(self.captions.read(indices, generator))
+            batch["captions"] = vars(self.captions.sample(indices, generator))
         if self.maps is not None:
             maps = [map_of_view(self.maps[e["index"]], e["box"], flipped=e["flipped"]) for e in examples]
             batch["teacher"] = torch.stack(maps)
