@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import io
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -100,7 +101,8 @@ def _first_section(box: str) -> str:
     if rules[:1] == [1] and set(lines[1]) == {"-"}:  # ASCII: title and rule are lines of their own
         lines, rules = lines[2:], [number - 2 for number in rules[1:]]
     end = rules[0] if rules else len(lines)
-    return " ".join(lines[:end]) or "the arguments could not be read"
+    message = " ".join(lines[:end]) or "the arguments could not be read"
+    return re.sub(r"^Error parsing \w+: ", "", message)  # the name of our dataclass helps nobody
 
 
 def load_yaml(config_class: type[Config], path: Path) -> Config:

@@ -1,11 +1,62 @@
-"""Where caches lie."""
+"""What is computed once and kept on disk: where it lies, and tensors that are computed at the first call."""
 
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .files import atomic_write
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CACHES = {
+    "text_vectors": "one vector for each caption and text unit, from the text encoder",
+    "token_states": "one state for each token of the captions that a generator trains on",
+    "teacher_maps": "feature maps of the training images, from the network that is distilled",
+    "image_features": "features of the images that an evaluation compares with",
+}
+"""Name, which is also that of the folder -> what it holds."""
 
 
-def default_cache_directory() -> Path:
-    """`$TAVQ_CACHE`, or ~/.cache/tavq."""
-    return Path(os.environ.get("TAVQ_CACHE") or Path.home() / ".cache" / "tavq")
+def cache_directory(name: str) -> Path:
+    """Return the folder of one of the `CACHES`; it may not exist yet.
+
+    They lie below `$TAVQ_CACHE`, or `tavq` in the cache directory of the platform.
+    """
+    if name not in CACHES:
+        raise ValueError(f"unknown cache {name!r}; choose one of {', '.join(CACHES)}")
+    return cache_root() / name
+
+
+def cache_root() -> Path:
+    """Return `$TAVQ_CACHE`, or `tavq` in the cache directory of the platform."""
+    if root := os.environ.get("TAVQ_CACHE"):
+        return Path(root)
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "tavq"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "tavq"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tavq"
+
+
+def cached_tensors(directory: Path, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return what `compute` returned at the first call with this `key`.
+
+    Args:
+        directory: of the cache, see `cache_directory`.
+        key: hash of all that the tensors depend on; it becomes the name of a file.
+        compute: makes the tensors, by name.
+    """
+    from safetensors.torch import load_file, save_file
+
+    path = directory / f"{key}.safetensors"
+    if not path.exists():
+        tensors = compute()
+        with atomic_write(path) as temporary:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+    # Also read after writing, so that a first and a second call return the same bits.
+    return load_file(path)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
-from tavq.base.cache import default_cache_directory
+from tavq.base.cache import cache_directory
 
 from .text_encoder import TextEncoder
 
@@ -35,7 +35,7 @@ class EmbeddingCache:
 
     def __init__(self, encoder: TextEncoder, directory: str | Path | None = None):
         self.encoder = encoder
-        self.file = Path(directory or default_cache_directory()) / "text_vectors.sqlite"
+        self.file = Path(directory or cache_directory("text_vectors")) / "vectors.sqlite"
         self.file.parent.mkdir(parents=True, exist_ok=True)
         for attempt in range(_ATTEMPTS):  # the mode's change waits for no lock of another process
             try:

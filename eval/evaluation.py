@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tavq.base.cache import default_cache_directory
+from tavq.base.cache import cache_directory
 from tavq.base.device import Device, choose_device
 from tavq.data.examples import ImageTextDataset, readable_images
 from tavq.data.images import to_pil, to_pixels
@@ -21,7 +21,6 @@ from tavq.pipeline import Pipeline
 from tavq.tokenizer.model import TEACHERS
 from tavq.training.checkpoint import CONFIG_FILE, local_directory
 
-FEATURE_CACHE = default_cache_directory() / "features"
 REFERENCE_SIZE_PX = 224
 RESIZE = f"squashed to {REFERENCE_SIZE_PX} x {REFERENCE_SIZE_PX}, antialiased bicubic (Pillow)"
 
@@ -117,6 +116,11 @@ def training_networks(directory: Path) -> dict[str, str]:
 def kid_options(n: int) -> dict[str, int]:
     """KID averages over 100 subsets of 250 images; of all images where there are fewer."""
     return {"kid_subsets": 100, "kid_subset_size": min(250, n)}
+
+
+def image_metric_options(n: int, device: str = "cpu") -> dict[str, Any]:
+    """The options of `image_metrics` over n images; the features of the reference are cached."""
+    return {"cache_dir": cache_directory("image_features"), "device": device, **kid_options(n)}
 
 
 def network_fields(network: FeatureNetwork, n: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from tavq.base.arguments import parse, run_main
 from tavq.base.files import atomic_write
 from tavq.data.examples import ImageTextDataset
 from tavq.data.layouts import open_dataset
-from tavq.eval.evaluation import FEATURE_CACHE, at_reference_size, kid_options, open_network, reference_set
+from tavq.eval.evaluation import at_reference_size, image_metric_options, open_network, reference_set
 from tavq.eval.run_t2i import draw
 from tavq.generator.sampling import SamplingConfig
 from tavq.metrics.features import FeatureNetwork, ImageSet
@@ -92,7 +92,7 @@ def distance(run: GeneratorCurve, weights: Path, dataset: ImageTextDataset, netw
         prompts = [example.captions[0] for example in dataset.examples]
         pictures = draw(pipeline, prompts, 0, weights / "samples", run.sampling)
     reference, _ = reference_set(dataset)
-    options = {"cache_dir": FEATURE_CACHE} | kid_options(len(reference))
+    options = image_metric_options(len(reference))
     scores = image_metrics(ImageSet(at_reference_size(pictures)), reference, network, **options)
     found = scores.values[network.frechet_name]
     print(f"{weights.name}: {network.frechet_name} {found:.1f}", flush=True)

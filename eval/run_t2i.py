@@ -25,11 +25,10 @@ from tavq.data.examples import ImageTextDataset
 from tavq.data.images import grid, to_pixels
 from tavq.data.layouts import open_dataset
 from tavq.eval.evaluation import (
-    FEATURE_CACHE,
     REFERENCE_SIZE_PX,
     EvaluationRun,
     at_reference_size,
-    kid_options,
+    image_metric_options,
     network_fields,
     open_network,
     photos,
@@ -133,7 +132,7 @@ def worst_and_best(
         ),
         "noise": _noise(len(reference), size),
     }
-    options = {"cache_dir": FEATURE_CACHE, "device": str(pipeline.device)} | kid_options(len(reference))
+    options = image_metric_options(len(reference), str(pipeline.device))
     scores = {}
     for name, images in sets.items():
         if len(images) == len(reference):
@@ -163,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = run.result_path("t2i")
     prompts = [example.captions[0] for example in dataset.examples]
     reference, _ = reference_set(dataset)
-    options = {"cache_dir": FEATURE_CACHE, "device": str(pipeline.device)} | kid_options(len(reference))
+    options = image_metric_options(len(reference), str(pipeline.device))
     drawn, scores = [], []
     for seed in range(run.seeds):
         drawn.append(draw(pipeline, prompts, seed, path.with_suffix("") / f"seed{seed}", run.sampling))

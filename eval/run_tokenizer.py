@@ -21,10 +21,9 @@ from tavq.base.arguments import parse, run_main
 from tavq.data.examples import ImageTextDataset
 from tavq.data.images import to_uint8
 from tavq.eval.evaluation import (
-    FEATURE_CACHE,
     EvaluationRun,
     at_reference_size,
-    kid_options,
+    image_metric_options,
     network_fields,
     open_network,
     photos,
@@ -119,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     protocol = run.protocol_fields(pipeline, evaluated) | {"image_size_px": size}
     if network is not None:
         reference, _ = reference_set(evaluated)
-        options = {"cache_dir": FEATURE_CACHE, "device": str(pipeline.device)} | kid_options(len(reference))
+        options = image_metric_options(len(reference), str(pipeline.device))
         rebuilt_scores = image_metrics(ImageSet(at_reference_size(rebuilt)), reference, network, **options)
         shrunk_scores = image_metrics(ImageSet(at_reference_size(originals)), reference, network, **options)
         name = network.frechet_name

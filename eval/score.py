@@ -18,8 +18,8 @@ from typing import Any
 from tyro.conf import Positional
 
 from tavq.base.arguments import parse, run_main
+from tavq.base.cache import cache_directory
 from tavq.base.device import Device, choose_device
-from tavq.eval.evaluation import FEATURE_CACHE
 from tavq.eval.results import (
     caption_fields,
     file_sha256,
@@ -137,7 +137,12 @@ def score_images(config: ScoreImages) -> None:
     network = load_network(config.features)
     kid = {"kid_subsets": config.kid_subsets, "kid_subset_size": config.kid_subset_size, "seed": config.seed}
     scores = image_metrics(
-        generated, reference, network, device=choose_device(config.device), cache_dir=FEATURE_CACHE, **kid
+        generated,
+        reference,
+        network,
+        device=choose_device(config.device),
+        cache_dir=cache_directory("image_features"),
+        **kid,
     )
     metrics = {
         name: measured(value, scores.n_generated, deviation=scores.deviations.get(name))

@@ -11,12 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from tavq.base.cache import default_cache_directory
-from tavq.base.files import atomic_write
+from tavq.base.cache import cache_directory, cached_tensors
 from tavq.data.text_encoder import TextEncoder, TokenStates
 
 PART = 1024  # texts encoded at a time
@@ -60,12 +58,11 @@ def pack_states(
     """
     digest = hashlib.sha256(f"{encoder.hash} {max_tokens}\n".encode())
     digest.update("\n".join(texts).encode())
-    path = (directory or default_cache_directory()) / f"token_states-{digest.hexdigest()[:16]}.safetensors"
-    if not path.exists():
-        packed = _encode(encoder, texts, max_tokens)
-        with atomic_write(path) as temporary:
-            save_file(packed, temporary)
-    stored = load_file(path)
+    stored = cached_tensors(
+        directory or cache_directory("token_states"),
+        digest.hexdigest()[:16],
+        lambda: _encode(encoder, texts, max_tokens),
+    )
     return PackedStates(stored["states"], stored["starts"], max_tokens)
 
 

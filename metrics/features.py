@@ -9,7 +9,6 @@ Shapes: n images, each (3, H, W) uint8 RGB; D feature width.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from tavq.base.cache import cached_tensors
 
 EXTENSIONS = (".png", ".jpg", ".jpeg")
 METRIC_LAYERS = ("fid", "kid", "prc", "isc")
@@ -158,18 +159,8 @@ def extract_features(
     """
     if cache_dir is None:
         return _extract(images, network, device, batch_size)
-
-    cached = Path(cache_dir) / f"{network.extractor}-{images.sha256[:32]}.npz"
-    if cached.is_file():
-        with np.load(cached) as arrays:
-            return {layer: torch.from_numpy(arrays[layer]) for layer in arrays.files}
-
-    features = _extract(images, network, device, batch_size)
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    partial = cached.with_name(f"{cached.stem}.{os.getpid()}.tmp.npz")
-    np.savez(partial, **{layer: values.numpy() for layer, values in features.items()})
-    os.replace(partial, cached)
-    return features
+    key = f"{network.extractor}-{images.sha256[:32]}"
+    return cached_tensors(Path(cache_dir), key, lambda: _extract(images, network, device, batch_size))
 
 
 def _extract(images: ImageSet, network: FeatureNetwork, device: str, batch_size: int) -> dict[str, Tensor]:

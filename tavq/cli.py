@@ -25,6 +25,7 @@ COMMANDS = {
     "train captioner": "train the captioner (ids to text)",
     "align": "align anybody's VQ model with text, and report before and after",
     "units": "show the words, phrases and sentences of a text",
+    "cache": "show what is kept on disk to save time, or clear it",
     "export": "copy a checkpoint for sharing, in half precision",
     "score": "score anybody's captions or images",
     "table": "make the README's tables from result files",

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from tavq.alignment.unit_index import UnitIndex, units_of
-from tavq.base.cache import default_cache_directory
 from tavq.data.embedding_cache import EmbeddingCache
 from tavq.data.examples import Example, ImageTextDataset
 from tavq.data.shapes import shapes_examples
@@ -173,13 +172,6 @@ def test_two_processes_share_the_cache(tmp_path):
     vectors = EmbeddingCache(encoder, tmp_path).encode([f"text {place}" for place in range(90)])
     assert encoder.seen == []
     assert torch.allclose(vectors, encoder.encode([f"text {place}" for place in range(90)]), atol=1e-3)
-
-
-def test_cache_directory_follows_the_environment(monkeypatch, tmp_path):
-    monkeypatch.setenv("TAVQ_CACHE", str(tmp_path))
-    assert default_cache_directory() == tmp_path
-    monkeypatch.delenv("TAVQ_CACHE")
-    assert default_cache_directory().parts[-2:] == (".cache", "tavq")
 
 
 @pytest.fixture

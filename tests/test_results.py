@@ -201,7 +201,7 @@ def test_score_images(tmp_path, monkeypatch):
     torch = pytest.importorskip("torch")
     from PIL import Image
 
-    monkeypatch.setattr(score, "FEATURE_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("TAVQ_CACHE", str(tmp_path / "cache"))
     for n, folder in enumerate(("g", "r")):
         (tmp_path / folder).mkdir()
         for i in range(12):

@@ -12,12 +12,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from tavq.base.cache import default_cache_directory
-from tavq.base.files import atomic_write
+from tavq.base.cache import cache_directory, cached_tensors
 from tavq.data.examples import ImageTextDataset
 from tavq.data.images import UnreadableImageError, to_tensor
 
@@ -41,19 +39,21 @@ def teacher_maps(teacher: FrozenNetwork, dataset: ImageTextDataset, grid: tuple[
     """
     files = [(e.id, e.image.stat().st_size if isinstance(e.image, Path) else 0) for e in dataset.examples]
     key = hashlib.sha256(f"{teacher.hash} {grid} {dataset.name} {files}".encode()).hexdigest()[:24]
-    path = default_cache_directory() / "teacher_maps" / f"{key}.safetensors"
-    if path.exists():
-        return load_file(path)["maps"]
+    return cached_tensors(
+        cache_directory("teacher_maps"), key, lambda: {"maps": _standardised_maps(teacher, dataset, grid)}
+    )["maps"]
+
+
+def _standardised_maps(teacher: FrozenNetwork, dataset: ImageTextDataset, grid: tuple[int, int]) -> Tensor:
     maps = []
     for start in tqdm(range(0, len(dataset), TEACHER_BATCH), desc="teacher's maps", disable=None):
         indices = range(start, min(start + TEACHER_BATCH, len(dataset)))
         maps.append(_maps(teacher, torch.stack([_image_or_grey(dataset, i) for i in indices]), grid))
     stacked = torch.cat(maps).float()
-    mean, deviation = stacked.mean(dim=(0, 2, 3), keepdim=True), stacked.std(dim=(0, 2, 3), keepdim=True)
-    standardised = ((stacked - mean) / deviation.clamp_min(1e-6)).half()
-    with atomic_write(path) as temporary:
-        save_file({"maps": standardised}, temporary)
-    return standardised
+
+    mean = stacked.mean(dim=(0, 2, 3), keepdim=True)
+    deviation = stacked.std(dim=(0, 2, 3), keepdim=True)
+    return ((stacked - mean) / deviation.clamp_min(1e-6)).half()
 
 
 @torch.inference_mode()
