@@ -294,6 +294,8 @@ def test_more_than_one_percent_unreadable_is_an_error(tmp_path):
         list(readable_images(dataset_with_bad(tmp_path, good=10, bad=2)))
     with pytest.warns(UserWarning, match="skipped 2 of 200"):
         assert len(list(readable_images(dataset_with_bad(tmp_path, good=198, bad=2)))) == 198
+    with pytest.raises(ValueError, match=r"3 of the first 3 images cannot be read, at most 2 of 200"):
+        list(readable_images(dataset_with_bad(tmp_path, good=197, bad=3)))
 
 
 def test_readable_images_are_silent_when_all_is_well(tmp_path):

@@ -4,12 +4,13 @@ import functools
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from tavq.data.examples import Example, ImageTextDataset
-from tavq.eval import generator_curve, run_caption, run_t2i, run_tokenizer
+from tavq.eval import faithfulness, generator_curve, run_caption, run_t2i, run_tokenizer
 from tavq.eval.faithfulness import cycle_cider
 from tavq.eval.results import read_results
 from tavq.tokenizer.model import TAVQTokenizer
@@ -102,6 +103,27 @@ def test_scores_of_pictures_keep_the_order_of_the_data_set():
     dataset = ImageTextDataset("made up", examples)
     scores = cycle_cider(["a red dog runs", "", ""], dataset)
     assert scores[0] > 1 and not scores[1:].any()
+
+
+def test_the_judges_floor_gives_every_image_another_prompt(monkeypatch):
+    """With a judge that never errs, all scores are right, and none where prompts are shuffled."""
+    captions = ["a red dog runs", "two men in the snow", "boats on blue water"]  # no word in common
+    photo = functools.partial(Image.new, "RGB", (8, 8))
+    examples = [Example(f"{i}", photo, (text, text), None, "test") for i, text in enumerate(captions)]
+    images = torch.arange(3, dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 3, 8, 8)
+
+    def captions_of(judge, images):
+        return [captions[int(image.max())] for image in images]
+
+    def hits_of(judge, images, prompts):
+        right = [captions[int(image.max())] == prompt for image, prompt in zip(images, prompts, strict=True)]
+        return np.array(right, dtype=float)[:, None]
+
+    monkeypatch.setattr(faithfulness, "cycle_captions", captions_of)
+    monkeypatch.setattr(faithfulness, "prompt_hits", hits_of)
+    scores, shuffled = faithfulness.judged(None, images, ImageTextDataset("made up", examples))
+    assert scores["cycle_CIDEr"].min() > 9 and shuffled["cycle_CIDEr"] == 0
+    assert scores["prompt_R@10"].tolist() == [[1], [1], [1]] and shuffled["prompt_R@10"] == 0
 
 
 def test_what_drew_the_pictures_never_judges_them(checkpoint, network, tmp_path, capsys):
