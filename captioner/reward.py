@@ -76,10 +76,6 @@ class CiderD:
         self.counts = frequencies.counts
         self.references = [[self._vector(words) for words in captions] for captions in references]
 
-    def __deepcopy__(self, memo: dict) -> CiderD:
-        """Nothing changes it, and it is large: the averaged copy of a model shares it."""
-        return self
-
     def scores(self, candidates: Sequence[Sequence[str]], images: Sequence[int]) -> np.ndarray:
         """Score n candidates.
 

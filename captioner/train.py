@@ -140,7 +140,7 @@ RUN_PRESETS: dict[str, CaptionerRun] = {
 }
 
 
-class CaptionerWithLoss(nn.Module):
+class CaptionerTrainer(nn.Module):
     """The captioner with its loss: cross-entropy, or the self-critical loss where `reward` is given."""
 
     def __init__(self, captioner: Captioner, run: CaptionerRun, reward: CiderD | None):
@@ -184,9 +184,8 @@ class CaptionerTask(Task):
 
     name = "captioner"
     monitor = ("CIDEr", "max")
-    muon_modules = frozenset(
-        {"blocks", "h", "layers"}
-    )  # of the image encoder, of GPT-2, of Llama and its kind
+    # The blocks of the image encoder, of GPT-2, and of Llama and its kind.
+    muon_modules = frozenset({"blocks", "h", "layers"})
 
     def __init__(
         self,
@@ -210,7 +209,7 @@ class CaptionerTask(Task):
             # The end is a word of the reward: without it captions learn to break off.
             references = [[with_end(metric_words(text)) for text in texts] for texts in tokens.captions]
             reward = CiderD(references, DocumentFrequencies.of(references))
-        self.model = CaptionerWithLoss(captioner, run, reward)
+        self.model = CaptionerTrainer(captioner, run, reward)
         self.shipped = captioner
 
         # Validation scores captions as the published metric does, without the end.
