@@ -75,6 +75,11 @@ class Adapter(nn.Module, ABC):
         return self.base.quantize.embedding.weight
 
     @property
+    def decode_size_px(self) -> int:
+        """Side of the reconstructions, where it is not that of the images."""
+        return self.image_size_px
+
+    @property
     def projections(self) -> TextProjections | None:
         """The base's own projections of codes to text; None where it has none."""
         return None

@@ -153,7 +153,8 @@ class Actions:
         with readable_errors():
             image = _opened(photo)
             rebuilt = self.pipeline.reconstruct([image])[0]
-            seen = image.resize(rebuilt.image.size, Image.Resampling.BICUBIC)
+            size = self.pipeline.tokenizer.image_size_px
+            seen = image.resize((size, size), Image.Resampling.BICUBIC)
             return seen, rebuilt.image, token_grid(rebuilt.ids.numpy()), rebuilt.ids.tolist()
 
     def complete(

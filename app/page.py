@@ -67,8 +67,9 @@ def _heading(pipeline: Pipeline) -> str:
     tokenizer, (h, w) = pipeline.tokenizer, pipeline.tokenizer.grid_size
     return (
         "# TA-VQ: one vocabulary for images and text\n"
-        f"Every picture is {h} x {w} tokens out of {tokenizer.num_codes}, at "
-        f"{tokenizer.image_size_px} x {tokenizer.image_size_px} px. The codebook is aligned with language.\n"
+        f"Every image is {h} x {w} tokens out of {tokenizer.num_codes}, drawn at "
+        f"{tokenizer.decode_size_px} x {tokenizer.decode_size_px} px. "
+        "The codebook is aligned with language.\n"
         f"Weights: `{pipeline.directory.name}`, on {pipeline.device}."
     )
 

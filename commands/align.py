@@ -196,12 +196,13 @@ class AlignTask(Task):
         """Reconstruction, usage of the codebook, and retrieval through its codes, on the validation split."""
         adapter, device = model.adapter, next(model.parameters()).device
         ids, rows, l1, ratios = [], [], [], []
-        for (images,), indices in image_batches(self.data.val_set, self.run.image_size_px):
+        sizes = (self.run.image_size_px, adapter.decode_size_px)
+        for (images, targets), indices in image_batches(self.data.val_set, *sizes):
             rebuilt, captured = adapter.reconstruct(images.to(device))
             ids.append(captured.ids.cpu())
             rows += indices
-            l1.append((rebuilt.cpu() - images).abs().flatten(1).mean(dim=1))
-            ratios.append(torch.from_numpy(psnr(to_uint8(rebuilt.cpu()), to_uint8(images))))
+            l1.append((rebuilt.cpu() - targets).abs().flatten(1).mean(dim=1))
+            ratios.append(torch.from_numpy(psnr(to_uint8(rebuilt.cpu()), to_uint8(targets))))
         all_ids = torch.cat(ids)
         return {
             "l1": float(torch.cat(l1).mean()),

@@ -136,7 +136,9 @@ def near_words(
     """For each code the nearest words among those of the data set; none where the level is not aligned."""
     if run.level not in aligned_levels(tokenizer).values():
         return {}
-    named = collections.Counter(word for row in photos.rows for word in units_of(dataset[row])[1])
+    named = collections.Counter(
+        word for row in photos.rows for word in units_of(dataset[row].captions, dataset[row].long_text)[1]
+    )
     words = sorted(word for word, count in named.items() if count >= RARE_WORD)
     device = next(tokenizer.parameters()).device
     vectors = EmbeddingCache(text_encoder_of(tokenizer)).encode(words).to(device)

@@ -16,6 +16,8 @@ from tavq.base.files import atomic_write
 from tavq.data.images import grid, load_image, squash
 from tavq.pipeline import CHECKPOINT, Pipeline
 
+SHEET_IMAGE_PX = 288  # small images are enlarged to about this side on the sheet
+
 
 @dataclasses.dataclass(frozen=True)
 class ReconstructRun:
@@ -44,13 +46,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"several images are called {twice[0]}; their reconstructions would share a name")
 
     pipeline = Pipeline.from_pretrained(run.checkpoint, choose_device(run.device))
-    images = [squash(load_image(path), pipeline.tokenizer.image_size_px) for path in run.images]
+    images, originals = [], []
+    for path in run.images:
+        image = load_image(path)
+        images.append(squash(image, pipeline.tokenizer.image_size_px))
+        originals.append(squash(image, pipeline.tokenizer.decode_size_px))
     reconstructions = [result.image for result in pipeline.reconstruct(images)]
     for path, image in zip(run.images, reconstructions, strict=True):
         _write_png(image, run.out / f"{path.stem}.reconstruction.png")
 
-    sheet = grid(images + reconstructions, columns=len(images))
-    enlarged = sheet.resize((3 * sheet.width, 3 * sheet.height), Image.Resampling.NEAREST)
+    sheet = grid(originals + reconstructions, columns=len(images))
+    scale = max(1, SHEET_IMAGE_PX // originals[0].width)
+    enlarged = sheet.resize((scale * sheet.width, scale * sheet.height), Image.Resampling.NEAREST)
     _write_png(enlarged, run.out / "sheet.png")
 
 

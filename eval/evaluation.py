@@ -89,8 +89,13 @@ def photos(dataset: ImageTextDataset, size_px: int) -> tuple[Tensor, list[int]]:
 
 def at_reference_size(images: Tensor) -> Tensor:
     """(n, 3, H, W) uint8 -> (n, 3, 224, 224) uint8, as every image is measured."""
+    return resized(images, REFERENCE_SIZE_PX)
+
+
+def resized(images: Tensor, size_px: int) -> Tensor:
+    """(n, 3, H, W) uint8 -> (n, 3, size_px, size_px) uint8, antialiased bicubic (Pillow)."""
     pictures = (to_pil(image[None].float() / 127.5 - 1)[0] for image in images)
-    return torch.stack([to_pixels(picture, REFERENCE_SIZE_PX) for picture in pictures])
+    return torch.stack([to_pixels(picture, size_px) for picture in pictures])
 
 
 def open_network(features: Path | None, directory: Path) -> FeatureNetwork:

@@ -97,7 +97,7 @@ def nearest_training_images(pipeline: Pipeline, images: Tensor, training: ImageT
         images: (n, 3, S, S) uint8.
         training: the split that the generator learned from.
     """
-    tokenizer, size = pipeline.tokenizer, pipeline.tokenizer.image_size_px
+    tokenizer, size = pipeline.tokenizer, images.shape[-1]
     wanted = tokenizer.quantizer.lookup(pipeline.encode(pictures_of(images)).flatten(1)).flatten(1)
     best = [(-np.inf, 0)] * len(images)
     pairs = tqdm(readable_images(training), total=len(training), desc="nearest training images", disable=None)

@@ -120,13 +120,14 @@ def worst_and_best(
     reference: ImageSet,
 ) -> dict[str, float]:
     """Frechet distances that frame the result, at equal n: real, shrunk, reconstructed, grey, noise."""
-    size = pipeline.tokenizer.image_size_px
+    size = pipeline.tokenizer.decode_size_px
+    originals, _ = photos(dataset, pipeline.tokenizer.image_size_px)
     shrunk, _ = photos(dataset, size)
     real = open_dataset(run.data, "train" if run.split != "train" else "val").head(len(reference))
     sets = {
         "photos of another split": photos(real, REFERENCE_SIZE_PX)[0],
         f"the photos at {size} px": at_reference_size(shrunk),
-        "the tokenizer's reconstructions": at_reference_size(_reconstructed(pipeline, shrunk)),
+        "the tokenizer's reconstructions": at_reference_size(_reconstructed(pipeline, originals)),
         "a constant grey image": torch.full(
             (len(reference), 3, REFERENCE_SIZE_PX, REFERENCE_SIZE_PX), 127, dtype=torch.uint8
         ),
@@ -143,7 +144,7 @@ def worst_and_best(
 
 def _reconstructed(pipeline: Pipeline, images: Tensor) -> Tensor:
     rebuilt = pipeline.reconstruct(pictures_of(images))
-    return torch.stack([to_pixels(result.image, images.shape[-1]) for result in rebuilt])
+    return torch.stack([to_pixels(result.image, result.image.width) for result in rebuilt])
 
 
 def _noise(count: int, size: int) -> Tensor:

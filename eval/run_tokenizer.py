@@ -29,6 +29,7 @@ from tavq.eval.evaluation import (
     photos,
     print_metrics,
     reference_set,
+    resized,
 )
 from tavq.eval.results import format_comparison, make_protocol, measured, with_intervals, write_results
 from tavq.metrics.features import ImageSet
@@ -58,8 +59,8 @@ class TokenizerEvaluation(EvaluationRun):
 
 
 def reconstruct(pipeline: Pipeline, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Photos (n, 3, S, S) uint8 -> ids of all levels (n, 3, h, w) and reconstructions (n, 3, S, S) uint8, one
-    at a time."""
+    """Photos (n, 3, S, S) uint8 -> ids of all levels (n, 3, h, w) and reconstructions (n, 3, S', S') uint8,
+    one at a time."""
     tokenizer, ids, rebuilt = pipeline.tokenizer, [], []
     for image in tqdm(images, desc="reconstructing", unit="image", disable=None):
         levels = tokenizer.encode_levels((image[None].float() / 127.5 - 1).to(pipeline.device))
@@ -110,7 +111,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     originals, indices = photos(dataset, size)
     evaluated = readable_part(dataset, indices)
     ids, rebuilt = reconstruct(pipeline, originals)
-    per_image = {"PSNR": psnr(rebuilt, originals)[:, None], "SSIM": ssim(rebuilt, originals)[:, None]}
+    # At the size that is read, so that tokenizers that decode at another size compare.
+    small = resized(rebuilt, size)
+    per_image = {"PSNR": psnr(small, originals)[:, None], "SSIM": ssim(small, originals)[:, None]}
     aligned = bool(aligned_levels(pipeline.tokenizer))
     if run.retrieval and aligned:
         per_image |= retrieval(pipeline, evaluated, ids)
@@ -120,11 +123,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         reference, _ = reference_set(evaluated)
         options = image_metric_options(len(reference), str(pipeline.device))
         rebuilt_scores = image_metrics(ImageSet(at_reference_size(rebuilt)), reference, network, **options)
-        shrunk_scores = image_metrics(ImageSet(at_reference_size(originals)), reference, network, **options)
+        decode_size = pipeline.tokenizer.decode_size_px
+        shrunk = originals if decode_size == size else photos(dataset, decode_size)[0]
+        shrunk_scores = image_metrics(ImageSet(at_reference_size(shrunk)), reference, network, **options)
         name = network.frechet_name
         metrics[f"r{name}"] = measured(rebuilt_scores.values[name], len(ids))
         protocol |= network_fields(network, len(reference)) | {
-            "floors": {f"{name} of photos at {size} px": shrunk_scores.values[name]}
+            "floors": {f"{name} of photos at {decode_size} px": shrunk_scores.values[name]}
         }
     metrics |= with_intervals(per_image) | codebook_use(ids[:, -1].cpu(), pipeline.tokenizer.num_codes)
     path = run.result_path("tokenizer")

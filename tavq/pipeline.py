@@ -268,7 +268,8 @@ class Pipeline:
             prompt: what the whole picture shows.
             seeds: one picture each.
         """
-        settings, size = settings or SamplingConfig(), self.tokenizer.image_size_px
+        settings = settings or SamplingConfig()
+        size = self.tokenizer.decode_size_px
         pixels = F.interpolate(mask[None, None].float(), size=(size, size), mode="area") > 0
         drawn = F.adaptive_max_pool2d(pixels.float(), self.tokenizer.grid_size)[0, 0] > 0
         if not drawn.any():

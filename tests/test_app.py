@@ -171,7 +171,7 @@ def test_completion_keeps_its_part_of_the_photo(client, tiny_pipeline: Pipeline,
     pictures, files, seed = client.predict(
         sent(PHOTO), "a cat", keep=keep, **box, num_images=2, seed=3, **SAMPLING, api_name="/complete"
     )
-    half = tiny_pipeline.tokenizer.image_size_px // 2
+    half = tiny_pipeline.tokenizer.decode_size_px // 2
     kept = {"top half": np.s_[:half], "left half": np.s_[:, :half], "a box": np.s_[:half, :half]}[keep]
     photo = np.asarray(load_image(PHOTO).resize((2 * half, 2 * half), Image.Resampling.BICUBIC))
     assert seed == 3 and [item["caption"] for item in pictures] == ["seed 3", "seed 4"]

@@ -181,7 +181,7 @@ def test_reconstruct_writes_a_sheet_of_the_photos_above_their_reconstructions(
     own = np.asarray(tiny_pipeline.reconstruct([load_image(PHOTO)])[0].image)
     names = ["cat.reconstruction.png", "sheet.png"]
     assert capsys.readouterr().out.split() == [str(tmp_path / name) for name in names]
-    sheet, size = pixels(tmp_path / names[1])[1::3, 1::3], len(own)  # enlarged three times
+    sheet, size = pixels(tmp_path / names[1])[1::4, 1::4], len(own)  # enlarged four times
     assert np.array_equal(pixels(tmp_path / names[0]), own)
     assert np.array_equal(sheet[:size], squashed(PHOTO, size)) and np.array_equal(sheet[-size:], own)
 
@@ -195,7 +195,7 @@ def white_right_half(path: Path) -> Path:
 
 @pytest.mark.parametrize("part", ["top", "left", "box", "mask"])
 def test_complete_keeps_the_pixels_of_its_part(tmp_path, checkpoint, tiny_pipeline, part):
-    size, (width, height) = tiny_pipeline.tokenizer.image_size_px, load_image(PHOTO).size
+    size, (width, height) = tiny_pipeline.tokenizer.decode_size_px, load_image(PHOTO).size
     half = size // 2
     kept = {"top": np.s_[:half], "box": np.s_[:half, :half]}.get(part, np.s_[:, :half])
     mask = white_right_half(tmp_path / "mask.png")
@@ -246,7 +246,7 @@ def test_images_of_every_mode_are_converted(tmp_path, checkpoint):
     run("reconstruct", *[path for path, _ in kinds.values()], "--out", tmp_path / "out", *checkpoint)
     sheet = pixels(tmp_path / "out" / "sheet.png")
     for place, (name, (_, colour)) in enumerate(kinds.items()):
-        shown = sheet[12, place * 3 * (32 + 2) + 12]
+        shown = sheet[12, place * 4 * (64 + 2) + 12]
         assert np.abs(shown.astype(int) - colour).max() <= 1, name
 
 
@@ -290,7 +290,7 @@ def test_bad_photos_are_refused_and_nothing_is_written(tmp_path, checkpoint, ref
         assert expected in refused("reconstruct", PHOTO, photo, *out)
         assert expected in refused("complete", photo, "a cat", "--keep", "top", *out)
     assert "no photo; name one" in refused("caption", *checkpoint)
-    assert "several photos are called" in refused("reconstruct", PHOTO, PHOTO, *out)
+    assert "several images are called" in refused("reconstruct", PHOTO, PHOTO, *out)
     out = ["--out", tmp_path / "captions.jsonl"]
     assert "give a folder, or leave out --out" in refused("caption", PHOTO, *out, *checkpoint)
     flags = ["--show-scores", *out]

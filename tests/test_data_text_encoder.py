@@ -184,7 +184,9 @@ def test_index_holds_the_units_of_its_split_and_no_other(index):
     index, dataset = index
     assert index.ids == dataset.ids
     for place, example in enumerate(dataset.examples):
-        assert tuple(index.units(place, level) for level in range(4)) == units_of(example)
+        assert tuple(index.units(place, level) for level in range(4)) == units_of(
+            example.captions, example.long_text
+        )
     assert len(set(index.texts)) == len(index.texts) == len(index.vectors)
 
 
@@ -232,7 +234,7 @@ def test_every_unit_is_drawn_in_the_long_run(index):
 
 def test_long_text_joins_the_captions(tmp_path):
     example = Example("a", tmp_path, ("A dog runs.",), "A cat sleeps. A dog runs.", "train")
-    captions, words, phrases, sentences = units_of(example)
+    captions, words, phrases, sentences = units_of(example.captions, example.long_text)
     assert captions == ("A dog runs.",) and words == ("dog", "run", "cat", "sleep")
     assert sentences == ("A dog runs.", "A cat sleeps.")
     assert "cat" in " ".join(phrases)

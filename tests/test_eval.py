@@ -49,7 +49,7 @@ def test_tokenizer_evaluation_measures_reconstruction_and_codebook(checkpoint, n
     )
     assert all(entry["n"] == 12 for entry in results.metrics.values())
     assert (
-        results.protocol["split"] == "test" and "FD-moments of photos at 32 px" in results.protocol["floors"]
+        results.protocol["split"] == "test" and "FD-moments of photos at 64 px" in results.protocol["floors"]
     )
     run_tokenizer.main([*flags, "--compare", str(out)])
     assert "PSNR" in capsys.readouterr().out

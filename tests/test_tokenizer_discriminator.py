@@ -43,7 +43,7 @@ def test_the_adversarial_gradient_reaches_the_decoder_and_nothing_that_is_frozen
     output = task.model(batch, 0, task.discriminator.discriminator)
     output.loss.backward()
     decoder = task.shipped.decoder
-    assert decoder.enter.weight.grad.norm() > 0 and decoder.to_rgb[-1].weight.grad.norm() > 0
+    assert decoder.proj_in.weight.grad.norm() > 0 and decoder.to_rgb[-1].weight.grad.norm() > 0
     trained = {id(p) for p in decoder.parameters()}
     others = [p for p in task.model.parameters() if id(p) not in trained]
     assert others and all(p.grad is None for p in others)
@@ -139,7 +139,7 @@ def test_the_adversarial_share_is_a_share_of_the_gradient(perceptual_network):
 
 
 def test_a_grown_decoder_keeps_ids_and_what_it_had_learnt():
-    before = TAVQTokenizer(PRESETS["tiny"]).eval()
+    before = TAVQTokenizer(dataclasses.replace(PRESETS["tiny"], upsample_channels=(24, 16))).eval()
     after = with_decoder_shape(before, (24, 16, 16), decoder_blocks=2).eval()
     images = noise_images(2, 32)
     assert torch.equal(before.encode(images), after.encode(images))
@@ -184,8 +184,8 @@ def test_more_images_are_decoded_and_distilled_but_only_captioned_ones_are_align
     assert len(task.dataset) == captioned + 2 == len(task.maps)
     assert task.train_set.ids[-2:] == ("more/a.png", "more/deep/b.jpg")
     batch = task.collate([task.dataset[(index, 0)] for index in (0, 1, captioned, captioned + 1)])
-    for _, mask in batch["texts"]:
-        assert mask.any(dim=1).tolist() == [True, True, False, False]
+    for units in batch["texts"].units:
+        assert units.mask.any(dim=1).tolist() == [True, True, False, False]
     assert torch.isfinite(task.model(batch, 0).loss)
 
 

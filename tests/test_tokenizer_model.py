@@ -72,7 +72,7 @@ def test_half_precision_keeps_the_codebook_in_full(tiny_tokenizer, tmp_path):
     tiny_tokenizer.save_pretrained(tmp_path, half=True)
     stored = load_file(tmp_path / "model.safetensors")
     assert stored["quantizer.weight"].dtype == torch.float32
-    assert stored["decoder.enter.weight"].dtype == torch.float16
+    assert stored["decoder.proj_in.weight"].dtype == torch.float16
     assert TAVQTokenizer.from_pretrained(tmp_path).codebook_hash == tiny_tokenizer.codebook_hash
 
 

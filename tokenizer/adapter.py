@@ -38,6 +38,10 @@ class TAVQAdapter(Adapter):
         return self.base.quantizer.codebook
 
     @property
+    def decode_size_px(self) -> int:
+        return self.base.decode_size_px
+
+    @property
     def projections(self) -> TextProjections:
         return self.base.projections
 

@@ -348,7 +348,7 @@ PRESETS: dict[str, TokenizerConfig] = {
         channels=(32, 48),
         num_heads=3,
         projection_width=64,
-        upsample_channels=(24, 16),
+        upsample_channels=(24, 16, 16),
         quantizer=QuantizerConfig(num_codes=64, code_dim=16),
     ),
     "vqgan256": TokenizerConfig(
