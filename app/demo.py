@@ -31,7 +31,7 @@ class DemoRun:
     share: bool = False
     """Also make a public link, through Gradio's servers."""
     checkpoint: str = CHECKPOINT
-    """Directory or hub id that holds tokenizer/, generator/ and captioner/."""
+    """Directory or hf:OWNER/NAME that holds tokenizer/, generator/ and captioner/."""
     device: Device = "auto"
 
 

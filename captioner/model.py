@@ -14,12 +14,15 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from tavq.training.checkpoint import Checkpointed, local_directory
+from tavq.base.bounds import check_bounds
+from tavq.base.hub import DATA_ONLY, TRANSFORMERS_FILES, directory_of
+from tavq.training.checkpoint import Checkpointed
 
 from .vocabulary import PretrainedVocabulary, Vocabulary, WordVocabulary
 
@@ -32,8 +35,8 @@ class CaptionerShape:
     """Size of the captioner."""
 
     decoder: str | None = None
-    """Pretrained causal language model of transformers (hub id or directory). None trains a small GPT-2 from
-    scratch."""
+    """Pretrained causal language model of transformers, a directory or hf:OWNER/NAME. None trains a small
+    GPT-2 from scratch."""
     width: int = 192
     """Width of the image encoder, and of the decoder that is trained from scratch."""
     num_heads: int = 6
@@ -56,10 +59,20 @@ class CaptionerShape:
     """Fraction of the image tokens that are replaced by a mask token in training."""
 
     def __post_init__(self) -> None:
+        check_bounds(
+            self,
+            width=(1, 2**16),
+            num_heads=(1, 1024),
+            encoder_layers=(0, 1000),
+            decoder_layers=(1, 1000),
+            max_words=(1, 2**14),
+            long_words=(0, 2**14),
+            quality_buckets=(0, 1000),
+            dropout=(0, 1),
+            token_dropout=(0, 1),
+        )
         if self.width % self.num_heads:
             raise ValueError(f"num_heads {self.num_heads} does not divide width {self.width}; take a divisor")
-        if self.max_words < 1:
-            raise ValueError(f"max_words is {self.max_words}, expected 1 or more")
 
 
 PRESETS: dict[str, CaptionerShape] = {
@@ -85,6 +98,9 @@ class CaptionerConfig:
     """Configuration of the pretrained decoder, so that a checkpoint loads without its source."""
     provenance: dict[str, str] = dataclasses.field(default_factory=dict)
     """Data, tokenizer and stage of training that gave these weights."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self, num_codes=(1, 2**24), code_dim=(1, 2**14), grid_size=(1, 1024))
 
 
 class ImageEncoder(nn.Module):
@@ -274,35 +290,38 @@ class Captioner(Checkpointed):
         if isinstance(self.text, PretrainedVocabulary):
             self.text.save(Path(directory) / TEXT_TOKENIZER_FOLDER)
 
-    @classmethod
-    def from_pretrained(cls, source: str | Path, **changes: Any) -> Self:
-        captioner = super().from_pretrained(source, **changes)
-        if captioner.text is None:
-            captioner.text = PretrainedVocabulary.load(local_directory(source) / TEXT_TOKENIZER_FOLDER)
-        return captioner
+    def load_beside(self, directory: Path) -> None:
+        """Load the sub-word tokenizer, where the vocabulary is a pretrained decoder's."""
+        if self.text is None:
+            self.text = PretrainedVocabulary.load(directory / TEXT_TOKENIZER_FOLDER)
 
 
 def create_captioner(config: CaptionerConfig) -> Captioner:
     """Create an untrained captioner; with `shape.decoder`, around that language model and its tokenizer.
 
     Raises:
-        FileNotFoundError: there is no language model of that name.
+        FileNotFoundError: there is no directory or repository of that name.
+        ValueError: it holds no language model in safetensors.
     """
     if config.shape.decoder is None:
         return Captioner(config)
 
     from transformers import AutoModelForCausalLM
 
+    directory = directory_of(config.shape.decoder, TRANSFORMERS_FILES)
     try:
-        language_model = AutoModelForCausalLM.from_pretrained(config.shape.decoder, dtype=torch.float32)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"no causal language model {config.shape.decoder!r} here or on the hub; check --model.decoder"
+        language_model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, use_safetensors=True, **DATA_ONLY
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"no causal language model of transformers in {directory} ({reason}); check --model.decoder"
         ) from error
 
     config = dataclasses.replace(config, words=(), decoder_config=language_model.config.to_dict())
     captioner = Captioner(config, language_model)
-    captioner.text = PretrainedVocabulary.load(config.shape.decoder)
+    captioner.text = PretrainedVocabulary.load(directory)
     return captioner
 
 
@@ -331,7 +350,8 @@ def _untrained_language_model(config: CaptionerConfig) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
     if config.decoder_config is not None:
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.decoder_config))
+        decoder = AutoConfig.for_model(**config.decoder_config)
+        return AutoModelForCausalLM.from_config(decoder, trust_remote_code=False)
 
     shape = config.shape
     h, w = config.grid_size

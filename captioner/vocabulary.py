@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tavq.base.hub import DATA_ONLY
 from tavq.metrics.ptb import tokenize
 
 CLITIC = re.compile(r" (?=(?:'(?:s|re|ve|ll|d|m)|n't)(?: |$))")
@@ -99,10 +100,10 @@ class PretrainedVocabulary:
 
     @classmethod
     def load(cls, source: str | Path) -> PretrainedVocabulary:
-        """Load from a directory or a hub id."""
+        """Load from a directory."""
         from transformers import AutoTokenizer
 
-        return cls(AutoTokenizer.from_pretrained(source))
+        return cls(AutoTokenizer.from_pretrained(source, **DATA_ONLY))
 
     @property
     def suppressed_ids(self) -> list[int]:

@@ -81,7 +81,7 @@ class AlignRun:
     """Submodules of the base that levels 1 and 2 are read from; by default those behind its global
     attention."""
     text_encoder: str = "minilm"
-    """minilm, or a directory or hub id of a transformers text model."""
+    """minilm, or a directory or hf:OWNER/NAME of a transformers text model."""
     perceptual: str | None = None
     """`lpips`, or the path of a TorchScript network that gives feature maps; without it L1 alone."""
     probe_steps: int = 500

@@ -33,7 +33,7 @@ class CaptionRun:
     unsure_below: float = 0.0
     """Mark words less probable than this as [word?], where captions are printed."""
     checkpoint: str = CHECKPOINT
-    """Directory or hub id that holds tokenizer/ and captioner/."""
+    """Directory or hf:OWNER/NAME that holds tokenizer/ and captioner/."""
     device: Device = "auto"
     decoding: OmitArgPrefixes[DecodingConfig] = DecodingConfig()
 

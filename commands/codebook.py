@@ -47,7 +47,7 @@ class CodebookRun:
     """
 
     checkpoint: Positional[str]
-    """Tokenizer: a directory or hub id."""
+    """Tokenizer: a directory or hf:OWNER/NAME."""
     data: str
     """Data set: a directory in any known layout, or `shapes`."""
     out: Path = Path("codebook.png")

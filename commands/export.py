@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from tavq.base.arguments import parse, run_main
 from tavq.captioner.model import Captioner
 from tavq.generator.model import GeneratorModel
 from tavq.tokenizer.model import TAVQTokenizer
-from tavq.training.checkpoint import CONFIG_FILE, local_directory
+from tavq.training.checkpoint import CONFIG_FILE, local_directory, read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +24,7 @@ class ExportRun:
     """
 
     source: Positional[str]
-    """Directory or hub id of a tokenizer, generator or captioner."""
+    """Directory or hf:OWNER/NAME of a tokenizer, generator or captioner."""
     out: Path
     """Directory of the copy."""
     half: bool = True
@@ -36,11 +35,8 @@ class ExportRun:
 def main(argv: Sequence[str] | None = None) -> None:
     run = parse(ExportRun, argv, prog="tavq export")
     directory = local_directory(run.source)
-    kind = (
-        json.loads((directory / CONFIG_FILE).read_text()).get("kind")
-        if (directory / CONFIG_FILE).is_file()
-        else None
-    )
+    path = directory / CONFIG_FILE
+    kind = read_json(path).get("kind") if path.is_file() else None
     classes = (TAVQTokenizer, GeneratorModel, Captioner)
     model_class = next((c for c in classes if kind in (c.kind, *c.former_kinds)), None)
     if model_class is None:

@@ -46,7 +46,7 @@ class GenerateRun:
     from_png: Path | None = None
     """Draw again what this PNG shows, from the recipe in it; other settings are ignored."""
     checkpoint: str = CHECKPOINT
-    """Directory or hub id that holds tokenizer/, generator/ and captioner/."""
+    """Directory or hf:OWNER/NAME that holds tokenizer/, generator/ and captioner/."""
     device: Device = "auto"
     sampling: OmitArgPrefixes[SamplingConfig] = SamplingConfig()
 

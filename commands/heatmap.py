@@ -47,7 +47,7 @@ class HeatmapRun:
     out: Path = Path("maps")
     """Directory of NAME/overview.png and of one picture a word, phrase and sentence beside it."""
     checkpoint: str = CHECKPOINT
-    """Directory or hub id that holds tokenizer/."""
+    """Directory or hf:OWNER/NAME that holds tokenizer/."""
     device: Device = "auto"
 
     def __post_init__(self) -> None:

@@ -32,7 +32,7 @@ class ReconstructRun:
     """Directory for NAME.reconstruction.png and sheet.png, which shows the images above their
     reconstructions."""
     checkpoint: str = CHECKPOINT
-    """Directory or hub id that holds tokenizer/."""
+    """Directory or hf:OWNER/NAME that holds tokenizer/."""
     device: Device = "auto"
 
 

@@ -43,7 +43,7 @@ class TokenizeRun:
     out: Path
     """Directory of the shards."""
     checkpoint: str = "checkpoints/flickr8k/tokenizer"
-    """Tokenizer: a directory or hub id."""
+    """Tokenizer: a directory or hf:OWNER/NAME."""
     crops: int = 2
     """Random crops of each training image, every second one mirrored, beside the photo and its mirror
     image."""

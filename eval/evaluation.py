@@ -30,7 +30,7 @@ class EvaluationRun:
     """Flags of every evaluation."""
 
     checkpoint: str = "checkpoints/flickr8k"
-    """Directory or hub id that holds tokenizer/, generator/ and captioner/."""
+    """Directory or hf:OWNER/NAME that holds tokenizer/, generator/ and captioner/."""
     data: str = "../shared/data/flickr8k"
     """Data set: a directory in any known layout, or `shapes`."""
     split: str = "test"

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tavq.base.bounds import check_bounds
 from tavq.training.checkpoint import Checkpointed
 
 from .attention import Attention, attend
@@ -42,9 +43,17 @@ class GeneratorShape:
     attention: Attention = "auto"
     """Attention kernel: auto, sdpa, or xformers (CUDA only)."""
     text_encoder: str = "minilm"
-    """Text encoder: minilm, or a directory or hub id of a transformers text model."""
+    """Text encoder: minilm, or a directory or hf:OWNER/NAME of a transformers text model."""
 
     def __post_init__(self) -> None:
+        check_bounds(
+            self,
+            width=(1, 2**16),
+            num_layers=(1, 1000),
+            num_heads=(1, 1024),
+            hidden_width=(1, 2**18),
+            max_text_tokens=(1, 2**14),
+        )
         if self.width % (4 * self.num_heads):
             raise ValueError(
                 f"width is {self.width} with {self.num_heads} heads; expected a multiple of "
@@ -68,6 +77,10 @@ class GeneratorConfig(GeneratorShape):
     codebook_hash: str = ""
     """Hash of the codebook of the tokenizer whose ids it learned."""
     provenance: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_bounds(self, num_codes=(1, 2**24), grid_size=(1, 1024), text_dim=(1, 2**16))
 
     @classmethod
     def of(cls, shape: GeneratorShape, **known: Any) -> Self:

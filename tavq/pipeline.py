@@ -35,9 +35,9 @@ from tavq.generator.sampling import SamplingConfig, sample, stream
 from tavq.tokenizer.heatmaps import UnitMap, check_aligned, unit_maps
 from tavq.tokenizer.model import TAVQTokenizer
 from tavq.tokenizer.retrieval import alignment_scores, text_encoder_of
-from tavq.training.checkpoint import WEIGHTS_FILE, local_directory
+from tavq.training.checkpoint import WEIGHTS_FILE, local_directory, shipped_checkpoint
 
-CHECKPOINT = "checkpoints/flickr8k"
+CHECKPOINT = str(shipped_checkpoint())
 RECIPE_FIELD = "tavq"  # PNG text field: the recipe as JSON
 PARAMETERS_FIELD = "parameters"  # the same for people, as other programs write and show it
 RankBy = Literal["likelihood", "alignment", "sum"]
@@ -87,9 +87,19 @@ class Pipeline:
         self.tokenizer = TAVQTokenizer.from_pretrained(directory / "tokenizer").to(self.device)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, device: str = "cpu") -> Self:
-        """Load from a directory or a hub id. Raises FileNotFoundError where no checkpoint lies."""
-        return cls(local_directory(source), device)
+    def from_pretrained(cls, source: str | Path | None = None, device: str = "cpu", **hub: Any) -> Self:
+        """Load from a directory, or from the Hugging Face hub.
+
+        Args:
+            source: a directory, or `hf:OWNER/NAME[@REVISION]`; None takes the shipped weights.
+            device: of all models.
+            hub: options of `base.hub.directory_of`: revision, token, cache_dir, local_files_only,
+                force_download.
+
+        Raises:
+            FileNotFoundError: no checkpoint lies there.
+        """
+        return cls(shipped_checkpoint() if source is None else local_directory(source, **hub), device)
 
     @functools.cached_property
     def generator(self) -> GeneratorModel:

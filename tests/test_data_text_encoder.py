@@ -99,7 +99,9 @@ def test_bad_input_is_named(minilm):
         minilm.encode("a dog")
     with pytest.raises(ValueError, match="max_tokens is 300, minilm reads 3 to 256"):
         minilm.token_states(["a"], max_tokens=300)
-    with pytest.raises(ValueError, match="no text encoder at '/nowhere'"):
+    with pytest.raises(
+        FileNotFoundError, match="no directory /nowhere; a repository of the hub is written hf:"
+    ):
         TextEncoder("/nowhere")
 
 

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
 import pickle
+import resource
+import shutil
 import struct
 import tarfile
 import zlib
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
 from tavq.captioner.caption_folder import caption_folder
 from tavq.captioner.decoding import Caption
 from tavq.commands.caption import main as caption
+from tavq.commands.export import main as export
+from tavq.commands.generate import main as generate
 from tavq.commands.tokenize import main as tokenize
 from tavq.commands.train_generator import main as train_generator
 from tavq.data.layouts import open_dataset
+from tavq.data.text_encoder import minilm_directory
 from tavq.data.tokens import TokenMeta, TokenRecord, open_tokens, write_tokens
 
 
@@ -204,3 +211,146 @@ class TestPathsOutOfTheDataset:
         (snapshot / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (tmp_path / "link").symlink_to(snapshot)
         assert len(open_dataset(tmp_path / "link", "train")) == 2
+
+
+def put_checkpoint(source: Path, directory: Path, **changes: object) -> Path:
+    """Copy a checkpoint; `changes` replace fields of its config.json, by dotted names."""
+    shutil.copytree(source, directory)
+    config = json.loads((directory / "config.json").read_text())
+    for name, value in changes.items():
+        *parents, field = name.split(".")
+        functools.reduce(dict.__getitem__, parents, config)[field] = value
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+ABSURD = [
+    ("tokenizer", "quantizer.num_codes", 10**9, "num_codes is 1000000000, expected 2 to"),
+    ("tokenizer", "quantizer.num_codes", 2**24, "asks for more than"),
+    ("tokenizer", "quantizer.code_dim", 17, "do not fit each other"),
+    ("tokenizer", "trunk_blocks", 10**6, "trunk_blocks is 1000000, expected 1 to 1000"),
+    ("tokenizer", "trunk_blocks", 1000, "asks for more than"),
+    ("tokenizer", "blocks_per_stage", -1, "blocks_per_stage is -1"),
+    ("tokenizer", "patch_px", 0, "patch_px is 0, expected 1 to"),
+    ("tokenizer", "image_size_px", 10**9, "image_size_px is 1000000000"),
+    ("tokenizer", "channels", [], "channels is empty"),
+    ("tokenizer", "num_heads", 0, "num_heads is 0"),
+    ("tokenizer", "transport_temperature", float("nan"), "NaN is no finite number"),
+    ("tokenizer", "transport_temperature", float("-inf"), "-Infinity is no finite number"),
+    ("tokenizer", "text_dim", "many", 'wrong value type for field "text_dim"'),
+    ("generator", "num_layers", 10**6, "num_layers is 1000000"),
+    ("generator", "num_layers", 1000, "asks for more than"),
+    ("generator", "width", 0, "width is 0"),
+    ("generator", "num_heads", 0, "num_heads is 0"),
+    ("generator", "hidden_width", 2**18, "asks for more than"),
+    ("generator", "grid_size", [10**5, 10**5], "grid_size is (100000, 100000)"),
+    ("captioner", "shape.encoder_layers", 10**6, "encoder_layers is 1000000"),
+    ("captioner", "shape.max_words", 10**9, "max_words is 1000000000"),
+    ("captioner", "decoder_config", {"model_type": "gpt2", "n_layer": 10**6}, "asks for more than"),
+    ("captioner", "decoder_config", {"model_type": "gpt2", "n_embd": 12 * 10**8}, "asks for more than"),
+    ("captioner", "decoder_config", {"model_type": "evil"}, "do not fit each other"),
+]
+
+
+@pytest.mark.parametrize(("part", "field", "value", "message"), ABSURD)
+def test_an_absurd_configuration_is_refused_before_memory_is_taken(
+    tiny_checkpoint, tmp_path, part, field, value, message
+):
+    directory = put_checkpoint(tiny_checkpoint / part, tmp_path / part, **{field: value})
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 2**30, limits[1]))
+    try:
+        line = refused(export, directory, "--out", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "is no configuration"),
+        (b"[1, 2]", "it holds no object"),
+        (b"\xff\xfe", "is no configuration"),
+        (b"[" * 10**5, "is no configuration"),
+        (b'{"kind": "ta-vq-tokenizer", "transport_temperature": 1e999}', "1e999 is no finite number"),
+        (b" " * (2**24 + 1), "larger than"),
+    ],
+)
+def test_a_configuration_that_is_none_is_named(tiny_checkpoint, tmp_path, content, message):
+    directory = put_checkpoint(tiny_checkpoint / "tokenizer", tmp_path / "tokenizer")
+    (directory / "config.json").write_bytes(content)
+    line = refused(export, directory, "--out", tmp_path / "out")
+    assert str(directory / "config.json") in line and message in line
+
+
+@pytest.mark.parametrize("length", [0, 4, 100, 20_000])
+def test_truncated_weights_are_named(tiny_checkpoint, tmp_path, length):
+    directory = put_checkpoint(tiny_checkpoint / "generator", tmp_path / "generator")
+    weights = directory / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:length])
+    assert f"{weights} is damaged" in refused(export, directory, "--out", tmp_path / "out")
+
+
+def test_flipped_bits_in_the_weights_are_found(tiny_checkpoint, tmp_path):
+    directory = put_checkpoint(tiny_checkpoint / "captioner", tmp_path / "captioner")
+    weights = directory / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-100] ^= 64
+    weights.write_bytes(content)
+    line = refused(export, directory, "--out", tmp_path / "out")
+    assert f"{weights} is not the file that config.json was saved with" in line
+
+
+def test_a_pickle_in_the_place_of_weights_never_runs(tiny_checkpoint, tmp_path):
+    directory = put_checkpoint(tiny_checkpoint / "tokenizer", tmp_path / "tokenizer")
+    exploded = tmp_path / "exploded"
+    (directory / "model.safetensors").write_bytes(pickle.dumps(Bomb(exploded)))
+    assert "model.safetensors is damaged" in refused(export, directory, "--out", tmp_path / "out")
+    assert not exploded.exists()
+
+
+@pytest.fixture
+def evil_encoder(tmp_path: Path) -> Path:
+    """A text encoder whose configuration names code of its own, which touches `exploded` when it runs."""
+    directory = tmp_path / "encoder"
+    directory.mkdir()
+    code = {name: f"evil.Evil{name.removeprefix('Auto')}" for name in ("AutoConfig", "AutoModel")}
+    code["AutoTokenizer"] = ["evil.EvilTokenizer", None]
+    (directory / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": code}))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"auto_map": code}))
+    (directory / "evil.py").write_text(f"open({str(tmp_path / 'exploded')!r}, 'w')\n")
+    return directory
+
+
+def test_code_that_comes_with_a_text_encoder_never_runs(tiny_checkpoint, tmp_path, evil_encoder, monkeypatch):
+    shutil.copytree(tiny_checkpoint / "tokenizer", tmp_path / "it" / "tokenizer")
+    put_checkpoint(
+        tiny_checkpoint / "generator", tmp_path / "it" / "generator", text_encoder=str(evil_encoder)
+    )
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    line = refused(generate, "a dog", "--checkpoint", tmp_path / "it", "--out", tmp_path / "out")
+    assert f"no text encoder at {str(evil_encoder)!r}" in line
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_pickled_weights_of_a_text_encoder_never_run(tiny_checkpoint, tmp_path):
+    encoder, exploded = tmp_path / "encoder", tmp_path / "exploded"
+    shutil.copytree(minilm_directory(), encoder, ignore=shutil.ignore_patterns("*.safetensors"))
+    (encoder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(exploded)))
+    shutil.copytree(tiny_checkpoint / "tokenizer", tmp_path / "it" / "tokenizer")
+    put_checkpoint(tiny_checkpoint / "generator", tmp_path / "it" / "generator", text_encoder=str(encoder))
+    line = refused(generate, "a dog", "--checkpoint", tmp_path / "it", "--out", tmp_path / "out")
+    assert f"no text encoder at {str(encoder)!r}" in line and not exploded.exists()
+
+
+def test_a_minilm_that_is_another_one_is_refused(tiny_checkpoint, tmp_path, monkeypatch):
+    changed = tmp_path / "model"
+    shutil.copytree(minilm_directory(), changed)
+    with (changed / "model.safetensors").open("r+b") as file:
+        file.seek(-8, os.SEEK_END)
+        file.write(b"\0" * 8)
+    monkeypatch.setattr("tavq.data.text_encoder.minilm_directory", lambda: changed)
+    line = refused(generate, "a dog", "--checkpoint", tiny_checkpoint, "--out", tmp_path / "out")
+    assert f"{changed / 'model.safetensors'} is not the file that was tested" in line

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tavq.alignment.projections import NUM_LEVELS, TextProjections
+from tavq.base.bounds import check_bounds
 from tavq.base.precision import full_precision
 from tavq.training.checkpoint import Checkpointed, tensor_hash
 
@@ -56,6 +57,18 @@ class TokenizerConfig:
     """What shaped these weights: alignment, text encoder, and the hash of every network that taught them."""
 
     def __post_init__(self) -> None:
+        check_bounds(
+            self,
+            image_size_px=(1, 8192),
+            channels=(1, 2**14),
+            patch_px=(1, 256),
+            blocks_per_stage=(0, 1000),
+            trunk_blocks=(1, 1000),
+            num_heads=(1, 1024),
+            text_dim=(1, 2**16),
+            projection_width=(1, 2**16),
+            transport_temperature=(1e-6, 1e6),
+        )
         if self.image_size_px % self.downsampling:
             raise ValueError(
                 f"image_size_px is {self.image_size_px}, expected a multiple of the downsampling, "

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tavq.base.bounds import check_bounds
+
 RESTART_NOISE = 0.01  # a component, so that two codes drawn from one latent part
 ROWS_AT_ONCE = 65536  # bounds the (M, K) similarity matrix when many vectors are looked up
 
@@ -44,14 +46,21 @@ class QuantizerConfig:
     fsq_levels: tuple[int, ...] = (8, 5, 5, 5)
 
     def __post_init__(self) -> None:
+        check_bounds(
+            self,
+            num_codes=(2, 2**24),
+            code_dim=(1, 2**14),
+            commitment=(0, 1e6),
+            usage_decay=(0, 1),
+            restart_below=(0, 1),
+            entropy_weight=(0, 1e6),
+            temperature=(1e-6, 1e6),
+            fsq_levels=(2, 2**16),
+        )
         if self.name == "fsq" and self.num_codes != (product := int(torch.tensor(self.fsq_levels).prod())):
             raise ValueError(
                 f"fsq_levels {self.fsq_levels} make {product} codes, num_codes is {self.num_codes}; "
                 f"set it to {product}"
-            )
-        if self.num_codes < 2 or self.code_dim < 1:
-            raise ValueError(
-                f"num_codes {self.num_codes} and code_dim {self.code_dim}: expected at least 2 and 1"
             )
 
 

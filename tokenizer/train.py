@@ -84,7 +84,7 @@ class TokenizerRun:
     distill: Path | None = None
     """TorchScript vision network whose last map the latents learn to predict."""
     text_encoder: str = "minilm"
-    """minilm, or a directory or hub id of a transformers text model."""
+    """minilm, or a directory or hf:OWNER/NAME of a transformers text model."""
     min_usage: float = 0.0
     """Share of codes in use on the validation split below which training ends with an error; 0 only warns."""
     model: TokenizerConfig = PRESETS["flickr8k"]

@@ -1,28 +1,62 @@
 """A checkpoint is a directory: `config.json`, `model.safetensors`, and a model card `README.md`.
 
-Each file is written by `atomic_write`: a killed process leaves the old file or the new one, never half.
+`config.json` also holds the SHA-256 of the weights, which is compared when they are loaded. Each file is
+written by `atomic_write`: a killed process leaves the old file or the new one, never half.
+
+A checkpoint may come from a stranger. Nothing in it is code; a configuration that does not fit its weights
+is refused before memory is taken for it (`building.py`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import importlib.resources
 import json
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NoReturn, Self
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tavq.base.arguments import from_dict, to_plain
-from tavq.base.files import atomic_write
+from tavq.base.files import atomic_write, file_sha256
+from tavq.base.hub import HUB_PREFIX, directory_of
+
+from .building import check_fits, check_memory
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
+FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, "text_tokenizer/*.json", "text_tokenizer/*.txt")
+SHIPPED = "flickr8k"
+MAX_CONFIG_BYTES = 2**24  # the largest of ours, a captioner's with its vocabulary, has 2**15
+
+
+def shipped_checkpoint() -> Path:
+    """Return the directory of the weights that come with the package: tokenizer/, generator/, captioner/.
+
+    It is `checkpoints/flickr8k` in a checkout, and lies in site-packages otherwise.
+    """
+    return Path(str(importlib.resources.files("tavq.checkpoints").joinpath(SHIPPED)))
+
+
+def local_directory(source: str | Path, **hub: Any) -> Path:
+    """Return the directory of the checkpoint `source`: a path, or `hf:OWNER/NAME[@REVISION]`, downloaded.
+
+    Args:
+        source: of one model, or of tokenizer/, generator/ and captioner/.
+        hub: options of `base.hub.directory_of`: revision, token, cache_dir, local_files_only, force_download.
+
+    Raises:
+        FileNotFoundError: no such directory, or no such repository.
+    """
+    return directory_of(source, [pattern for file in FILES for pattern in (file, f"*/{file}")], **hub)
 
 
 def tensor_hash(tensor: Tensor) -> str:
@@ -60,10 +94,15 @@ class Checkpointed(nn.Module):
         directory = Path(directory)
         config = {"kind": self.kind, "weights": "float16" if half else "float32", **to_plain(self.config)}
         tensors = {name: self._stored(name, tensor, half) for name, tensor in self.state_dict().items()}
-        with atomic_write(directory / WEIGHTS_FILE) as path:
-            save_file(tensors, path)
-        with atomic_write(directory / CONFIG_FILE) as path:
-            path.write_text(json.dumps(config, indent=2) + "\n")
+
+        # both are complete before either takes its place: a kill hardly leaves a pair that does not fit
+        with contextlib.ExitStack() as stack:
+            weights = stack.enter_context(atomic_write(directory / WEIGHTS_FILE))
+            description = stack.enter_context(atomic_write(directory / CONFIG_FILE))
+            save_file(tensors, weights)
+            config["weights_sha256"] = file_sha256(weights)
+            description.write_text(json.dumps(config, indent=2) + "\n")
+
         if self.card or not (directory / CARD_FILE).exists():
             with atomic_write(directory / CARD_FILE) as path:
                 path.write_text(
@@ -75,26 +114,77 @@ class Checkpointed(nn.Module):
         return tensor.detach().cpu().contiguous() if keep else tensor.detach().cpu().half().contiguous()
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, **changes: Any) -> Self:
-        """Load from a directory or a hub id; `changes` replace fields of the configuration.
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        **changes: Any,
+    ) -> Self:
+        """Load from a directory, or from the Hugging Face hub.
+
+        Args:
+            source: a directory, or `hf:OWNER/NAME[@REVISION]`.
+            revision: branch, tag or commit on the hub.
+            token: of the hub; True takes the one that `hf auth login` stored.
+            cache_dir: where downloads lie.
+            local_files_only: download nothing.
+            force_download: download what lies in the cache, too.
+            changes: fields of the configuration to replace.
 
         Raises:
             FileNotFoundError: the directory holds no checkpoint, or the hub has no such repository.
-            ValueError: the checkpoint is of another kind, or its configuration has an unknown field.
+            ValueError: the checkpoint is of another kind, its configuration has an unknown field or a value
+                out of bounds, or its weights are damaged or do not fit.
         """
-        directory = local_directory(source)
-        stored = read_config(directory, cls.kind, cls.former_kinds)
-        config = {cls.renamed_fields.get(name, name): value for name, value in stored.items()}
-        model = cls(
-            dataclasses.replace(from_dict(cls.config_class, config, source=str(directory)), **changes)
+        directory = local_directory(
+            source,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
         )
-        tensors = load_file(directory / WEIGHTS_FILE)
+        stored = read_config(directory, cls.kind, cls.former_kinds)
+        expected_hash = stored.pop("weights_sha256", None)
+        values = {cls.renamed_fields.get(name, name): value for name, value in stored.items()}
+        config = dataclasses.replace(from_dict(cls.config_class, values, source=str(directory)), **changes)
+
+        weights = directory / WEIGHTS_FILE
+        check_fits(cls, config, weights, cls._todays_name)
+        if expected_hash is not None and file_sha256(weights) != expected_hash:
+            raise ValueError(
+                f"{weights} is not the file that {CONFIG_FILE} was saved with: its SHA-256 is another; "
+                f"copy both anew"
+            )
+        model = cls(config)
         model.load_state_dict(
-            {cls._todays_name(name): t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+            {
+                cls._todays_name(name): tensor.float() if tensor.is_floating_point() else tensor
+                for name, tensor in load_file(weights).items()
+            }
         )
         card = directory / CARD_FILE
-        model.card = card.read_text() if card.exists() else ""
+        model.card = card.read_text(errors="replace") if card.is_file() else ""
+        model.load_beside(directory)
         return model.eval()
+
+    def load_beside(self, directory: Path) -> None:
+        """Load what a subclass keeps in `directory` beside configuration and weights; nothing by default."""
+
+    @classmethod
+    def from_config(cls, config: Any) -> Self:
+        """Build with random weights, to be trained.
+
+        Raises:
+            ValueError: training would need more memory than this machine has; none has been taken yet.
+        """
+        check_memory(cls, config)
+        return cls(config)
 
     @classmethod
     def _todays_name(cls, key: str) -> str:
@@ -102,57 +192,88 @@ class Checkpointed(nn.Module):
             key = key.replace(old, new)
         return key
 
-    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-        """Upload to the Hugging Face hub, making the repository when needed. Returns the address of the
-        commit."""
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload of a TA-VQ model",
+        private: bool | None = None,
+        token: str | None = None,
+        branch: str | None = None,
+        create_pr: bool | None = None,
+    ) -> str:
+        """Upload to the Hugging Face hub, making the repository when needed.
+
+        Args:
+            repo_id: OWNER/NAME, with or without `hf:`.
+            commit_message: of the commit.
+            private: whether a new repository is private; the account's default if None.
+            token: of the hub; the one that `hf auth login` stored if None.
+            branch: to commit to; the main branch if None.
+            create_pr: open a pull request instead of committing to the branch.
+
+        Returns:
+            The address of the commit.
+        """
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)
+        repo_id = repo_id.removeprefix(HUB_PREFIX)
         api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as directory:
             self.save_pretrained(directory)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=directory))
-
-
-def local_directory(source: str | Path) -> Path:
-    """The directory that `source` names: a path as it is, or a hub id (`owner/name`) downloaded to the
-    cache."""
-    path = Path(source)
-    if path.is_dir():
-        return path
-    if path.is_absolute() or str(source).startswith(".") or str(source).count("/") != 1:
-        raise FileNotFoundError(
-            f"no directory {source}; give a checkpoint directory or a hub id such as owner/name"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(source)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise FileNotFoundError(
-            f"{source} is neither a directory here nor on the hub ({reason}); check the name"
-        ) from error
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=directory,
+                commit_message=commit_message,
+                revision=branch,
+                create_pr=create_pr,
+            )
+        return str(commit)
 
 
 def read_config(directory: Path, kind: str, former_kinds: Sequence[str] = ()) -> dict[str, Any]:
-    """The configuration in `directory`, checked to be of `kind`, without the fields that describe the file
-    itself."""
+    """Return the configuration in `directory`, checked to be of `kind`.
+
+    Of the fields that describe the file itself, `weights_sha256` alone is left in, where there is one.
+    """
     path = directory / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(
             f"{directory} has no {CONFIG_FILE}; a {kind} checkpoint holds {CONFIG_FILE} and {WEIGHTS_FILE}"
         )
-    config = json.loads(path.read_text())
-    found = config.pop("kind", None)
+    config = read_json(path)
+    stored_kind = config.pop("kind", None)
     config.pop("weights", None)
-    if found not in (kind, *former_kinds):
+    if stored_kind not in (kind, *former_kinds):
         raise ValueError(
-            f"{directory} holds a {found or 'foreign checkpoint'}, expected a {kind}; name its directory"
+            f"{directory} holds a {stored_kind or 'foreign checkpoint'}, expected a {kind}; "
+            "name its directory"
         )
     if not (directory / WEIGHTS_FILE).is_file():
         raise FileNotFoundError(
             f"{directory} has {CONFIG_FILE} but no {WEIGHTS_FILE}; copy or train the weights"
         )
     return config
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object of finite numbers. Raises ValueError, naming the file, for anything else."""
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ValueError(f"it is larger than {MAX_CONFIG_BYTES} bytes")
+        values = json.loads(path.read_text(), parse_constant=_refuse, parse_float=_finite)
+        if not isinstance(values, dict):
+            raise ValueError("it holds no object")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no configuration: {error}") from error
+    return values
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _refuse(text)
+
+
+def _refuse(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no finite number")

@@ -1,0 +1,1 @@
+"""The small trained weights that come with the package; `tavq.training.checkpoint` finds them."""
