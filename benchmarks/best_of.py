@@ -21,7 +21,7 @@ from tavq.base.arguments import parse, run_main
 from tavq.data.layouts import open_dataset
 from tavq.eval.faithfulness import open_judge
 from tavq.generator.sampling import SamplingConfig
-from tavq.pipeline import Pipeline, RankBy, fit_of
+from tavq.pipeline import CHECKPOINT, Pipeline, RankBy, fit_of
 from tavq.tokenizer.retrieval import alignment_scores
 
 RANK = 10
@@ -31,7 +31,7 @@ RANK = 10
 class BestOf:
     """Measure what choosing among candidates gains."""
 
-    checkpoint: str = "checkpoints/flickr8k"
+    checkpoint: str = CHECKPOINT
     data: str = "../shared/data/flickr8k"
     split: str = "val"
     prompts: int = 100

@@ -22,6 +22,7 @@ from tavq.data.images import to_tensor
 from tavq.data.layouts import open_dataset
 from tavq.eval.table import with_block, write_block
 from tavq.tokenizer.model import TAVQTokenizer
+from tavq.training.checkpoint import shipped_checkpoint
 
 SETTINGS = {"greedy": GREEDY, "beam 5": DecodingConfig(beam=5)}
 PARTS = ("reading", "tokenizer", "decoder", "words")
@@ -33,7 +34,7 @@ class CaptionBenchmark:
 
     data: str = "shapes"
     """Data set whose test split is captioned: a directory in any known layout, or `shapes`."""
-    checkpoint: Path = Path("checkpoints/flickr8k")
+    checkpoint: Path = shipped_checkpoint()
     """Directory that holds tokenizer/ and captioner/."""
     images: int = 1000
     batch_sizes: tuple[int, ...] = (1, 32)

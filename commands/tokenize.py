@@ -25,7 +25,7 @@ from tavq.data.layouts import open_dataset
 from tavq.data.tokens import TokenMeta, TokenRecord, write_tokens
 from tavq.tokenizer.model import TAVQTokenizer
 from tavq.tokenizer.training_images import SMALLEST_CROP
-from tavq.training.checkpoint import WEIGHTS_FILE, local_directory
+from tavq.training.checkpoint import WEIGHTS_FILE, local_directory, shipped_checkpoint
 
 SPLITS = ("train", "val", "test")
 IMAGES_AT_ONCE = 32
@@ -42,7 +42,7 @@ class TokenizeRun:
     """Data set: a directory in any known layout, or `shapes`."""
     out: Path
     """Directory of the shards."""
-    checkpoint: str = "checkpoints/flickr8k/tokenizer"
+    checkpoint: str = str(shipped_checkpoint() / "tokenizer")
     """Tokenizer: a directory or hf:OWNER/NAME."""
     crops: int = 2
     """Random crops of each training image, every second one mirrored, beside the photo and its mirror

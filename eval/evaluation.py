@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from tavq.data.examples import ImageTextDataset, readable_images
 from tavq.data.images import to_pil, to_pixels
 from tavq.data.layouts import open_dataset
 from tavq.metrics.features import FeatureNetwork, ImageSet, load_network, refuse_training_network
-from tavq.pipeline import Pipeline
+from tavq.pipeline import CHECKPOINT, Pipeline
 from tavq.tokenizer.model import TEACHERS
 from tavq.training.checkpoint import CONFIG_FILE, local_directory
 
@@ -29,7 +30,7 @@ RESIZE = f"squashed to {REFERENCE_SIZE_PX} x {REFERENCE_SIZE_PX}, antialiased bi
 class EvaluationRun:
     """Flags of every evaluation."""
 
-    checkpoint: str = "checkpoints/flickr8k"
+    checkpoint: str = CHECKPOINT
     """Directory or hf:OWNER/NAME that holds tokenizer/, generator/ and captioner/."""
     data: str = "../shared/data/flickr8k"
     """Data set: a directory in any known layout, or `shapes`."""
@@ -56,8 +57,11 @@ class EvaluationRun:
             needs: parts of the checkpoint that must be there, such as ("tokenizer", "captioner").
         """
         directory = local_directory(self.checkpoint)
-        if self.out is None and not Path(self.checkpoint).is_dir():
-            raise ValueError(f"{self.checkpoint} is no folder here; say with --out where the result goes")
+        libraries = Path(sysconfig.get_path("purelib"))
+        if self.out is None and (not Path(self.checkpoint).is_dir() or directory.is_relative_to(libraries)):
+            raise ValueError(
+                f"results cannot lie beside the weights of {self.checkpoint}; say with --out where to write"
+            )
         absent = [part for part in needs if not (directory / part / CONFIG_FILE).is_file()]
         if absent:
             raise FileNotFoundError(

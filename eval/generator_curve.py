@@ -27,6 +27,7 @@ from tavq.generator.sampling import SamplingConfig
 from tavq.metrics.features import FeatureNetwork, ImageSet
 from tavq.metrics.frechet import image_metrics
 from tavq.pipeline import Pipeline
+from tavq.training.checkpoint import shipped_checkpoint
 from tavq.training.loop import EVALUATED_FOLDER
 from tavq.training.run_folder import read_log
 
@@ -40,7 +41,7 @@ class GeneratorCurve:
 
     run: Positional[Path]
     """Directory of a generator's training run, with the weights of its evaluations."""
-    checkpoint: Path = Path("checkpoints/flickr8k")
+    checkpoint: Path = shipped_checkpoint()
     """Directory that holds the tokenizer/ of that generator."""
     data: str = "../shared/data/flickr8k"
     """Data set: a directory in any known layout, or `shapes`."""

@@ -3,6 +3,7 @@
 import functools
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ from PIL import Image
 
 from tavq.data.examples import Example, ImageTextDataset
 from tavq.eval import faithfulness, generator_curve, run_caption, run_t2i, run_tokenizer
+from tavq.eval.evaluation import EvaluationRun
 from tavq.eval.faithfulness import cycle_cider
 from tavq.eval.results import read_results
+from tavq.pipeline import CHECKPOINT
 from tavq.tokenizer.model import TAVQTokenizer
 
 LIMIT = ("--data", "shapes", "--limit", "12")
@@ -215,3 +218,10 @@ def test_a_part_that_is_missing_is_named(checkpoint, capsys):
     with pytest.raises(SystemExit) as stopped:
         run_caption.main(["--checkpoint", str(checkpoint), *LIMIT])
     assert stopped.value.code == 2 and "captioner/config.json" in capsys.readouterr().err
+
+
+def test_results_never_go_into_the_installed_package(monkeypatch, tmp_path):
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(Path(CHECKPOINT).parent.parent))
+    with pytest.raises(ValueError, match=r"results cannot lie beside the weights of .*; say with --out"):
+        EvaluationRun(data="shapes").open(())
+    EvaluationRun(data="shapes", out=tmp_path / "result.json").open(())

@@ -1,17 +1,22 @@
 """The house stands: packages, import arrows, light imports, the wheel's contents."""
 
 import ast
+import functools
 import importlib
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import sysconfig
 import time
 import tomllib
+import urllib.request
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -176,23 +181,87 @@ def test_importing_every_module_does_nothing_else(tmp_path):
     assert [str(path) for folder in (home, cwd) for path in folder.rglob("*")] == []
 
 
-def test_the_wheel_holds_every_file_of_the_packages_and_no_weights(tmp_path):
-    tree = tmp_path / "tree"
-    for folder in FOLDERS.values():
-        shutil.copytree(folder, tree / folder.name, ignore=shutil.ignore_patterns("__pycache__"))
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from a copy of the packages alone."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for package in FOLDERS.values():
+        shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree / name)
+        shutil.copy(ROOT / name, folder / name)
     build = "from setuptools import build_meta; import sys; build_meta.build_wheel(sys.argv[1])"
-    built = run_python("-c", build, str(tmp_path), cwd=tree)
+    built = run_python("-c", build, str(folder), cwd=folder)
     assert built.returncode == 0, built.stderr[-2000:]
-    names = set(zipfile.ZipFile(next(tmp_path.glob("ta_vq-*.whl"))).namelist())
+    return next(folder.glob("ta_vq-*.whl"))
+
+
+def test_the_wheel_holds_every_file_of_the_packages_and_the_weights_without_results(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
     packed = {name for name in names if ".dist-info/" not in name}
     expected = {
         f"{package.replace('.', '/')}/{path.relative_to(folder)}"
         for package, folder in FOLDERS.items()
         for path in folder.rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and not {"__pycache__", "results"} & set(path.parts)
     }
     assert packed == expected
     assert {name.split("/")[0] for name in packed} == {"tavq"}
+    assert "tavq/py.typed" in packed and "tavq/checkpoints/flickr8k/generator/model.safetensors" in packed
     assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert wheel.stat().st_size < 30e6
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `tavq` command of a fresh environment that holds the wheel, and sees the libraries of this one."""
+    environment = tmp_path_factory.mktemp("installed") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    pip = [sys.executable, "-m", "pip", "--python", environment / "bin" / "python", "install"]
+    subprocess.run([*pip, "--quiet", "--no-deps", "--no-index", wheel], check=True)
+    (site_packages,) = environment.glob("lib/python*/site-packages")
+    libraries = sysconfig.get_path("purelib")
+    (site_packages / "libraries.pth").write_text(f"import site; site.addsitedir({libraries!r})\n")
+    return environment / "bin" / "tavq"
+
+
+@pytest.fixture
+def stranger(tmp_path: Path) -> dict[str, Any]:
+    """Options of a process that starts in an empty folder, offline, and knows nothing of this checkout."""
+    for folder in ("here", "home"):
+        (tmp_path / folder).mkdir()
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "TAVQ"))
+    }
+    environment |= {"HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    return {"cwd": tmp_path / "here", "env": environment, "text": True}
+
+
+def test_the_installed_wheel_generates_and_captions_from_an_empty_folder(installed, stranger):
+    run = functools.partial(subprocess.run, capture_output=True, **stranger)
+    code = "import tavq.data, tavq.pipeline; print(tavq.data.__file__, tavq.pipeline.CHECKPOINT)"
+    places = run([installed.parent / "python", "-c", code]).stdout.split()
+    assert len(places) == 2 and all(place.startswith(str(installed.parent.parent)) for place in places)
+
+    generated = run([installed, "generate", "a dog runs on the beach", "--device", "cpu"])
+    assert generated.returncode == 0, generated.stderr[-2000:]
+    image = stranger["cwd"] / "out" / "000000.png"
+    assert image.is_file()
+    captioned = run([installed, "caption", image, "--device", "cpu"])
+    assert captioned.returncode == 0 and len(captioned.stdout.split()) > 4, captioned.stderr[-2000:]
+
+
+def test_the_demo_of_the_installed_wheel_starts_in_an_empty_folder(installed, stranger):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [installed, "demo", "--device", "cpu", "--port", str(port)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, **pipes, **stranger) as demo:
+        try:
+            said = demo.stdout.readline()
+            assert said.startswith("TA-VQ demo on"), said + demo.stdout.read()
+            with urllib.request.urlopen(said.split()[-1]) as page:
+                assert page.status == 200 and b"gradio" in page.read()
+        finally:
+            demo.terminate()
+    assert list(stranger["cwd"].iterdir()) == []
