@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tavq.base.arguments import parse, run_main
-from tavq.data.layouts import open_dataset
+from tavq.data.layouts import default_data, open_dataset
 from tavq.eval.faithfulness import open_judge
 from tavq.generator.sampling import SamplingConfig
 from tavq.pipeline import CHECKPOINT, Pipeline, RankBy, fit_of
@@ -32,7 +32,8 @@ class BestOf:
     """Measure what choosing among candidates gains."""
 
     checkpoint: str = CHECKPOINT
-    data: str = "../shared/data/flickr8k"
+    data: str = dataclasses.field(default_factory=default_data)
+    """Data set: a directory in any known layout, or `shapes`. By default the one that TAVQ_DATA names."""
     split: str = "val"
     prompts: int = 100
     """The first captions of so many photos."""

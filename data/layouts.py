@@ -10,6 +10,7 @@ lists), `metadata.jsonl` (Hugging Face imagefolder), WebDataset shards (`*.tar`)
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -29,6 +30,17 @@ _KNOWN = (
 )
 
 
+def default_data() -> str:
+    """Return the data set that the environment variable TAVQ_DATA names; without it one must be given."""
+    return os.environ.get("TAVQ_DATA", "")
+
+
+def check_data_is_named(path: str | Path) -> None:
+    """Raise ValueError if neither a flag nor TAVQ_DATA named a data set."""
+    if not str(path):
+        raise ValueError("no data set is named; give one with --data DIR, or set TAVQ_DATA")
+
+
 def open_dataset(path: str | Path, split: str | None = None) -> ImageTextDataset:
     """Open a data set, whatever its layout.
 
@@ -42,6 +54,7 @@ def open_dataset(path: str | Path, split: str | None = None) -> ImageTextDataset
         FileNotFoundError: nothing lies at `path`, or annotated images are missing.
         ValueError: no known layout, an annotation that cannot be read, or no example in `split`.
     """
+    check_data_is_named(path)
     if split is not None and split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
     if str(path) == "shapes":

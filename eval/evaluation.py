@@ -16,7 +16,7 @@ from tavq.base.cache import cache_directory
 from tavq.base.device import Device, choose_device
 from tavq.data.examples import ImageTextDataset, readable_images
 from tavq.data.images import to_pil, to_pixels
-from tavq.data.layouts import open_dataset
+from tavq.data.layouts import default_data, open_dataset
 from tavq.metrics.features import FeatureNetwork, ImageSet, load_network, refuse_training_network
 from tavq.pipeline import CHECKPOINT, Pipeline
 from tavq.tokenizer.model import TEACHERS
@@ -32,8 +32,8 @@ class EvaluationRun:
 
     checkpoint: str = CHECKPOINT
     """Directory or hf:OWNER/NAME that holds tokenizer/, generator/ and captioner/."""
-    data: str = "../shared/data/flickr8k"
-    """Data set: a directory in any known layout, or `shapes`."""
+    data: str = dataclasses.field(default_factory=default_data)
+    """Data set: a directory in any known layout, or `shapes`. By default the one that TAVQ_DATA names."""
     split: str = "test"
     """Choices are made on val; test is run once, on the frozen recipe."""
     limit: int | None = None

@@ -20,7 +20,7 @@ from tyro.conf import Positional
 from tavq.base.arguments import parse, run_main
 from tavq.base.files import atomic_write
 from tavq.data.examples import ImageTextDataset
-from tavq.data.layouts import open_dataset
+from tavq.data.layouts import default_data, open_dataset
 from tavq.eval.evaluation import at_reference_size, image_metric_options, open_network, reference_set
 from tavq.eval.run_t2i import draw
 from tavq.generator.sampling import SamplingConfig
@@ -43,8 +43,8 @@ class GeneratorCurve:
     """Directory of a generator's training run, with the weights of its evaluations."""
     checkpoint: Path = shipped_checkpoint()
     """Directory that holds the tokenizer/ of that generator."""
-    data: str = "../shared/data/flickr8k"
-    """Data set: a directory in any known layout, or `shapes`."""
+    data: str = dataclasses.field(default_factory=default_data)
+    """Data set: a directory in any known layout, or `shapes`. By default the one that TAVQ_DATA names."""
     split: str = "val"
     limit: int = 500
     """Photos, with one picture each; a Frechet distance of so few is biased, alike for all steps."""

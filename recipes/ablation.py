@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tavq.base.arguments import parse, run_main
+from tavq.data.layouts import check_data_is_named, default_data
 from tavq.eval.results import Results, read_results
 from tavq.eval.table import write_block
 from tavq.tokenizer.train import LossConfig
@@ -56,8 +57,8 @@ COLUMNS: dict[str, tuple[str, str, float, int]] = {
 class Ablation:
     """Train and measure every variant with the same budget."""
 
-    data: str = "../shared/data/flickr8k"
-    """Data set: a directory in any known layout, or `shapes`."""
+    data: str = dataclasses.field(default_factory=default_data)
+    """Data set: a directory in any known layout, or `shapes`. By default the one that TAVQ_DATA names."""
     teacher: Path | None = None
     """TorchScript network of the perceptual loss; nothing is distilled here."""
     features: Path | None = None
@@ -78,6 +79,7 @@ class Ablation:
     out: Path = Path("docs/ablation.md")
 
     def __post_init__(self) -> None:
+        check_data_is_named(self.data)
         unknown = set(self.only) - set(VARIANTS) - set(TUNING)
         if unknown:
             names = ", ".join([*VARIANTS, *TUNING])

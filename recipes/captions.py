@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tavq.base.arguments import parse, run_main
+from tavq.data.layouts import check_data_is_named, default_data
 from tavq.eval.results import compare, read_results
 from tavq.eval.table import format_difference, make_tables
 
@@ -30,8 +31,8 @@ SHOWN = ("CIDEr", "BLEU-4", "METEOR", "ROUGE-L")
 class CaptionComparison:
     """Train self-critically what the ablation left, measure all, and write the tables."""
 
-    data: str = "../shared/data/flickr8k"
-    """Data set: a directory in any known layout, or `shapes`."""
+    data: str = dataclasses.field(default_factory=default_data)
+    """Data set: a directory in any known layout, or `shapes`. By default the one that TAVQ_DATA names."""
     runs: Path = Path("runs/ablation")
     """Where the ablation's runs lie."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -43,6 +44,7 @@ class CaptionComparison:
 @run_main
 def main(argv: Sequence[str] | None = None) -> None:
     run = parse(CaptionComparison, argv, prog="python recipes/captions.py")
+    check_data_is_named(run.data)
     for seed in run.seeds:
         for codebook in CODEBOOKS:
             train_on(run, run.runs / f"{codebook}-seed{seed}", seed)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train tokenizer, generator and captioner, and measure them; `tavq table` makes the README's tables of the results:
 #
-#   DATA=../shared/data/flickr8k TEACHER=squeezenet_layers.pt FEATURES=mobilenet_v2_features.pt bash recipes/flickr8k.sh
+#   DATA=data/flickr8k TEACHER=squeezenet_layers.pt FEATURES=mobilenet_v2_features.pt bash recipes/flickr8k.sh
 #   PRESET=tiny bash recipes/flickr8k.sh        # the same chain on generated shapes, in minutes
 #   START=checkpoints/flickr8k DATA=... bash recipes/flickr8k.sh   # train finished weights further, as the shipped ones were
 #
@@ -16,7 +16,8 @@ PRESET=${PRESET:-flickr8k}
 ALIGN=${ALIGN:-ot}
 START=${START:-}
 RUN=${RUN:-runs/$PRESET-$ALIGN${START:+-further}}
-DATA=${DATA:-$([ "$PRESET" = tiny ] && echo shapes || echo ../shared/data/flickr8k)}
+DATA=${DATA:-$([ "$PRESET" = tiny ] && echo shapes || echo "${TAVQ_DATA:-}")}
+[ -n "$DATA" ] || { echo "error: no data set is named; set DATA=DIR or TAVQ_DATA" >&2; exit 2; }
 SPLIT=${SPLIT:-test}
 DEVICE=${DEVICE:-cpu}
 TEACHER=${TEACHER:-}

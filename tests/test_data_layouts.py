@@ -13,6 +13,7 @@ from PIL import Image
 from tavq.data.examples import Example, ImageTextDataset, join_captions, readable_images
 from tavq.data.images import UnreadableImageError
 from tavq.data.layouts import open_dataset
+from tavq.eval.evaluation import EvaluationRun
 
 
 def put_image(path, colour="red"):
@@ -326,3 +327,12 @@ def test_flickr8k_as_published(flickr8k_dir):
     words = sum(len(re.findall(r"\w+", example.text)) for example in dataset.examples) / 8000
     assert 50 < words < 65  # five captions together average 59 tokens
     assert dataset.load_image(0).size == (224, 224)
+
+
+def test_the_environment_may_name_the_data_set(monkeypatch, tmp_path):
+    monkeypatch.setenv("TAVQ_DATA", "shapes")
+    assert EvaluationRun().data == "shapes"
+    monkeypatch.delenv("TAVQ_DATA")
+    monkeypatch.chdir(tmp_path)  # which must not be taken for the data set
+    with pytest.raises(ValueError, match="no data set is named; give one with --data DIR, or set TAVQ_DATA"):
+        open_dataset(EvaluationRun().data)
