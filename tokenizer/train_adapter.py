@@ -1,0 +1,270 @@
+"""Train somebody else's VQ model so that its codes are aligned with text: the task behind `tavq align`.
+
+The training loop runs it twice. A probe learns to project the codes of the frozen model to text, which tells
+how much text they carry before any alignment. Then model and projections are trained together.
+
+Shapes: B batch, H W image size in px, h w token grid, K codes, E code width, D text width, n images,
+    m captions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tavq.alignment.adapters import Adapter
+from tavq.alignment.aligner import AlignmentConfig, Method, TextAligner, sample_texts
+from tavq.alignment.projections import NUM_LEVELS
+from tavq.alignment.unit_index import UnitIndex
+from tavq.base.files import atomic_write
+from tavq.base.seeding import mixed_seed
+from tavq.data.embedding_cache import EmbeddingCache
+from tavq.data.images import to_uint8
+from tavq.data.layouts import open_dataset
+from tavq.data.text_encoder import TextEncoder
+from tavq.metrics.image import psnr
+from tavq.training.task import StepOutput, Task, TrainingConfig
+
+from .health import CodebookWatch
+from .losses import GradientBalance, open_perceptual, random_crop_alike
+from .model import TAVQTokenizer
+from .retrieval import image_to_text_ranks, recall_at, scores_of_codes, text_to_image_ranks
+from .training_images import TrainingImages, image_batches
+
+HEADS_FILE = "heads.safetensors"
+RECALLS = (1, 5, 10)
+
+
+@dataclasses.dataclass(frozen=True)
+class AlignLosses:
+    """Weights of the losses; that of `align` is a share of the reconstruction's gradient norm."""
+
+    l1: float = 1.0
+    perceptual: float = 1.0
+    quantizer: float = 1.0
+    """Weight of the base model's own codebook and commitment losses."""
+    align: float = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class AlignRun:
+    """Align the codes of anybody's VQ model with text.
+
+    Example: tavq align --base diffusers:vqgan/ --data flickr8k/ --out runs/aligned --image-size-px 256
+    """
+
+    base: str
+    """The model: diffusers:PATH (a saved VQModel), call:MODULE:FUNCTION (a function that returns a taming,
+    LlamaGen or vector_quantize_pytorch model with its weights), or tavq:PATH (a tokenizer of this project,
+    with --probe-only)."""
+    data: str
+    """Data set: a directory in any known layout, or `shapes` (generated)."""
+    out: Path
+    """Directory for the aligned model, in the format of its own library, and for report.json."""
+    image_size_px: int | None = None
+    """Side that images are squashed to. By default 128, or that of a tokenizer of this project."""
+    stages: tuple[str, str] | None = None
+    """Submodules of the base whose outputs are levels 1 and 2. By default those behind its global
+    attention."""
+    text_encoder: str = "minilm"
+    """minilm, or a directory or hf:OWNER/NAME of a transformers text model."""
+    perceptual: str | None = None
+    """`lpips`, or the path of a TorchScript network that returns feature maps. Without it L1 alone."""
+    probe_steps: int = 500
+    """Steps in which the projections are fitted to the frozen base."""
+    probe_only: bool = False
+    """Stop after the probe, which measures codes that never saw a text. With tavq:PATH the projections to
+    text are fitted anew and saved with the tokenizer."""
+    method: Method = "ot"
+    """How codes are aligned with text."""
+    alignment: AlignmentConfig = AlignmentConfig()
+    losses: AlignLosses = AlignLosses()
+    training: TrainingConfig = TrainingConfig(
+        steps=2000, batch_size=16, learning_rate=1e-4, warmup_steps=100, evaluate_every=500
+    )
+
+    @property
+    def temperature(self) -> float:
+        """Temperature of the transport of a single text unit, by which codes and captions are scored."""
+        return self.alignment.epsilon + self.alignment.relaxation
+
+
+class AlignTrainer(nn.Module):
+    """A base model behind its adapter, with the aligner and the losses that train both.
+
+    Args:
+        frozen: whether only heads and projections learn, as in the probe.
+    """
+
+    def __init__(self, run: AlignRun, adapter: Adapter, text_dim: int, frozen: bool):
+        super().__init__()
+        self.run = run
+        self.adapter = adapter
+        self.frozen = frozen
+        # A frozen codebook takes no gradient, so the soft look-up would refuse it.
+        lookup = "straight-through" if frozen else run.alignment.lookup
+        config = dataclasses.replace(run.alignment, lookup=lookup)
+        self.aligner = TextAligner(
+            *adapter.codebook.shape, text_dim, config, method=run.method, projections=adapter.projections
+        )
+        self.perceptual = open_perceptual(run.perceptual) if run.perceptual and not frozen else None
+        self.balance = GradientBalance({"align": run.losses.align})
+
+    def train(self, mode: bool = True) -> AlignTrainer:
+        super().train(mode)
+        if self.frozen:
+            self.adapter.base.eval()  # else a codebook of moving averages would go on adapting
+        return self
+
+    def forward(self, batch: dict[str, Any], step: int) -> StepOutput:
+        """Compute the losses of a batch: `image` (B, 3, H, W) in [-1, 1] and `texts`."""
+        images = batch["image"]
+        losses = self.run.losses
+        decoded, captured = self.adapter.reconstruct(images)
+        alignment = self.aligner(captured.features, self.adapter.codebook, batch["texts"])
+        if self.frozen:
+            return StepOutput(alignment.loss, dict(alignment.report))
+
+        report = {"l1": F.l1_loss(decoded, images), "quantizer": captured.quantizer_loss, **alignment.report}
+        reconstruction = losses.l1 * report["l1"]
+        if self.perceptual is not None:
+            cropped, targets = random_crop_alike(decoded, images)
+            with torch.no_grad():
+                target_features = self.perceptual(targets)
+            report["perceptual"] = self.perceptual.distance(self.perceptual(cropped), target_features)
+            reconstruction = reconstruction + losses.perceptual * report["perceptual"]
+
+        # The two gradients are compared where they meet: on the activations that both losses depend on.
+        shared = captured.shared_activations
+        weighted = self.balance.weigh("align", alignment.loss, reconstruction, shared, step)
+        report |= self.balance.report()
+        loss = reconstruction + losses.quantizer * captured.quantizer_loss + weighted
+        return StepOutput(loss, report)
+
+    def heads(self) -> dict[str, Tensor]:
+        """Return the weights that are not the base's: level heads, projections and the scale of the loss."""
+        weights = {"log_scale": self.aligner.log_scale.detach()}
+        for part, module in (("heads", self.adapter.heads), ("projections", self.aligner.projections)):
+            for name, tensor in module.state_dict().items():
+                weights[f"{part}.{name}"] = tensor
+        return weights
+
+    def load_heads(self, weights: dict[str, Tensor]) -> None:
+        """Copy what `heads` returned for another trainer of the same shape."""
+        with torch.no_grad():
+            for name, tensor in self.heads().items():
+                tensor.copy_(weights[name])
+
+
+class AlignData:
+    """Images and texts of a data set, read and encoded once for both stages.
+
+    Attributes:
+        val_captions: (m, D) vectors of all validation captions.
+        image_of_caption: (m,) index of the image that each belongs to.
+        first_caption: (n,) index of the first caption of each validation image.
+    """
+
+    def __init__(self, run: AlignRun):
+        self.train_set = open_dataset(run.data, "train")
+        self.val_set = open_dataset(run.data, "val")
+        self.images = TrainingImages(self.train_set, run.image_size_px)
+
+        encoder = EmbeddingCache(TextEncoder(run.text_encoder))
+        self.text_dim = encoder.dim
+        self.text_hash = encoder.hash
+        self.texts = UnitIndex.build(self.train_set, encoder)
+
+        captions = [caption for example in self.val_set.examples for caption in example.captions]
+        counts = torch.tensor([len(example.captions) for example in self.val_set.examples])
+        self.val_captions = encoder.encode(captions)
+        self.image_of_caption = torch.arange(len(counts)).repeat_interleave(counts)
+        self.first_caption = counts.cumsum(0) - counts
+
+
+class AlignTask(Task):
+    """One of the two stages as the training loop sees it."""
+
+    name = "tokenizer"
+    monitor = None  # the last weights are kept: reconstruction and retrieval pull in two directions
+
+    def __init__(self, run: AlignRun, adapter: Adapter, data: AlignData, frozen: bool):
+        self.run = run
+        self.data = data
+        self.dataset = data.images
+        torch.manual_seed(run.training.seed)
+        self.model = AlignTrainer(run, adapter, data.text_dim, frozen)
+        self.shipped = self.model
+        self.codebook_monitor = CodebookWatch()
+
+    def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        rng = torch.Generator().manual_seed(mixed_seed(examples[0]["draw"], len(examples)))
+        indices = [example["index"] for example in examples]
+        texts = sample_texts(self.data.texts, indices, rng, self.run.alignment)
+        return {"image": torch.stack([example["image"] for example in examples]), "texts": texts}
+
+    @torch.inference_mode()
+    def evaluate(self, model: AlignTrainer, step: int) -> dict[str, float]:
+        """Measure reconstruction, use of the codebook, and retrieval through its codes on the val split."""
+        adapter = model.adapter
+        device = next(model.parameters()).device
+        ids: list[Tensor] = []
+        rows: list[int] = []
+        l1: list[Tensor] = []
+        ratios: list[Tensor] = []
+        sizes = (self.run.image_size_px, adapter.decode_size_px)
+        for (images, targets), indices in image_batches(self.data.val_set, *sizes):
+            decoded, captured = adapter.reconstruct(images.to(device))
+            decoded = decoded.cpu()
+            ids.append(captured.ids.cpu())
+            rows += indices
+            l1.append((decoded - targets).abs().flatten(1).mean(dim=1))
+            ratios.append(torch.from_numpy(psnr(to_uint8(decoded), to_uint8(targets))))
+
+        all_ids = torch.cat(ids)
+        return {
+            "l1": float(torch.cat(l1).mean()),
+            "PSNR": float(torch.cat(ratios).mean()),
+            **self.codebook_monitor.look(all_ids, adapter.codebook, step),
+            **self._retrieval(model, all_ids, torch.tensor(rows)),
+        }
+
+    def _retrieval(self, model: AlignTrainer, ids: Tensor, rows: Tensor) -> dict[str, float]:
+        """Rank the first caption of each image among the images, and each image among all captions.
+
+        Args:
+            ids: (n, h, w) int64, of the images that can be read.
+            rows: (n,) their indices in the validation split.
+        """
+        data = self.data
+        projections = model.aligner.projections
+        projected = projections(model.adapter.codebook, projections.per_code_embedding, NUM_LEVELS)
+        projected = F.normalize(projected, dim=-1).cpu()
+        scores = scores_of_codes(projected, ids, data.val_captions, self.run.temperature)
+
+        # Index in `ids` of each validation image; -1 where the image cannot be read.
+        position = torch.full((len(data.val_set),), -1)
+        position[rows] = torch.arange(len(rows))
+        ranks = {
+            "t2i": text_to_image_ranks(scores[:, data.first_caption[rows]], torch.arange(len(rows))),
+            "i2t": image_to_text_ranks(scores, position[data.image_of_caption]),
+        }
+        return {f"{task}_R@{k}": recall_at(ranks[task], k) for k in RECALLS for task in ranks}
+
+    def save(self, model: AlignTrainer, directory: Path, card: str) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        base = model.adapter.base
+        if isinstance(base, TAVQTokenizer):
+            # The codes stay; the projections that were learnt are a part of the tokenizer.
+            base.card = card
+            model.adapter.save(directory)
+        elif not model.frozen:
+            model.adapter.save(directory)
+        with atomic_write(directory / HEADS_FILE) as path:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in model.heads().items()}, path)
