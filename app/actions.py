@@ -63,7 +63,7 @@ class Actions:
         prompt: str,
         num_images: int,
         seed: int,
-        guidance: float,
+        guidance_scale: float,
         temperature: float,
         top_k: int,
         top_p: float,
@@ -79,7 +79,7 @@ class Actions:
         """
         with readable_errors():
             settings = SamplingConfig(
-                guidance=guidance, temperature=temperature, top_k=int(top_k), top_p=top_p
+                guidance_scale=guidance_scale, temperature=temperature, top_k=int(top_k), top_p=top_p
             )
             seed, shown, files, recipe = _used_seed(seed), [], [], ""
             self._check(prompt)
@@ -169,7 +169,7 @@ class Actions:
         share: float,
         num_images: int,
         seed: int,
-        guidance: float,
+        guidance_scale: float,
         temperature: float,
         top_k: int,
         top_p: float,
@@ -181,7 +181,7 @@ class Actions:
         with readable_errors():
             image = _opened(photo)
             settings = SamplingConfig(
-                guidance=guidance, temperature=temperature, top_k=int(top_k), top_p=top_p
+                guidance_scale=guidance_scale, temperature=temperature, top_k=int(top_k), top_p=top_p
             )
             seed = _used_seed(seed)
             self._check(prompt)

@@ -238,7 +238,9 @@ def _sampling(pipeline: Pipeline) -> Sequence[Component]:
     """The sliders of `SamplingConfig`, in the order of the endpoints' arguments."""
     default, codes = SamplingConfig(), pipeline.tokenizer.num_codes
     return (
-        gr.Slider(0, 10, default.guidance, step=0.1, label="Guidance", info="Weight of the text; 1 is none"),
+        gr.Slider(
+            0, 10, default.guidance_scale, step=0.1, label="Guidance", info="Weight of the text; 1 is none"
+        ),
         gr.Slider(0, 2, default.temperature, step=0.05, label="Temperature", info="0 takes the likeliest"),
         gr.Slider(0, codes, min(default.top_k, codes), step=1, label="Top-k", info="0 means all"),
         gr.Slider(0.01, 1, default.top_p, step=0.01, label="Top-p", info="1 means all"),

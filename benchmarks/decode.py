@@ -268,7 +268,7 @@ def image_table(generator: GeneratorModel, texts: TokenStates, rounds: int) -> s
     for count, draft_tokens, _ in IMAGE_COLUMNS:
         drafts = "no drafts" if draft_tokens == 1 else f"drafts of {draft_tokens}"
         titles.append(f"{count} at a time, {drafts}")
-    lines = [f"| s/image, guidance {SamplingConfig().guidance:g} | " + " | ".join(titles) + " |"]
+    lines = [f"| s/image, guidance {SamplingConfig().guidance_scale:g} | " + " | ".join(titles) + " |"]
     lines.append("| --- |" + " ---: |" * len(IMAGE_COLUMNS))
 
     for precision in PRECISIONS:
@@ -302,7 +302,9 @@ def changed_tokens(generator: GeneratorModel, texts: TokenStates, precision: Pre
     without guidance."""
     batch, num_tokens = len(texts.mask), generator.config.num_tokens
     seeds = list(range(batch))
-    ids = sample(generator, texts, seeds, SamplingConfig(guidance=1.0, micro_batch=batch, draft_tokens=1))
+    ids = sample(
+        generator, texts, seeds, SamplingConfig(guidance_scale=1.0, micro_batch=batch, draft_tokens=1)
+    )
 
     engine = Engine(generator, batch, precision)
     engine.prefill(texts)

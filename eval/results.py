@@ -54,6 +54,8 @@ FREE_FIELDS = frozenset(
 """Protocol fields that say what was measured, where and when, not how; all others must be alike. The name of
 the data set is free, its ids are not; how tokens are computed is free, as they stay the same; so is the seed
 of captions, which beams never ask, and what aligned codes add to the choice, which plain ones cannot."""
+RENAMED_FIELDS = {"sampling.guidance": "sampling.guidance_scale"}
+"""Protocol field in result files of earlier versions -> its name today."""
 RESAMPLES, BOOTSTRAP_SEED, LEVEL = 1000, 0, 0.95
 
 
@@ -274,8 +276,10 @@ def _compared(name: str, a: Mapping, b: Mapping, rows_a: Mapping, rows_b: Mappin
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Yield dotted field and value, under the field's name of today."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from _flatten(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", value
+            name = f"{prefix}{key}"
+            yield RENAMED_FIELDS.get(name, name), value

@@ -23,12 +23,15 @@ from .engine import Engine, autoregressive_decode, speculative_decode
 from .linear import Precision
 from .model import GeneratorModel
 
+RENAMED_FIELDS = {"guidance": "guidance_scale"}
+"""Field of `SamplingConfig` in recipes of earlier versions -> its name today."""
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
     """How ids are sampled."""
 
-    guidance: float = 4.5
+    guidance_scale: float = 4.5
     """Scale of classifier-free guidance: logits = null + scale * (text - null). 1 turns it off."""
     guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How the guidance scale rises from 1 at the first token to its full value at the last."""
@@ -52,7 +55,7 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         limits = {
-            "guidance": (self.guidance >= 0, "0 or more"),
+            "guidance_scale": (self.guidance_scale >= 0, "0 or more"),
             "temperature": (self.temperature >= 0, "0 or more"),
             "top_k": (self.top_k >= 0, "0 (all) or more"),
             "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
@@ -69,11 +72,11 @@ class SamplingConfig:
                 f"guidance_schedule is {self.guidance_schedule!r}; choose constant, linear or cosine"
             )
 
-    def guidance_at(self, position: int, num_tokens: int) -> float:
+    def guidance_scale_at(self, position: int, num_tokens: int) -> float:
         """Return the guidance scale of the token at `position`."""
         progress = position / max(1, num_tokens - 1)
         rise = {"constant": 1.0, "linear": progress, "cosine": (1 - math.cos(math.pi * progress)) / 2}
-        return 1 + (self.guidance - 1) * rise[self.guidance_schedule]
+        return 1 + (self.guidance_scale - 1) * rise[self.guidance_schedule]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,9 +171,11 @@ def stream(
 
 def _open_engine(model: GeneratorModel, config: SamplingConfig) -> Engine:
     scales = None
-    if config.guidance != 1:
+    if config.guidance_scale != 1:
         num_tokens = model.config.num_tokens
-        scales = torch.tensor([config.guidance_at(position, num_tokens) for position in range(num_tokens)])
+        scales = torch.tensor(
+            [config.guidance_scale_at(position, num_tokens) for position in range(num_tokens)]
+        )
     return Engine(
         model,
         config.micro_batch,

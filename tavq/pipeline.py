@@ -31,7 +31,7 @@ from tavq.captioner.model import Captioner
 from tavq.data.images import to_pil, to_tensor
 from tavq.data.text_encoder import TextEncoder, TokenStates
 from tavq.generator.model import GeneratorModel
-from tavq.generator.sampling import SamplingConfig, sample, stream
+from tavq.generator.sampling import RENAMED_FIELDS, SamplingConfig, sample, stream
 from tavq.tokenizer.heatmaps import UnitMap, check_aligned, unit_maps
 from tavq.tokenizer.model import TAVQTokenizer
 from tavq.tokenizer.retrieval import alignment_scores, text_encoder_of
@@ -157,7 +157,7 @@ class Pipeline:
         Args:
             prompts: B texts.
             seeds: B integers, at least 0.
-            settings: guidance, temperature and cuts; the defaults if None.
+            settings: guidance scale, temperature, top-k and top-p; the defaults if None.
             best_of: candidates a prompt, of which `rank` chooses one. Candidate 0 has the seed itself.
             rank_by: what `rank` goes by.
         """
@@ -346,7 +346,7 @@ def check_prompts(prompts: Sequence[str]) -> None:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The recipe in a PNG that `Generated.save` wrote.
+    """Read the recipe in a PNG that `Generated.save` wrote, in this version or an earlier one.
 
     Raises:
         ValueError: the file carries none.
@@ -357,7 +357,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
         text = getattr(image, "text", {}).get(RECIPE_FIELD)
     if text is None:
         raise ValueError(f"{path} carries no recipe; only PNG files that tavq generate wrote do")
-    return json.loads(text)
+    recipe = json.loads(text)
+    recipe["settings"] = {RENAMED_FIELDS.get(name, name): value for name, value in recipe["settings"].items()}
+    return recipe
 
 
 def recipe_line(recipe: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ PHOTO = ROOT / "app" / "examples" / "cat.jpg"
 CHROMIUM = shutil.which("chromium")
 CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 CHROMIUM_FLAGS += ["--disable-background-networking", "--disable-component-update"]
-SAMPLING = {"guidance": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+SAMPLING = {"guidance_scale": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """The commands of `tavq`, called as a user types them, and what each says to bad input."""
 
 import csv
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -122,6 +123,15 @@ def write_prompts(path: Path) -> Path:
     return path
 
 
+def test_a_recipe_of_an_earlier_version_is_read_under_the_names_of_today(tmp_path, tiny_pipeline):
+    image = tiny_pipeline.generate([PROMPTS[0]], [3])[0]
+    settings = dict(image.recipe["settings"])
+    settings["guidance"] = settings.pop("guidance_scale")
+    earlier = dataclasses.replace(image, recipe=image.recipe | {"settings": settings})
+    earlier.save(tmp_path / "earlier.png")
+    assert read_recipe(tmp_path / "earlier.png") == image.recipe
+
+
 @pytest.mark.parametrize("kind", ["txt", "csv", "jsonl"])
 def test_prompts_come_from_a_file(tmp_path, checkpoint, kind):
     prompts = write_prompts(tmp_path / f"prompts.{kind}")
@@ -131,7 +141,7 @@ def test_prompts_come_from_a_file(tmp_path, checkpoint, kind):
 
 
 def test_a_png_is_drawn_again_from_its_recipe(tmp_path, checkpoint, refused):
-    settings = ["--temperature", "0.8", "--top-k", "9", "--guidance", "2"]
+    settings = ["--temperature", "0.8", "--top-k", "9", "--guidance-scale", "2"]
     ranked = ["--best-of", 2, "--rank-by", "likelihood"]
     run("generate", PROMPTS[1], "--seed", 5, *ranked, *settings, "--out", tmp_path / "a", *checkpoint)
     first = tmp_path / "a" / "000000.png"

@@ -22,7 +22,7 @@ from tavq.generator.sampling import (
 )
 
 TINY = GeneratorConfig.of(PRESETS["tiny"], num_codes=64, grid_size=(4, 4))
-SETTINGS = SamplingConfig(guidance=2.0, micro_batch=4, draft_tokens=1)
+SETTINGS = SamplingConfig(guidance_scale=2.0, micro_batch=4, draft_tokens=1)
 PINNED_TOKENS = [21, 47, 27, 42, 51, 13, 61, 57, 43, 4, 3, 20, 48, 28, 54, 46]
 
 
@@ -50,7 +50,7 @@ def part(texts: TokenStates, rows: slice | list[int]) -> TokenStates:
 
 @pytest.mark.parametrize(
     "settings",
-    [SETTINGS, SamplingConfig(), SamplingConfig(guidance=1.0, micro_batch=4, top_k=20, top_p=0.9)],
+    [SETTINGS, SamplingConfig(), SamplingConfig(guidance_scale=1.0, micro_batch=4, top_k=20, top_p=0.9)],
 )
 def test_64_prompts_draw_the_same_at_batch_1_3_and_16(model, texts, settings):
     seeds = [7 * i for i in range(64)]
@@ -114,7 +114,7 @@ def test_temperature_0_is_argmax_whatever_the_seed(model, texts):
 
 
 def test_scale_1_is_no_guidance(model, texts):
-    ids = sample(model, part(texts, [6]), [5], SamplingConfig(guidance=1.0))
+    ids = sample(model, part(texts, [6]), [5], SamplingConfig(guidance_scale=1.0))
     with torch.inference_mode():
         logits = model(ids, texts.states[6:7], texts.mask[6:7])[0]
     noise = torch.stack([gumbel_noise(5, position, TINY.num_codes) for position in range(TINY.num_tokens)])
@@ -122,10 +122,10 @@ def test_scale_1_is_no_guidance(model, texts):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0, 1.7])
-@pytest.mark.parametrize("guidance", [1.0, 2.5])
-def test_drafts_give_the_tokens_of_plain_decoding(model, texts, temperature, guidance):
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_drafts_give_the_tokens_of_plain_decoding(model, texts, temperature, scale):
     some, seeds = part(texts, slice(8)), list(range(8))
-    plain = SamplingConfig(guidance, "cosine", temperature, top_k=50, draft_tokens=1)
+    plain = SamplingConfig(scale, "cosine", temperature, top_k=50, draft_tokens=1)
     expected = sample(model, some, seeds, plain)
     for count in (2, 5, 30):
         drafted = dataclasses.replace(plain, draft_tokens=count, micro_batch=3)
@@ -163,11 +163,11 @@ def test_seeds_survive_the_batch_with_drafts(model, texts):
 
 def test_guidance_schedules_rise_from_none_to_all():
     for schedule in ("linear", "cosine"):
-        settings = SamplingConfig(guidance=5.0, guidance_schedule=schedule)
-        weights = [settings.guidance_at(position, 11) for position in range(11)]
+        settings = SamplingConfig(guidance_scale=5.0, guidance_schedule=schedule)
+        weights = [settings.guidance_scale_at(position, 11) for position in range(11)]
         assert weights[0] == 1.0 and weights[5] == pytest.approx(3.0) and weights[10] == pytest.approx(5.0)
         assert weights == sorted(weights)
-    assert SamplingConfig(guidance=5.0).guidance_at(0, 11) == 5.0
+    assert SamplingConfig(guidance_scale=5.0).guidance_scale_at(0, 11) == 5.0
 
 
 def test_top_k_with_ties_keeps_k():
@@ -226,7 +226,7 @@ def test_stream_grows_row_by_row_to_the_sampled_image(model, texts):
         ({"top_p": 0.0}, "top_p is 0.0, expected above 0, at most 1"),
         ({"top_k": -2}, "top_k is -2"),
         ({"micro_batch": 0}, "micro_batch is 0"),
-        ({"guidance": math.nan}, "guidance is nan"),
+        ({"guidance_scale": math.nan}, "guidance_scale is nan"),
         ({"guidance_schedule": "up"}, "choose constant, linear or cosine"),
     ],
 )

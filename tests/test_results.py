@@ -88,6 +88,15 @@ def test_other_images_or_libraries_are_refused(tmp_path, pair, monkeypatch):
         compare(pair[0], make(tmp_path / "old.json", np.ones(100)))
 
 
+def test_fields_of_earlier_versions_are_compared_under_their_names_of_today(tmp_path):
+    earlier = make(tmp_path / "earlier.json", np.ones(100), sampling={"guidance": 4.5, "top_k": 100})
+    today = make(tmp_path / "today.json", np.ones(100), sampling={"guidance_scale": 4.5, "top_k": 100})
+    assert compare(earlier, today)
+    other = make(tmp_path / "other.json", np.ones(100), sampling={"guidance_scale": 3.0, "top_k": 100})
+    with pytest.raises(ValueError, match=r"differing in sampling\.guidance_scale "):
+        compare(earlier, other)
+
+
 def test_what_may_differ(tmp_path):
     free = {
         "label": "x",
