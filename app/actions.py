@@ -17,7 +17,7 @@ from PIL import Image
 
 from tavq.base.arguments import USER_ERRORS
 from tavq.captioner.decoding import Caption, DecodingConfig
-from tavq.commands.complete import kept_part
+from tavq.commands.complete import completion_mask
 from tavq.data.images import load_image
 from tavq.generator.sampling import SamplingConfig
 from tavq.pipeline import Generated, Pipeline, recipe_line
@@ -190,7 +190,7 @@ class Actions:
                 pictures = self.pipeline.vary(image, share / 100, prompt, seeds, settings)
             else:
                 part = _kept(keep, image, box_left, box_top, box_width, box_height)
-                mask = kept_part(part, *image.size)
+                mask = completion_mask(part, *image.size)
                 pictures = self.pipeline.complete(image, mask, prompt, seeds, settings)
             files = [self._saved(picture) for picture in pictures]
             shown = [(file, f"seed {one}") for file, one in zip(files, seeds, strict=True)]
@@ -226,7 +226,7 @@ def _used_seed(seed: int | None) -> int:
 
 
 def _kept(keep: str, photo: Image.Image, left: float, top: float, width: float, height: float) -> str:
-    """The part that stays as `kept_part` reads it: top, left or box=x,y,w,h in px."""
+    """The part that stays as `completion_mask` reads it: top, left or box=x,y,w,h in px."""
     if keep in (TOP, LEFT):
         return keep.split()[0]
     shares = zip((left, top, width, height), photo.size * 2, strict=True)

@@ -18,23 +18,24 @@ from tavq.pipeline import CHECKPOINT, Pipeline
 
 @dataclasses.dataclass(frozen=True)
 class CaptionRun:
-    """Describe photos.
+    """Describe images.
 
-    Example: tavq caption photo.jpg --beam 5 --n-best 3;  tavq caption photos/ --out captions.jsonl
+    Examples: tavq caption photo.jpg --beam 5 --n-best 3;  tavq caption photos/ --out captions.jsonl
     """
 
     images: Positional[tuple[Path, ...]]
-    """Photos, or one folder of them (then --out is needed; photos already described there are skipped)."""
+    """Images, or one folder of them. A folder needs --out; images already described there are skipped."""
     out: Path | None = None
-    """.jsonl, .json or .csv file, or a directory for .txt side-cars; a folder's captions go there."""
+    """File (.jsonl, .json or .csv) or directory of .txt files for the captions of a folder."""
     show_scores: bool = False
-    """Print the score of each caption and the probability of each word (a folder's .jsonl or .json file holds
-    them)."""
+    """Print the score of each caption and the probability of each word. For a folder, .jsonl and .json files
+    hold them."""
     unsure_below: float = 0.0
-    """Mark words less probable than this as [word?], where captions are printed."""
+    """Mark words less probable than this as [word?] where captions are printed."""
     checkpoint: str = CHECKPOINT
     """Directory or hf:OWNER/NAME that holds tokenizer/ and captioner/."""
     device: Device = "auto"
+    """Device to run on."""
     decoding: OmitArgPrefixes[DecodingConfig] = DecodingConfig()
 
 
@@ -42,32 +43,43 @@ class CaptionRun:
 def main(argv: Sequence[str] | None = None) -> None:
     run = parse(CaptionRun, argv, prog="tavq caption")
     if not run.images:
-        raise ValueError("no photo; name one, as in: tavq caption photo.jpg")
+        raise ValueError("no image; name one, as in: tavq caption photo.jpg")
     missing = [path for path in run.images if not path.exists()]
     if missing:
-        raise FileNotFoundError(f"no photo {missing[0]}; check the path")
-    pipeline = Pipeline.from_pretrained(run.checkpoint, choose_device(run.device))
-    if any(path.is_dir() for path in run.images):
-        if len(run.images) > 1 or run.out is None or run.show_scores or run.unsure_below:
-            raise ValueError(
-                "a folder is described into a file (.jsonl and .json with the probability of each word): "
-                "tavq caption photos/ --out captions.jsonl"
-            )
-        count = caption_folder(
-            run.images[0],
-            run.out,
-            lambda images: pipeline.caption(images, run.decoding),
-            size_px=pipeline.tokenizer.image_size_px,
+        raise FileNotFoundError(f"no image {missing[0]}; check the path")
+    is_folder = any(path.is_dir() for path in run.images)
+    if is_folder and (len(run.images) > 1 or run.out is None or run.show_scores or run.unsure_below):
+        raise ValueError(
+            "a folder is described into a file (.jsonl and .json with the probability of each word): "
+            "tavq caption photos/ --out captions.jsonl"
         )
-        print(f"{count} photos described in {run.out}")
-        return
-    if run.out is not None:
-        raise ValueError("captions of photos are printed; give a folder, or leave out --out")
-    for path in run.images:
-        for found in pipeline.caption([load_image(path)], run.decoding)[0]:
-            text = found.marked(run.unsure_below) if run.unsure_below else found.text
-            print(text if len(run.images) == 1 else f"{path}\t{text}")
-            if run.show_scores:
-                print(
-                    f"  {found.score:.3f}  " + "  ".join(f"{w.text} {w.probability:.2f}" for w in found.words)
-                )
+    if not is_folder and run.out is not None:
+        raise ValueError("captions of images are printed; give a folder, or leave out --out")
+
+    pipeline = Pipeline.from_pretrained(run.checkpoint, choose_device(run.device))
+    if is_folder:
+        describe_folder(pipeline, run)
+    else:
+        for path in run.images:
+            print_captions(pipeline, path, run)
+
+
+def describe_folder(pipeline: Pipeline, run: CaptionRun) -> None:
+    """Write the captions of a folder's images to `run.out`."""
+    count = caption_folder(
+        run.images[0],
+        run.out,
+        lambda images: pipeline.caption(images, run.decoding),
+        size_px=pipeline.tokenizer.image_size_px,
+    )
+    print(f"{count} images described in {run.out}")
+
+
+def print_captions(pipeline: Pipeline, path: Path, run: CaptionRun) -> None:
+    """Print the captions of one image, best first."""
+    for caption in pipeline.caption([load_image(path)], run.decoding)[0]:
+        text = caption.marked(run.unsure_below) if run.unsure_below else caption.text
+        print(text if len(run.images) == 1 else f"{path}\t{text}")
+        if run.show_scores:
+            words = "  ".join(f"{word.text} {word.probability:.2f}" for word in caption.words)
+            print(f"  {caption.score:.3f}  {words}")

@@ -3,7 +3,7 @@
 Show a codebook: how much of it is in use, and for some codes the patches that use them and the words near
 them.
 
-Legend: n photos, N = h*w tokens a photo, K codes, V words.
+Shapes: n images, h w token grid, K codes, V words, D text width.
 """
 
 from __future__ import annotations
@@ -23,27 +23,28 @@ from tavq.alignment.projections import NUM_LEVELS
 from tavq.alignment.unit_index import units_of
 from tavq.base.arguments import parse, run_main
 from tavq.base.device import Device, choose_device
-from tavq.base.files import atomic_write
 from tavq.data.embedding_cache import EmbeddingCache
 from tavq.data.examples import ImageTextDataset, readable_images
-from tavq.data.images import to_tensor
+from tavq.data.images import to_tensor, write_png
 from tavq.data.layouts import open_dataset
 from tavq.tokenizer.health import code_use
 from tavq.tokenizer.heatmaps import aligned_levels
 from tavq.tokenizer.model import TAVQTokenizer
 from tavq.tokenizer.retrieval import text_encoder_of
 
-PATCH_PX, GAP_PX, LABEL_PX = 72, 3, 190
-RARE_WORD = 3  # photos that must name a word, lest slips of the pen stand beside a code
+PATCH_PX = 72
+GAP_PX = 3
+LABEL_PX = 190
+MIN_IMAGES_PER_WORD = 3  # the captions of so many images must have a word; this leaves misspellings out
 
 
 @dataclasses.dataclass(frozen=True)
 class CodebookRun:
-    """Show a codebook: its use, and a sheet of codes with the patches that use them and the words nearest to
-    them.
+    """Show a codebook: its use, and a sheet of codes with the patches that use them and the nearest words.
 
-    The sheet shows photos of the data set, which are not yours to publish: do not commit it. Example: tavq
-    codebook runs/mine/tokenizer --data flickr8k/ --out codebook.png
+    The sheet shows images of the data set, which may not be yours to publish: do not commit it.
+
+    Example: tavq codebook runs/mine/tokenizer --data flickr8k/ --out codebook.png
     """
 
     checkpoint: Positional[str]
@@ -51,22 +52,25 @@ class CodebookRun:
     data: str
     """Data set: a directory in any known layout, or `shapes`."""
     out: Path = Path("codebook.png")
-    """The sheet."""
+    """File for the sheet."""
     split: str = "val"
+    """Split of the data set: train, val or test."""
     level: int = NUM_LEVELS
-    """3: the tokens themselves; 1 and 2: the codes that words and phrases are aligned with."""
+    """Level of the codes: 3 for the tokens themselves, 1 and 2 for those aligned with words and phrases."""
     codes: int = 16
-    """Most used codes to show."""
+    """Number of most used codes to show."""
     random_codes: int = 16
-    """Further codes, drawn among those in use with --seed."""
+    """Number of further codes, sampled with --seed among those in use."""
     patches: int = 12
-    """Patches a code, of different photos as far as there are."""
+    """Patches per code, from different images as far as there are."""
     words: int = 5
-    """Words a code."""
+    """Words per code."""
     context: int = 2
-    """Tokens around the patch that are shown with it; a frame marks the patch itself."""
+    """Tokens shown around each patch; a frame marks the patch itself."""
     seed: int = 0
+    """Seed for sampling codes and patches."""
     device: Device = "auto"
+    """Device to run on."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.level <= NUM_LEVELS:
@@ -76,11 +80,11 @@ class CodebookRun:
 
 
 @dataclasses.dataclass(frozen=True)
-class EncodedPhotos:
+class EncodedSplit:
     """The ids of a split at one level."""
 
-    rows: list[int]
-    """Index of each photo in the data set."""
+    indices: list[int]
+    """Index of each image in the data set."""
     ids: Tensor
     """(n, h, w) int64."""
 
@@ -90,127 +94,147 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = parse(CodebookRun, argv, prog="tavq codebook")
     tokenizer = TAVQTokenizer.from_pretrained(run.checkpoint).to(choose_device(run.device))
     dataset = open_dataset(run.data, run.split)
-    photos = encode_split(tokenizer, dataset, run.level)
-    use = code_use(photos.ids, tokenizer.num_codes)
+    encoded = encode_split(tokenizer, dataset, run.level)
+    use = code_use(encoded.ids, tokenizer.num_codes)
     print(
         f"usage {use.usage:.1%} ({use.dead} of {tokenizer.num_codes} codes dead), perplexity "
         f"{use.perplexity:.1f}, of {use.tokens:,} tokens of level {run.level} ({dataset.name} {run.split})"
     )
-    counts = torch.bincount(photos.ids.flatten(), minlength=tokenizer.num_codes)
-    codes = chosen_codes(counts, run.codes, run.random_codes, run.seed)
-    words = near_words(tokenizer, dataset, photos, codes, run)
+
+    counts = torch.bincount(encoded.ids.flatten(), minlength=tokenizer.num_codes)
+    codes = select_codes(counts, run.codes, run.random_codes, run.seed)
+    words = words_of_codes(tokenizer, dataset, encoded, codes, run)
     for code in codes:
         print(f"code {code:5d}  {int(counts[code]):6d} times  {', '.join(words.get(code, ()))}")
-    sheet = contact_sheet(dataset, photos, {c: (int(counts[c]), words.get(c, ())) for c in codes}, run)
-    with atomic_write(run.out) as temporary:
-        sheet.save(temporary, format="PNG")
+
+    labels = {code: (int(counts[code]), words.get(code, ())) for code in codes}
+    write_png(contact_sheet(dataset, encoded, labels, run), run.out)
     print(run.out)
 
 
-def encode_split(tokenizer: TAVQTokenizer, dataset: ImageTextDataset, level: int) -> EncodedPhotos:
-    """Encode every readable photo, one at a time."""
+def encode_split(tokenizer: TAVQTokenizer, dataset: ImageTextDataset, level: int) -> EncodedSplit:
+    """Encode every readable image, one at a time."""
     device = next(tokenizer.parameters()).device
-    rows, ids = [], []
-    for row, image in readable_images(dataset):
+    indices: list[int] = []
+    ids: list[Tensor] = []
+    for index, image in readable_images(dataset):
         pixels = to_tensor(image, tokenizer.image_size_px).unsqueeze(0).to(device)
-        rows.append(row)
+        indices.append(index)
         ids.append(tokenizer.encode_levels(pixels)[0, level - 1].cpu())
-    return EncodedPhotos(rows, torch.stack(ids))
+    return EncodedSplit(indices, torch.stack(ids))
 
 
-def chosen_codes(counts: Tensor, most_used: int, at_random: int, seed: int) -> list[int]:
-    """The most used codes, then others in use, drawn with `seed`; counts (K,)."""
+def select_codes(counts: Tensor, most_used: int, at_random: int, seed: int) -> list[int]:
+    """Return the most used codes, then others in use, sampled with `seed`; counts (K,)."""
     used = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())]
-    rest = used[most_used:]
-    order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed))
-    return [*used[:most_used].tolist(), *rest[order[:at_random]].tolist()]
+    others = used[most_used:]
+    order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))
+    return [*used[:most_used].tolist(), *others[order[:at_random]].tolist()]
 
 
-def near_words(
+def words_of_codes(
     tokenizer: TAVQTokenizer,
     dataset: ImageTextDataset,
-    photos: EncodedPhotos,
+    encoded: EncodedSplit,
     codes: Sequence[int],
     run: CodebookRun,
 ) -> dict[int, list[str]]:
-    """For each code the nearest words among those of the data set; none where the level is not aligned."""
+    """Return for each code the nearest words among those of the data set; none for a level without text."""
     if run.level not in aligned_levels(tokenizer).values():
         return {}
-    named = collections.Counter(
-        word for row in photos.rows for word in units_of(dataset[row].captions, dataset[row].long_text)[1]
+    image_counts = collections.Counter(
+        word
+        for index in encoded.indices
+        for word in units_of(dataset[index].captions, dataset[index].long_text)[1]
     )
-    words = sorted(word for word, count in named.items() if count >= RARE_WORD)
+    words = sorted(word for word, count in image_counts.items() if count >= MIN_IMAGES_PER_WORD)
     device = next(tokenizer.parameters()).device
     vectors = EmbeddingCache(text_encoder_of(tokenizer)).encode(words).to(device)
-    used = photos.ids.unique().to(device)
-    found = nearest_words(tokenizer, codes, used, vectors, run.level, run.words)
-    return {code: [words[place] for place in places] for code, places in found.items()}
+    used = encoded.ids.unique().to(device)
+    nearest = nearest_words(tokenizer, codes, used, vectors, run.level, run.words)
+    return {code: [words[number] for number in numbers] for code, numbers in nearest.items()}
 
 
 @torch.inference_mode()
 def nearest_words(
     tokenizer: TAVQTokenizer, codes: Sequence[int], used: Tensor, vectors: Tensor, level: int, count: int
 ) -> dict[int, list[int]]:
-    """For each code the `count` words of largest cosine beyond that word's mean over the codes in `used`.
+    """Return for each code the `count` words of largest cosine, less that word's mean over the codes in use.
 
-    Without the mean the same few words ("wear", "something") stand beside every code.
+    Without the mean the same few words ("wear", "something") would stand beside every code.
 
     Args:
+        used: the codes in use, int64.
         vectors: (V, D), unit length.
     """
-    usual = (tokenizer.project(used, level) @ vectors.T).mean(dim=0)
-    chosen = tokenizer.project(torch.tensor(codes, device=vectors.device), level) @ vectors.T - usual
-    places = chosen.topk(min(count, len(vectors)), dim=1).indices.tolist()
-    return dict(zip(codes, places, strict=True))
+    mean_V = (tokenizer.project(used, level) @ vectors.T).mean(dim=0)
+    projected = tokenizer.project(torch.tensor(codes, device=vectors.device), level)
+    scores = projected @ vectors.T - mean_V
+    numbers = scores.topk(min(count, len(vectors)), dim=1).indices.tolist()
+    return dict(zip(codes, numbers, strict=True))
 
 
 def contact_sheet(
     dataset: ImageTextDataset,
-    photos: EncodedPhotos,
+    encoded: EncodedSplit,
     labels: dict[int, tuple[int, Sequence[str]]],
     run: CodebookRun,
 ) -> Image.Image:
-    """One row a code: its number, how often it occurs, the words near it, and patches that use it."""
-    height = PATCH_PX + GAP_PX
-    sheet = Image.new("RGB", (LABEL_PX + run.patches * height, len(labels) * height), "white")
+    """Draw one row per code: its number, its count, the words near it, and patches that use it.
+
+    Args:
+        labels: code -> (count, words).
+    """
+    pitch = PATCH_PX + GAP_PX
+    sheet = Image.new("RGB", (LABEL_PX + run.patches * pitch, len(labels) * pitch), "white")
     pen = ImageDraw.Draw(sheet)
     for row, (code, (count, words)) in enumerate(labels.items()):
-        _write_label(pen, row * height, f"code {code}", f"{count:,} times", words)
-        for column, (photo, y, x) in enumerate(occurrences(photos.ids, code, run.patches, run.seed)):
-            image = dataset.load_image(photos.rows[photo])
-            patch = patch_in_context(image, (y, x), photos.ids.shape[1:], run.context)
-            sheet.paste(patch, (LABEL_PX + column * height, row * height))
+        _write_label(pen, row * pitch, f"code {code}", f"{count:,} times", words)
+        for column, (number, y, x) in enumerate(occurrences(encoded.ids, code, run.patches, run.seed)):
+            image = dataset.load_image(encoded.indices[number])
+            patch = patch_in_context(image, (y, x), encoded.ids.shape[1:], run.context)
+            sheet.paste(patch, (LABEL_PX + column * pitch, row * pitch))
     return sheet
 
 
 def occurrences(ids: Tensor, code: int, count: int, seed: int) -> list[tuple[int, int, int]]:
-    """Places (photo, y, x) of a code in ids (n, h, w), drawn with `seed`; a photo comes again only when all
-    have come."""
-    places = (ids == code).nonzero()
-    places = places[torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))].tolist()
+    """Sample `count` positions (image, y, x) of a code in ids (n, h, w).
+
+    No image comes a second time before every image that has the code has come once.
+    """
+    positions = (ids == code).nonzero()
+    order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(seed))
+    shuffled = [tuple(position) for position in positions[order].tolist()]
+
     seen: collections.Counter[int] = collections.Counter()
-    turns = []
-    for place in places:
-        turns.append(seen[place[0]])
-        seen[place[0]] += 1
-    order = sorted(range(len(places)), key=turns.__getitem__)
-    return [tuple(places[index]) for index in order[:count]]
+    repetitions = []  # how often the image of each position has come before
+    for image, _, _ in shuffled:
+        repetitions.append(seen[image])
+        seen[image] += 1
+    by_repetition = sorted(range(len(shuffled)), key=repetitions.__getitem__)
+    return [shuffled[number] for number in by_repetition[:count]]
 
 
 def patch_in_context(
-    photo: Image.Image, place: tuple[int, int], grid_size: Sequence[int], context: int
+    image: Image.Image, position: tuple[int, int], grid_size: Sequence[int], context: int
 ) -> Image.Image:
-    """The token at `place` (y, x) framed in the part of a photo around it, `context` tokens on each side; at
-    the photo's edge the part is shifted inwards."""
+    """Cut out the token at `position` (y, x) with `context` tokens on each side, and frame the token.
+
+    At the edge of the image the part is shifted inwards.
+    """
     side = min(2 * context + 1, *grid_size)
-    top, left = (min(max(p - context, 0), n - side) for p, n in zip(place, grid_size, strict=True))
-    cell_w, cell_h = photo.width / grid_size[1], photo.height / grid_size[0]
-    part = (left * cell_w, top * cell_h, (left + side) * cell_w, (top + side) * cell_h)
-    patch = photo.resize((PATCH_PX, PATCH_PX), Image.Resampling.LANCZOS, box=part)
+    top, left = (min(max(p - context, 0), n - side) for p, n in zip(position, grid_size, strict=True))
+    cell_width = image.width / grid_size[1]
+    cell_height = image.height / grid_size[0]
+    box = (left * cell_width, top * cell_height, (left + side) * cell_width, (top + side) * cell_height)
+    patch = image.resize((PATCH_PX, PATCH_PX), Image.Resampling.LANCZOS, box=box)
+
     cell = PATCH_PX / side
-    x, y = (place[1] - left) * cell, (place[0] - top) * cell
+    x = (position[1] - left) * cell
+    y = (position[0] - top) * cell
     pen = ImageDraw.Draw(patch)
-    pen.rectangle((x - 1, y - 1, x + cell, y + cell), outline="black")  # the white one shows on snow, too
+    # Black outside, white inside: one of the two can be seen on any image.
+    pen.rectangle((x - 1, y - 1, x + cell, y + cell), outline="black")
     pen.rectangle((x, y, x + cell - 1, y + cell - 1), outline="white")
     return patch
 

@@ -1,4 +1,4 @@
-"""tavq complete PHOTO PROMPT: draw a part of a photo anew, or variations of it."""
+"""tavq complete IMAGE PROMPT: generate a part of an image anew, or variations of it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from tyro.conf import OmitArgPrefixes, Positional
 
 from tavq.base.arguments import parse, run_main
@@ -18,32 +19,37 @@ from tavq.pipeline import CHECKPOINT, Pipeline
 
 from .generate import free_names
 
-MIN_MASK_GREY = 128  # of a mask picture; lighter is drawn anew
+WHITE_FROM = 128  # grey level of a mask image from which on a pixel counts as white
+SHARE = "share="
 
 
 @dataclasses.dataclass(frozen=True)
 class CompleteRun:
-    """Draw a part of a photo anew; the rest stays.
+    """Generate a part of an image anew; the rest stays.
 
     Examples: tavq complete photo.jpg "a dog on the beach" --keep top;  tavq complete photo.jpg "a dog" --keep
     share=0.3 --num-images 4
     """
 
     image: Positional[Path]
-    """The photo."""
+    """The image."""
     prompt: Positional[str]
-    """What the whole picture shall show."""
+    """What the whole image shall show."""
     keep: str | None = None
-    """The part that stays: top, left, box=x,y,w,h in px of the photo, or share=0.3 for variations, which keep
-    a random 30 % of the photo's tokens."""
+    """The part that stays: top, left, box=x,y,w,h in px of the image, or share=0.3 for variations, which keep
+    a random 30 % of the image's tokens."""
     mask: Path | None = None
-    """Picture of any size whose white part is drawn anew."""
+    """Image of any size whose white part is generated anew."""
     num_images: int = 1
+    """Number of images; image i has seed + i."""
     seed: int = 0
+    """Seed of the first image."""
     out: Path = Path("out")
-    """Directory of the numbered PNG files."""
+    """Directory for the numbered PNG files."""
     checkpoint: str = CHECKPOINT
+    """Directory or hf:OWNER/NAME that holds tokenizer/ and generator/."""
     device: Device = "auto"
+    """Device to run on."""
     sampling: OmitArgPrefixes[SamplingConfig] = SamplingConfig()
 
     def __post_init__(self) -> None:
@@ -51,54 +57,59 @@ class CompleteRun:
             raise ValueError(f"num_images is {self.num_images}, expected 1 or more")
         if (self.keep is None) == (self.mask is None):
             raise ValueError(
-                "name the part that stays by --keep top|left|box=x,y,w,h|share=0.3, or by --mask PICTURE"
+                "name the part that stays by --keep top|left|box=x,y,w,h|share=0.3, or by --mask IMAGE"
             )
 
 
 @run_main
 def main(argv: Sequence[str] | None = None) -> None:
     run = parse(CompleteRun, argv, prog="tavq complete")
-    photo = load_image(run.image)
-    share = _share(run.keep) if run.keep and run.keep.startswith("share=") else None
-    if share is None:
-        mask = kept_part(run.keep, *photo.size) if run.keep else _mask_of(run.mask)
-    pipeline = Pipeline.from_pretrained(run.checkpoint, choose_device(run.device))
-    asked = run.prompt, [run.seed + i for i in range(run.num_images)], run.sampling
-    drawn = pipeline.complete(photo, mask, *asked) if share is None else pipeline.vary(photo, share, *asked)
-    for picture in drawn:
+    image = load_image(run.image)
+    seeds = [run.seed + number for number in range(run.num_images)]
+
+    # All of the flags are checked before the models are loaded.
+    if run.keep is not None and run.keep.startswith(SHARE):
+        share = _share(run.keep)
+        pipeline = Pipeline.from_pretrained(run.checkpoint, choose_device(run.device))
+        results = pipeline.vary(image, share, run.prompt, seeds, run.sampling)
+    else:
+        mask = _mask_image(run.mask) if run.keep is None else completion_mask(run.keep, *image.size)
+        pipeline = Pipeline.from_pretrained(run.checkpoint, choose_device(run.device))
+        results = pipeline.complete(image, mask, run.prompt, seeds, run.sampling)
+
+    for result in results:
         path = next(free_names(run.out))
-        picture.save(path)
+        result.save(path)
         print(path)
 
 
 def _share(keep: str) -> float:
     try:
-        return float(keep.removeprefix("share="))
+        return float(keep.removeprefix(SHARE))
     except ValueError as error:
         raise ValueError(f"--keep is {keep!r}, expected a share such as share=0.3") from error
 
 
-def kept_part(keep: str, width: int, height: int) -> torch.Tensor:
-    """`top`, `left` or `box=x,y,w,h` -> mask (H, W) bool, True where the picture is drawn anew."""
+def completion_mask(keep: str, width: int, height: int) -> Tensor:
+    """Turn `top`, `left` or `box=x,y,w,h` into a mask (H, W) bool, True where the image is generated anew."""
     mask = torch.ones(height, width, dtype=torch.bool)
     if keep == "top":
         mask[: height // 2] = False
-    elif keep == "left":
+        return mask
+    if keep == "left":
         mask[:, : width // 2] = False
-    else:
-        try:
-            x, y, w, h = (int(part) for part in keep.removeprefix("box=").split(","))
-        except ValueError as error:
-            raise ValueError(
-                f"--keep is {keep!r}, expected top, left, box=x,y,w,h in px or share=0.3"
-            ) from error
-        mask[max(y, 0) : max(y + h, 0), max(x, 0) : max(x + w, 0)] = False
-        if mask.all():
-            raise ValueError(
-                f"the box {x},{y},{w},{h} lies outside the photo, which is {width} x {height} px"
-            )
+        return mask
+
+    try:
+        x, y, w, h = (int(part) for part in keep.removeprefix("box=").split(","))
+    except ValueError as error:
+        raise ValueError(f"--keep is {keep!r}, expected top, left, box=x,y,w,h in px or share=0.3") from error
+    # A box may reach over the edge; negative numbers would count from the other side.
+    mask[max(y, 0) : max(y + h, 0), max(x, 0) : max(x + w, 0)] = False
+    if mask.all():
+        raise ValueError(f"the box {x},{y},{w},{h} lies outside the image, which is {width} x {height} px")
     return mask
 
 
-def _mask_of(path: Path) -> torch.Tensor:
-    return torch.from_numpy(np.array(load_image(path).convert("L"))) >= MIN_MASK_GREY
+def _mask_image(path: Path) -> Tensor:
+    return torch.from_numpy(np.array(load_image(path).convert("L"))) >= WHITE_FROM

@@ -14,21 +14,24 @@ from tavq.generator.model import GeneratorModel
 from tavq.tokenizer.model import TAVQTokenizer
 from tavq.training.checkpoint import CONFIG_FILE, local_directory, read_json
 
+MODELS = (TAVQTokenizer, GeneratorModel, Captioner)
+
 
 @dataclasses.dataclass(frozen=True)
 class ExportRun:
     """Copy a trained checkpoint for sharing, in half precision (the codebook stays in full).
 
-    Rounded weights change a few ids: tokenize with the exported tokenizer. Example: tavq export
-    runs/mine/tokenizer --out checkpoints/mine/tokenizer
+    Rounded weights change a few ids, so tokenize with the exported tokenizer.
+
+    Example: tavq export runs/mine/tokenizer --out checkpoints/mine/tokenizer
     """
 
     source: Positional[str]
     """Directory or hf:OWNER/NAME of a tokenizer, generator or captioner."""
     out: Path
-    """Directory of the copy."""
+    """Directory for the copy."""
     half: bool = True
-    """Store float16; loading gives float32 again."""
+    """Store weights as float16. They are loaded as float32 again."""
 
 
 @run_main
@@ -37,8 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     directory = local_directory(run.source)
     path = directory / CONFIG_FILE
     kind = read_json(path).get("kind") if path.is_file() else None
-    classes = (TAVQTokenizer, GeneratorModel, Captioner)
-    model_class = next((c for c in classes if kind in (c.kind, *c.former_kinds)), None)
+    model_class = next((model for model in MODELS if kind in (model.kind, *model.former_kinds)), None)
     if model_class is None:
         raise ValueError(
             f"{directory} holds no tokenizer, generator or captioner; name the directory of one of them"

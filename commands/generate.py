@@ -1,4 +1,4 @@
-"""tavq generate PROMPT: draw images from text."""
+"""tavq generate PROMPT: generate images from text."""
 
 from __future__ import annotations
 
@@ -20,34 +20,38 @@ from tavq.generator.sampling import SamplingConfig
 from tavq.pipeline import CHECKPOINT, Pipeline, RankBy, check_prompts, read_recipe
 
 PROMPTS_AT_ONCE = 16
+RESULTS_FILE = "result.jsonl"
+PROMPT_SUFFIXES = (".txt", ".csv", ".jsonl")
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerateRun:
-    """Draw pictures from text.
+    """Generate images from text.
 
     Example: tavq generate "a dog runs on the beach" --num-images 4 --seed 7 --out out/
     """
 
     prompts: Positional[tuple[str, ...]] = ()
-    """What the pictures show."""
+    """What the images show."""
     prompts_file: Path | None = None
-    """More prompts: .txt (one a line), .csv (column `prompt`) or .jsonl (key `prompt`)."""
+    """File of more prompts: .txt (one a line), .csv (column `prompt`) or .jsonl (key `prompt`)."""
     num_images: int = 1
-    """Pictures a prompt; picture i has seed + i."""
+    """Images per prompt; image i has seed + i."""
     seed: int = 0
-    """-1 draws one at random and prints it."""
+    """Seed of the first image; -1 chooses one at random and prints it."""
     out: Path = Path("out")
-    """Directory of the numbered PNG files and of result.jsonl."""
+    """Directory for the numbered PNG files and result.jsonl."""
     best_of: int = 1
-    """Candidates a picture, of which the captioner and the alignment choose one."""
+    """Candidates per image, of which the best is kept."""
     rank_by: RankBy = "sum"
-    """What chooses: the captioner's likelihood of the prompt, the alignment score, or their sum."""
+    """Score of the candidates: the captioner's likelihood of the prompt, the alignment score, or their
+    sum."""
     from_png: Path | None = None
-    """Draw again what this PNG shows, from the recipe in it; other settings are ignored."""
+    """Generate the image in this PNG again, from the recipe stored in it. Other settings are ignored."""
     checkpoint: str = CHECKPOINT
     """Directory or hf:OWNER/NAME that holds tokenizer/, generator/ and captioner/."""
     device: Device = "auto"
+    """Device to run on."""
     sampling: OmitArgPrefixes[SamplingConfig] = SamplingConfig()
 
     def __post_init__(self) -> None:
@@ -57,64 +61,81 @@ class GenerateRun:
             raise ValueError('no prompt; write one, as in: tavq generate "a dog runs on the beach"')
 
 
+@dataclasses.dataclass(frozen=True)
+class Jobs:
+    """The images to generate."""
+
+    prompts_and_seeds: list[tuple[str, int]]
+    sampling: SamplingConfig
+    ranking: dict[str, Any]
+    """`best_of` and `rank_by`, as `Pipeline.generate` takes them."""
+    required_hashes: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Part of the checkpoint -> hash of its weights, where a recipe names them."""
+
+
 @run_main
 def main(argv: Sequence[str] | None = None) -> None:
     run = parse(GenerateRun, argv, prog="tavq generate")
-    jobs, settings, choice, hashes = _recorded(run.from_png) if run.from_png else _asked_for(run)
+    jobs = jobs_of_recipe(run.from_png) if run.from_png else jobs_of_flags(run)
     pipeline = Pipeline.from_pretrained(run.checkpoint, choose_device(run.device))
-    for part, found in hashes.items():
-        here = pipeline.hashes.get(part, "none")
-        if found != here:
+    for part, required in jobs.required_hashes.items():
+        present = pipeline.hashes.get(part, "none")
+        if required != present:
             raise ValueError(
-                f"{run.from_png} was drawn with {part} {found}, {run.checkpoint} holds {here}; "
-                "name the --checkpoint that drew it"
+                f"{run.from_png} was generated with {part} {required}, {run.checkpoint} holds {present}; "
+                "name the --checkpoint that generated it"
             )
-    bar = tqdm(total=len(jobs), unit="picture", disable=None)
-    for start in range(0, len(jobs), PROMPTS_AT_ONCE):
-        prompts, seeds = zip(*jobs[start : start + PROMPTS_AT_ONCE], strict=True)
-        for picture in pipeline.generate(prompts, seeds, settings, **choice):
-            path = next(free_names(run.out))
-            picture.save(path)
-            with (run.out / "result.jsonl").open("a") as results:
-                results.write(json.dumps({"file": path.name, **picture.recipe}) + "\n")
-            bar.update(1)
-            bar.write(str(path))
-    bar.close()
+
+    with tqdm(total=len(jobs.prompts_and_seeds), unit="image", disable=None) as bar:
+        for start in range(0, len(jobs.prompts_and_seeds), PROMPTS_AT_ONCE):
+            batch = jobs.prompts_and_seeds[start : start + PROMPTS_AT_ONCE]
+            prompts = [prompt for prompt, _ in batch]
+            seeds = [seed for _, seed in batch]
+            for result in pipeline.generate(prompts, seeds, jobs.sampling, **jobs.ranking):
+                path = next(free_names(run.out))
+                result.save(path)
+                with (run.out / RESULTS_FILE).open("a") as results:
+                    results.write(json.dumps({"file": path.name, **result.recipe}) + "\n")
+                bar.update(1)
+                bar.write(str(path))
 
 
-Jobs = tuple[list[tuple[str, int]], SamplingConfig, dict[str, Any], dict[str, str]]
-"""(prompt, seed) of each picture, how to draw, how to choose, hashes of the checkpoints that must draw."""
-
-
-def _asked_for(run: GenerateRun) -> Jobs:
+def jobs_of_flags(run: GenerateRun) -> Jobs:
+    """Return the images that prompts, seed and number of images ask for."""
     prompts = [*run.prompts, *(read_prompts(run.prompts_file) if run.prompts_file else [])]
-    check_prompts(prompts)  # all of them before the first picture
-    seed = random.SystemRandom().randrange(2**31) if run.seed < 0 else run.seed
-    if run.seed < 0:
+    check_prompts(prompts)  # all of them, so that no mistake shows after an hour
+    seed = run.seed
+    if seed < 0:
+        seed = random.SystemRandom().randrange(2**31)
         print(f"seed {seed}")
-    jobs = [(p, seed + i) for p in prompts for i in range(run.num_images)]
-    return jobs, run.sampling, {"best_of": run.best_of, "rank_by": run.rank_by}, {}
+    pairs = [(prompt, seed + number) for prompt in prompts for number in range(run.num_images)]
+    return Jobs(pairs, run.sampling, {"best_of": run.best_of, "rank_by": run.rank_by})
 
 
-def _recorded(path: Path) -> Jobs:
+def jobs_of_recipe(path: Path) -> Jobs:
+    """Return the image that the recipe in a PNG describes."""
     recipe = read_recipe(path)
+    absent = {"prompt", "seed", "settings", "checkpoints"} - set(recipe)
+    if absent:
+        raise ValueError(f"{path} holds a recipe without {', '.join(sorted(absent))}; name another PNG")
     if "completed_tokens" in recipe:
-        raise ValueError(f"{path} completes a photo, which its recipe does not hold; use tavq complete")
-    settings = from_dict(SamplingConfig, recipe["settings"], source=str(path))
-    choice = {key: recipe[key] for key in ("best_of", "rank_by") if key in recipe}
-    return [(recipe["prompt"], recipe["seed"])], settings, choice, recipe["checkpoints"]
+        raise ValueError(f"{path} completes an image, which its recipe does not hold; use tavq complete")
+    sampling = from_dict(SamplingConfig, recipe["settings"], source=str(path))
+    ranking = {key: recipe[key] for key in ("best_of", "rank_by") if key in recipe}
+    return Jobs([(recipe["prompt"], recipe["seed"])], sampling, ranking, recipe["checkpoints"])
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Prompts of a .txt, .csv or .jsonl file, in order, empty lines left out.
+    """Read the prompts of a .txt, .csv or .jsonl file in order; empty lines are left out.
 
     Raises:
-        ValueError: another kind of file, no column or key `prompt`, or no prompt at all.
+        ValueError: the file is of another kind, has no column or key `prompt`, or no prompt at all.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no prompts file {path}; expected .txt, .csv or .jsonl")
-    if path.suffix not in (".txt", ".csv", ".jsonl"):
+    if path.suffix not in PROMPT_SUFFIXES:
         raise ValueError(f"{path} ends in {path.suffix or 'nothing'}, expected .txt, .csv or .jsonl")
+
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
         if path.suffix == ".csv":
@@ -124,7 +145,8 @@ def read_prompts(path: Path) -> list[str]:
     except KeyError as error:
         raise ValueError(f"{path} has no column or key `prompt`; add it") from error
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
-        raise ValueError(f"{path} is no {path.suffix} file in UTF-8 ({error}); mend it") from error
+        raise ValueError(f"{path} is no {path.suffix} file in UTF-8 ({error}); correct it") from error
+
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"{path} holds no prompt; write one a line")
@@ -132,6 +154,6 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def free_names(folder: Path) -> Iterator[Path]:
-    """000000.png, 000001.png, ..., leaving out those that exist."""
+    """Yield 000000.png, 000001.png, ..., leaving out those that exist."""
     paths = (folder / f"{number:06d}.png" for number in itertools.count())
     return (path for path in paths if not path.exists())

@@ -12,8 +12,7 @@ from tyro.conf import Positional
 
 from tavq.base.arguments import parse, run_main
 from tavq.base.device import Device, choose_device
-from tavq.base.files import atomic_write
-from tavq.data.images import grid, load_image, squash
+from tavq.data.images import grid, load_image, squash, write_png
 from tavq.pipeline import CHECKPOINT, Pipeline
 
 SHEET_IMAGE_PX = 288  # small images are enlarged to about this side on the sheet
@@ -53,15 +52,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         originals.append(squash(image, pipeline.tokenizer.decode_size_px))
     reconstructions = [result.image for result in pipeline.reconstruct(images)]
     for path, image in zip(run.images, reconstructions, strict=True):
-        _write_png(image, run.out / f"{path.stem}.reconstruction.png")
+        _write(image, run.out / f"{path.stem}.reconstruction.png")
 
     sheet = grid(originals + reconstructions, columns=len(images))
     scale = max(1, SHEET_IMAGE_PX // originals[0].width)
     enlarged = sheet.resize((scale * sheet.width, scale * sheet.height), Image.Resampling.NEAREST)
-    _write_png(enlarged, run.out / "sheet.png")
+    _write(enlarged, run.out / "sheet.png")
 
 
-def _write_png(image: Image.Image, path: Path) -> None:
-    with atomic_write(path) as temporary:
-        image.save(temporary, format="PNG")
+def _write(image: Image.Image, path: Path) -> None:
+    write_png(image, path)
     print(path)

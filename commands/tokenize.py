@@ -21,19 +21,18 @@ from tavq.base.files import file_hash
 from tavq.base.seeding import mixed_seed
 from tavq.data.examples import ImageTextDataset, readable_images
 from tavq.data.images import to_tensor
-from tavq.data.layouts import open_dataset
+from tavq.data.layouts import SPLITS, open_dataset
 from tavq.data.tokens import TokenMeta, TokenRecord, write_tokens
 from tavq.tokenizer.model import TAVQTokenizer
 from tavq.tokenizer.training_images import SMALLEST_CROP
 from tavq.training.checkpoint import WEIGHTS_FILE, local_directory, shipped_checkpoint
 
-SPLITS = ("train", "val", "test")
 IMAGES_AT_ONCE = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizeRun:
-    """Turn images into ids, once, for training generator and captioner.
+    """Encode the images of a data set once, for training generator and captioner.
 
     Example: tavq tokenize --data flickr8k/ --out runs/mine/tokens --checkpoint runs/mine/tokenizer
     """
@@ -41,63 +40,18 @@ class TokenizeRun:
     data: str
     """Data set: a directory in any known layout, or `shapes`."""
     out: Path
-    """Directory of the shards."""
+    """Directory for the shards."""
     checkpoint: str = str(shipped_checkpoint() / "tokenizer")
     """Tokenizer: a directory or hf:OWNER/NAME."""
     crops: int = 2
-    """Random crops of each training image, every second one mirrored, beside the photo and its mirror
-    image."""
+    """Random crops of each training image, beside the image and its mirror image. Every second crop is
+    mirrored."""
     device: Device = "auto"
+    """Device to run on."""
 
     def __post_init__(self) -> None:
         if self.crops < 0:
             raise ValueError(f"crops is {self.crops}, expected 0 or more")
-
-
-def variants(image: Image.Image, size_px: int, crops: int, seed: int) -> Tensor:
-    """The photo, its mirror image, and random crops: (2 + crops, 3, size_px, size_px) in [-1, 1]."""
-    whole = to_tensor(image, size_px)
-    views = [whole, whole.flip(-1)]
-    random = np.random.default_rng(seed)
-    for number in range(crops):
-        width, height = (round(side * random.uniform(SMALLEST_CROP, 1)) for side in image.size)
-        left, top = random.integers(image.width - width + 1), random.integers(image.height - height + 1)
-        view = to_tensor(image.crop((left, top, left + width, top + height)), size_px)
-        views.append(view.flip(-1) if number % 2 else view)
-    return torch.stack(views)
-
-
-def tokenized(
-    tokenizer: TAVQTokenizer, dataset: ImageTextDataset, split: str, crops: int
-) -> Iterator[TokenRecord]:
-    """Encode a split; only the training split has crops, the others repeat nothing but the mirror image."""
-    crops = crops if split == "train" else 0
-    waiting: list[tuple[int, Tensor]] = []
-    bar = tqdm(total=len(dataset), desc=f"tokenizing {split}", unit="image", disable=None)
-    for index, image in readable_images(dataset):
-        waiting.append((index, variants(image, tokenizer.image_size_px, crops, mixed_seed(index, crops))))
-        bar.update(1)
-        if len(waiting) == IMAGES_AT_ONCE:
-            yield from _encoded(tokenizer, dataset, split, waiting)
-            waiting = []
-    yield from _encoded(tokenizer, dataset, split, waiting)
-    bar.close()
-
-
-def _encoded(
-    tokenizer: TAVQTokenizer,
-    dataset: ImageTextDataset,
-    split: str,
-    waiting: list[tuple[int, Tensor]],
-) -> Iterator[TokenRecord]:
-    if not waiting:
-        return
-    device = next(tokenizer.parameters()).device
-    ids = tokenizer.encode(torch.cat([views for _, views in waiting]).to(device))
-    ids_NVhw = ids.unflatten(0, (len(waiting), -1)).cpu().numpy()
-    for (index, _), ids_Vhw in zip(waiting, ids_NVhw, strict=True):
-        example = dataset[index]
-        yield TokenRecord(example.id, split, ids_Vhw, example.captions, example.long_text)
 
 
 @run_main
@@ -105,20 +59,64 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = parse(TokenizeRun, argv, prog="tavq tokenize")
     directory = local_directory(run.checkpoint)
     tokenizer = TAVQTokenizer.from_pretrained(directory).to(choose_device(run.device))
-    sets = {split: open_dataset(run.data, split) for split in SPLITS}
+    dataset = open_dataset(run.data)
     meta = TokenMeta(
         num_codes=tokenizer.num_codes,
         grid_size=tokenizer.grid_size,
         codebook_hash=tokenizer.codebook_hash,
         tokenizer=file_hash(directory / WEIGHTS_FILE),
-        data=sets["train"].name,
+        data=dataset.name,
         image_size_px=tokenizer.image_size_px,
     )
+    splits = {split: dataset.select_split(split) for split in SPLITS}
     records = (
         record
-        for split, dataset in sets.items()
-        if len(dataset)
-        for record in tokenized(tokenizer, dataset, split, run.crops)
+        for split, examples in splits.items()
+        if len(examples)
+        for record in encode_split(tokenizer, examples, split, run.crops)
     )
     write_tokens(run.out, records, meta)
     print(run.out)
+
+
+def encode_split(
+    tokenizer: TAVQTokenizer, dataset: ImageTextDataset, split: str, crops: int
+) -> Iterator[TokenRecord]:
+    """Encode a split. Only training images are cropped; the others have their mirror image alone."""
+    crops = crops if split == "train" else 0
+    batch: list[tuple[int, Tensor]] = []
+    with tqdm(total=len(dataset), desc=f"tokenizing {split}", unit="image", disable=None) as bar:
+        for index, image in readable_images(dataset):
+            views = variants(image, tokenizer.image_size_px, crops, mixed_seed(index, crops))
+            batch.append((index, views))
+            bar.update(1)
+            if len(batch) == IMAGES_AT_ONCE:
+                yield from _encode_batch(tokenizer, dataset, split, batch)
+                batch = []
+        if batch:
+            yield from _encode_batch(tokenizer, dataset, split, batch)
+
+
+def variants(image: Image.Image, size_px: int, crops: int, seed: int) -> Tensor:
+    """Return an image, its mirror image, and random crops: (2 + crops, 3, size_px, size_px) in [-1, 1]."""
+    whole = to_tensor(image, size_px)
+    views = [whole, whole.flip(-1)]
+    rng = np.random.default_rng(seed)
+    for number in range(crops):
+        width, height = (round(side * rng.uniform(SMALLEST_CROP, 1)) for side in image.size)
+        left = rng.integers(image.width - width + 1)
+        top = rng.integers(image.height - height + 1)
+        view = to_tensor(image.crop((left, top, left + width, top + height)), size_px)
+        views.append(view.flip(-1) if number % 2 else view)
+    return torch.stack(views)
+
+
+def _encode_batch(
+    tokenizer: TAVQTokenizer, dataset: ImageTextDataset, split: str, batch: list[tuple[int, Tensor]]
+) -> Iterator[TokenRecord]:
+    device = next(tokenizer.parameters()).device
+    ids = tokenizer.encode(torch.cat([views for _, views in batch]).to(device))
+    ids_nVhw = ids.unflatten(0, (len(batch), -1)).cpu().numpy()
+    for (index, _), ids_Vhw in zip(batch, ids_nVhw, strict=True):
+        example = dataset[index]
+        yield TokenRecord(example.id, split, ids_Vhw, example.captions, example.long_text)

@@ -31,16 +31,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def caption_alignment_scores(tokenizer: TAVQTokenizer, tokens: Path) -> list[np.ndarray]:
-    """Compute the alignment score of each training caption with its image, for quality buckets.
+    """Score each training caption by its alignment with its image, for quality buckets.
 
-    Raises ValueError for a plain tokenizer.
+    Returns:
+        For each image of the training split the scores of its captions, (C,) float32.
+
+    Raises:
+        ValueError: the tokenizer is not aligned with text.
     """
     check_aligned(tokenizer, NUM_LEVELS)
     cache = EmbeddingCache(text_encoder_of(tokenizer))
-    found = open_tokens(tokens, "train")
-    vectors = cache.encode([caption for captions in found.captions for caption in captions])
-    parts = vectors.split([len(captions) for captions in found.captions])
+    train_set = open_tokens(tokens, "train")
+    vectors = cache.encode([caption for captions in train_set.captions for caption in captions])
+    vectors_by_image = vectors.split([len(captions) for captions in train_set.captions])
     return [
-        alignment_scores(tokenizer, ids[:1], part)[0].numpy()
-        for ids, part in zip(found.ids.long(), parts, strict=True)
+        alignment_scores(tokenizer, ids[:1], own)[0].numpy()  # variant 0 is the image as it is
+        for ids, own in zip(train_set.ids.long(), vectors_by_image, strict=True)
     ]

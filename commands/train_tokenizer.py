@@ -11,5 +11,6 @@ from tavq.training.loop import train
 
 @run_main
 def main(argv: Sequence[str] | None = None) -> None:
-    task = TokenizerTask(parse(TokenizerRun, argv, prog="tavq train tokenizer", presets=RUN_PRESETS))
-    train(task, task.run.training, task.run.out, task.run)
+    run = parse(TokenizerRun, argv, prog="tavq train tokenizer", presets=RUN_PRESETS)
+    task = TokenizerTask(run)
+    train(task, task.run.training, task.run.out, task.run)  # the task's run has what --start decides

@@ -14,7 +14,7 @@ from tavq.base.arguments import parse, run_main
 
 @dataclasses.dataclass(frozen=True)
 class UnitsRun:
-    """Show the words, phrases and sentences that alignment draws from a text.
+    """Show the words, phrases and sentences that a text is split into for alignment.
 
     Example: tavq units "Two black dogs jump over a fallen log."
     """
@@ -29,5 +29,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = sys.stdin.read() if run.text == "-" else run.text
     if not text.strip():
         raise ValueError('the text is empty; write one, as in: tavq units "a dog jumps over a log"')
-    for kind, found in dataclasses.asdict(split_units(text)).items():
-        print(f"{kind}: " + "; ".join(found))
+    for kind, units in dataclasses.asdict(split_units(text)).items():
+        print(f"{kind}: " + "; ".join(units))

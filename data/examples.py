@@ -81,6 +81,10 @@ class ImageTextDataset:
         image = self.examples[index].image
         return load_image(image) if isinstance(image, Path) else to_rgb(image())
 
+    def select_split(self, split: str) -> ImageTextDataset:
+        """Return the examples of one split; there may be none."""
+        return ImageTextDataset(self.name, [example for example in self.examples if example.split == split])
+
     def head(self, limit: int | None) -> ImageTextDataset:
         """The same data set cut to its first `limit` examples; None keeps all."""
         return self if limit is None else ImageTextDataset(self.name, self.examples[:limit])

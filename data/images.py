@@ -16,7 +16,10 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+
+from tavq.base.files import atomic_write
 
 MIN_SIDE_PX = 8
 MAX_PIXELS = 89_478_485
@@ -170,6 +173,12 @@ def to_pil(images_BCHW: Tensor) -> list[Image.Image]:
     """Turn (B, 3, H, W) floats in [-1, 1] into B RGB images (rounded; overshoot clipped)."""
     pixels_BHWC = to_uint8(images_BCHW).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(np.ascontiguousarray(pixels_HWC)) for pixels_HWC in pixels_BHWC]
+
+
+def write_png(image: Image.Image, path: Path, fields: PngInfo | None = None) -> None:
+    """Write an image as PNG, atomically; `fields` are text fields to store in it."""
+    with atomic_write(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=fields)
 
 
 def grid(images: Sequence[Image.Image], columns: int, gap_px: int = 2) -> Image.Image:

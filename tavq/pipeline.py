@@ -23,12 +23,12 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from tavq.alignment.projections import NUM_LEVELS
-from tavq.base.files import atomic_write, file_hash
+from tavq.base.files import file_hash
 from tavq.base.seeding import mixed_seed
 from tavq.captioner.decoding import Caption, DecodingConfig, decode_captions
 from tavq.captioner.likelihood import log_likelihood
 from tavq.captioner.model import Captioner
-from tavq.data.images import to_pil, to_tensor
+from tavq.data.images import to_pil, to_tensor, write_png
 from tavq.data.text_encoder import TextEncoder, TokenStates
 from tavq.generator.model import GeneratorModel
 from tavq.generator.sampling import RENAMED_FIELDS, SamplingConfig, sample, stream
@@ -59,8 +59,7 @@ class Generated:
         fields = PngInfo()
         fields.add_itxt(RECIPE_FIELD, json.dumps(self.recipe))
         fields.add_itxt(PARAMETERS_FIELD, recipe_line(self.recipe))
-        with atomic_write(path) as temporary:
-            self.image.save(temporary, format="PNG", pnginfo=fields)
+        write_png(self.image, path, fields)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -151,7 +151,7 @@ def test_a_png_is_drawn_again_from_its_recipe(tmp_path, checkpoint, refused):
     assert read_recipe(again)["settings"]["top_k"] == 9
     shutil.copytree(Path(checkpoint[1]) / "tokenizer", tmp_path / "half" / "tokenizer")
     absent = refused("generate", "--from-png", first, "--out", tmp_path, "--checkpoint", tmp_path / "half")
-    assert "holds none; name the --checkpoint that drew it" in absent
+    assert "holds none; name the --checkpoint that generated it" in absent
 
 
 def test_caption_prints_the_sentence_and_marks_what_is_unsure(checkpoint, tiny_pipeline, capsys):
@@ -299,7 +299,7 @@ def test_bad_photos_are_refused_and_nothing_is_written(tmp_path, checkpoint, ref
         assert expected in refused("caption", photo, *checkpoint)
         assert expected in refused("reconstruct", PHOTO, photo, *out)
         assert expected in refused("complete", photo, "a cat", "--keep", "top", *out)
-    assert "no photo; name one" in refused("caption", *checkpoint)
+    assert "no image; name one" in refused("caption", *checkpoint)
     assert "several images are called" in refused("reconstruct", PHOTO, PHOTO, *out)
     out = ["--out", tmp_path / "captions.jsonl"]
     assert "give a folder, or leave out --out" in refused("caption", PHOTO, *out, *checkpoint)
@@ -311,8 +311,8 @@ def test_bad_photos_are_refused_and_nothing_is_written(tmp_path, checkpoint, ref
 def test_bad_completions_are_refused_and_nothing_is_written(tmp_path, checkpoint, refused):
     out = ["--out", tmp_path / "out", *checkpoint]
     Image.new("L", (20, 20)).save(tmp_path / "black.png")
-    assert "lies outside the photo" in refused("complete", PHOTO, "a", "--keep", "box=900,0,5,5", *out)
-    assert "lies outside the photo" in refused("complete", PHOTO, "a", "--keep", "box=-5,0,3,9", *out)
+    assert "lies outside the image" in refused("complete", PHOTO, "a", "--keep", "box=900,0,5,5", *out)
+    assert "lies outside the image" in refused("complete", PHOTO, "a", "--keep", "box=-5,0,3,9", *out)
     assert "expected top, left, box=" in refused("complete", PHOTO, "a", "--keep", "bottom", *out)
     assert "share of tokens that stay is 1.0" in refused("complete", PHOTO, "a", "--keep", "share=1", *out)
     assert "such as share=0.3" in refused("complete", PHOTO, "a", "--keep", "share=some", *out)
@@ -352,7 +352,7 @@ def test_a_picture_of_other_weights_is_not_drawn_again(tmp_path, checkpoint, tin
     shutil.rmtree(other / "generator")
     generator.save_pretrained(other / "generator")
     redo = ["generate", "--from-png", tmp_path / "a" / "000000.png", "--out", tmp_path / "b"]
-    assert "was drawn with generator" in refused(*redo, "--checkpoint", other)
+    assert "was generated with generator" in refused(*redo, "--checkpoint", other)
     assert not (tmp_path / "b").exists()
 
 

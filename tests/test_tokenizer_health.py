@@ -121,10 +121,10 @@ def test_the_chart_falls_from_left_to_right():
 
 def test_codes_are_the_most_used_then_others_in_use():
     counts = torch.tensor([5, 0, 9, 1, 2, 0, 3])
-    codes = codebook.chosen_codes(counts, 2, 2, seed=0)
+    codes = codebook.select_codes(counts, 2, 2, seed=0)
     assert codes[:2] == [2, 0] and len(codes) == 4 and set(codes[2:]) < {3, 4, 6}
-    assert codes == codebook.chosen_codes(counts, 2, 2, seed=0)
-    assert codebook.chosen_codes(counts, 10, 10, seed=0) == [2, 0, 6, 4, 3]
+    assert codes == codebook.select_codes(counts, 2, 2, seed=0)
+    assert codebook.select_codes(counts, 10, 10, seed=0) == [2, 0, 6, 4, 3]
 
 
 def test_patches_come_from_different_photos_first():

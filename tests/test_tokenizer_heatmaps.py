@@ -136,7 +136,7 @@ def test_the_command_takes_the_first_photos_of_a_data_set(aligned_folder, tmp_pa
 
 
 @pytest.mark.parametrize("arguments", [[], ["photo.png"], ["photo.png", "a dog", "--data", "shapes"]])
-def test_the_command_asks_for_a_photo_and_a_text(arguments, capsys):
+def test_the_command_asks_for_an_image_and_a_text(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
-    assert stopped.value.code == 2 and "name a photo and a text" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "name an image and a text" in capsys.readouterr().err
