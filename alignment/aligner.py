@@ -64,6 +64,19 @@ class AlignmentConfig:
     transport_weight: float = 1.0
     """Weight of the matched pairs' cost beside the InfoNCE loss."""
 
+    @property
+    def transport_temperature(self) -> float:
+        """Temperature of the softmin over positions that scores an image against a text of one unit."""
+        return self.epsilon + self.relaxation
+
+    @property
+    def aligned_levels(self) -> tuple[int, int, int]:
+        """Levels that words, phrases and sentences are aligned with; 0 for those that are left out."""
+        words, phrases, sentences = (
+            level if weight else 0 for level, weight in zip(self.pairing, self.level_weights, strict=True)
+        )
+        return words, phrases, sentences
+
     def __post_init__(self) -> None:
         positive = ("samples", "max_units", "epsilon", "iterations", "lookup_temperature")
         for name in (*positive, "relaxation", "bank_size", "transport_weight"):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tavq.base.bounds import check_bounds
 from tavq.base.hub import DATA_ONLY, TRANSFORMERS_FILES, directory_of
 from tavq.training.checkpoint import Checkpointed
+from tavq.training.provenance import TokenProvenance
 
 from .vocabulary import PretrainedVocabulary, Vocabulary, WordVocabulary
 
@@ -96,7 +97,7 @@ class CaptionerConfig:
     """Words of the vocabulary, most frequent first; empty with a pretrained decoder, which brings its own."""
     decoder_config: dict[str, Any] | None = None
     """Configuration of the pretrained decoder, so that a checkpoint loads without its source."""
-    provenance: dict[str, str] = dataclasses.field(default_factory=dict)
+    provenance: TokenProvenance = TokenProvenance()
     """Data, tokenizer and stage of training that gave these weights."""
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tavq.data.tokens import TokenSet, open_tokens
 from tavq.training.card import continued
 from tavq.training.loop import train
+from tavq.training.provenance import TokenProvenance
 from tavq.training.task import StepOutput, Task, TrainingConfig
 
 from .dataset import AlignmentScores, CaptionDataset, caption_targets, quality_buckets
@@ -281,7 +282,7 @@ def _loaded_captioner(run: CaptionerRun, start: Path, tokens: TokenSet, codebook
     captioner.config = dataclasses.replace(
         config,
         codebook_hash=tokens.meta.codebook_hash,
-        provenance=config.provenance | _provenance(run, tokens),
+        provenance=_provenance(run, tokens),
     )
     return captioner
 
@@ -309,8 +310,8 @@ def _new_captioner(run: CaptionerRun, tokens: TokenSet, codebook: Tensor | None)
     return captioner
 
 
-def _provenance(run: CaptionerRun, tokens: TokenSet) -> dict[str, str]:
-    return {"data": tokens.meta.data, "tokenizer": tokens.meta.tokenizer, "stage": run.stage}
+def _provenance(run: CaptionerRun, tokens: TokenSet) -> TokenProvenance:
+    return TokenProvenance(tokens.meta.data, tokens.meta.tokenizer, run.stage)
 
 
 def _buckets(

@@ -24,8 +24,8 @@ from tavq.base.arguments import parse, run_main
 from tavq.base.files import atomic_write
 from tavq.tokenizer.adapter import TAVQAdapter
 from tavq.tokenizer.fit_projections import fit_projections
-from tavq.tokenizer.heatmaps import PROBED_LEVELS
 from tavq.tokenizer.model import TAVQTokenizer, TokenizerConfig
+from tavq.tokenizer.provenance import ALL_LEVELS
 from tavq.tokenizer.train_adapter import HEADS_FILE, AlignData, AlignRun, AlignTask
 from tavq.training.loop import train
 from tavq.training.run_folder import read_log
@@ -149,7 +149,7 @@ def probe_own_tokenizer(run: AlignRun, base: TAVQTokenizer) -> None:
     ).to(base.codebook.device)
     task = AlignTask(run, adapter, data, frozen=True)
     base.config = _probed_config(config, run, data.text_hash)
-    fit_projections(base, data.train_set, data.texts, PROBED_LEVELS, run.probe_steps, run.training.seed)
+    fit_projections(base, data.train_set, data.texts, base.aligned_levels, run.probe_steps, run.training.seed)
 
     task.save(task.model, run.out, base.card)
     scores = task.evaluate(task.model.eval(), run.probe_steps)
@@ -158,12 +158,16 @@ def probe_own_tokenizer(run: AlignRun, base: TAVQTokenizer) -> None:
 
 def _probed_config(config: TokenizerConfig, run: AlignRun, text_hash: str) -> TokenizerConfig:
     """Return `config` with a record of the probe, by which the tokenizer knows how to score texts."""
-    provenance = config.provenance | {
-        "probe": run.method,
-        "text_encoder": run.text_encoder,
-        "text_encoder_hash": text_hash,
-    }
-    return dataclasses.replace(config, provenance=provenance, transport_temperature=run.temperature)
+    provenance = dataclasses.replace(
+        config.provenance,
+        probed=True,
+        aligned_levels=ALL_LEVELS,
+        text_encoder=run.text_encoder,
+        text_encoder_hash=text_hash,
+    )
+    return dataclasses.replace(
+        config, provenance=provenance, transport_temperature=run.alignment.transport_temperature
+    )
 
 
 @contextlib.contextmanager

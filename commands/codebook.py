@@ -28,7 +28,6 @@ from tavq.data.examples import ImageTextDataset, readable_images
 from tavq.data.images import to_tensor, write_png
 from tavq.data.layouts import open_dataset
 from tavq.tokenizer.health import code_use
-from tavq.tokenizer.heatmaps import aligned_levels
 from tavq.tokenizer.model import TAVQTokenizer
 from tavq.tokenizer.retrieval import text_encoder_of
 
@@ -140,7 +139,7 @@ def words_of_codes(
     run: CodebookRun,
 ) -> dict[int, list[str]]:
     """Return for each code the nearest words among those of the data set; none for a level without text."""
-    if run.level not in aligned_levels(tokenizer).values():
+    if run.level not in tokenizer.aligned_levels.values():
         return {}
     image_counts = collections.Counter(
         word

@@ -19,7 +19,7 @@ from tavq.data.images import to_pil, to_pixels
 from tavq.data.layouts import default_data, open_dataset
 from tavq.metrics.features import FeatureNetwork, ImageSet, load_network, refuse_training_network
 from tavq.pipeline import CHECKPOINT, Pipeline
-from tavq.tokenizer.model import TEACHERS
+from tavq.tokenizer.provenance import migrate_provenance
 from tavq.training.checkpoint import CONFIG_FILE, local_directory
 
 REFERENCE_SIZE_PX = 224
@@ -111,15 +111,12 @@ def open_network(features: Path | None, directory: Path) -> FeatureNetwork:
 
 def training_networks(directory: Path) -> dict[str, str]:
     """Networks that shaped any part of a checkpoint: what for -> hash."""
-    found = {}
+    networks: dict[str, str] = {}
     for path in sorted(directory.glob(f"*/{CONFIG_FILE}")):
-        provenance = json.loads(path.read_text()).get("provenance", {})
-        found |= {
-            f"{path.parent.name}.{use}{number or ''}": network
-            for use in TEACHERS
-            for number, network in enumerate(provenance.get(use, "").split())
-        }
-    return found
+        provenance = migrate_provenance(json.loads(path.read_text()).get("provenance", {}))
+        for number, network in enumerate(provenance.get("taught_by", ())):
+            networks[f"{path.parent.name}.taught_by[{number}]"] = network
+    return networks
 
 
 def kid_options(n: int) -> dict[str, int]:

@@ -19,7 +19,6 @@ from tavq.data.examples import ImageTextDataset, readable_images
 from tavq.data.images import grid, to_pil, to_pixels
 from tavq.metrics.captions import caption_metrics
 from tavq.pipeline import Pipeline
-from tavq.tokenizer.heatmaps import aligned_levels
 from tavq.tokenizer.retrieval import alignment_scores, image_to_text_ranks
 
 PHOTOS_AT_ONCE = 20
@@ -64,7 +63,7 @@ def prompt_hits(judge: Pipeline, images: Tensor, prompts: list[str]) -> np.ndarr
 
     None where the judge's codes are not aligned with text.
     """
-    if NUM_LEVELS not in aligned_levels(judge.tokenizer).values():
+    if NUM_LEVELS not in judge.tokenizer.aligned_levels.values():
         return None
     ids = judge.encode(pictures_of(images))
     scores = alignment_scores(judge.tokenizer, ids, judge.alignment_encoder.encode(prompts))

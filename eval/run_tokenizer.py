@@ -37,7 +37,6 @@ from tavq.metrics.frechet import image_metrics
 from tavq.metrics.image import psnr, ssim
 from tavq.pipeline import Pipeline
 from tavq.tokenizer.health import code_use
-from tavq.tokenizer.heatmaps import aligned_levels
 from tavq.tokenizer.retrieval import alignment_scores, image_to_text_ranks, text_to_image_ranks
 
 RECALLS = (1, 5, 10)
@@ -89,7 +88,7 @@ def retrieval(pipeline: Pipeline, dataset: ImageTextDataset, ids: Tensor) -> dic
     captions = [caption for example in dataset.examples for caption in example.captions]
     vectors = pipeline.alignment_encoder.encode(captions)
     first = torch.tensor([owners.index(row) for row in range(len(ids))])
-    for level in sorted(set(aligned_levels(tokenizer).values()), reverse=True):
+    for level in sorted(set(tokenizer.aligned_levels.values()), reverse=True):
         scores = alignment_scores(tokenizer, ids[:, level - 1], vectors, level).cpu()
         ranks = {"t2i": text_to_image_ranks(scores[:, first], torch.arange(len(ids)))}
         if level == NUM_LEVELS:
@@ -114,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # At the size that is read, so that tokenizers that decode at another size compare.
     small = resized(rebuilt, size)
     per_image = {"PSNR": psnr(small, originals)[:, None], "SSIM": ssim(small, originals)[:, None]}
-    aligned = bool(aligned_levels(pipeline.tokenizer))
+    aligned = bool(pipeline.tokenizer.aligned_levels)
     if run.retrieval and aligned:
         per_image |= retrieval(pipeline, evaluated, ids)
     metrics: dict[str, Any] = {}

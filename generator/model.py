@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from tavq.base.bounds import check_bounds
 from tavq.training.checkpoint import Checkpointed
+from tavq.training.provenance import TokenProvenance
 
 from .attention import Attention, attend
 
@@ -76,7 +77,7 @@ class GeneratorConfig(GeneratorShape):
     text_encoder_hash: str = ""
     codebook_hash: str = ""
     """Hash of the codebook of the tokenizer whose ids it learned."""
-    provenance: dict[str, str] = dataclasses.field(default_factory=dict)
+    provenance: TokenProvenance = TokenProvenance()
 
     def __post_init__(self) -> None:
         super().__post_init__()

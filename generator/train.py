@@ -24,6 +24,7 @@ from tavq.data.tokens import TokenMeta, TokenSet, open_tokens
 from tavq.training.card import continued
 from tavq.training.checkpoint import tensor_hash
 from tavq.training.loop import train
+from tavq.training.provenance import TokenProvenance
 from tavq.training.task import StepOutput, Task, TrainingConfig
 
 from .model import PRESETS, GeneratorConfig, GeneratorModel, GeneratorShape
@@ -209,7 +210,7 @@ class GeneratorTask(Task):
 
 def _resolved(run: GeneratorRun, meta: TokenMeta, encoder: TextEncoder) -> GeneratorConfig:
     """The configuration of the model with all that data and encoder decide."""
-    provenance = {"data": meta.data, "tokenizer": meta.tokenizer}
+    provenance = TokenProvenance(meta.data, meta.tokenizer)
     return GeneratorConfig.of(
         run.model,
         num_codes=meta.num_codes,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import tempfile
 from pathlib import Path
@@ -20,7 +19,8 @@ from tavq.data.text_encoder import TextEncoder
 from tavq.generator.model import PRESETS as GENERATOR_PRESETS
 from tavq.generator.model import GeneratorConfig, GeneratorModel
 from tavq.pipeline import Pipeline
-from tavq.tokenizer.model import PRESETS, TAVQTokenizer
+from tavq.tokenizer.model import PRESETS, TAVQTokenizer, TokenizerConfig
+from tavq.tokenizer.provenance import TokenizerProvenance
 
 torch.set_num_threads(1)  # the models are tiny, and two threads collapse where another process is busy
 
@@ -70,8 +70,10 @@ def flickr8k_dir(shared_dir: Path) -> Path:
 def tiny_tokenizer() -> TAVQTokenizer:
     """A tokenizer of the `tiny` preset with random weights, which calls itself aligned."""
     torch.manual_seed(0)
-    provenance = {"align": "ot", "text_encoder": "minilm", "text_encoder_hash": TextEncoder().hash}
-    return TAVQTokenizer(dataclasses.replace(PRESETS["tiny"], provenance=provenance)).eval()
+    provenance = TokenizerProvenance(
+        align="ot", aligned_levels=(1, 2, 3), text_encoder="minilm", text_encoder_hash=TextEncoder().hash
+    )
+    return TAVQTokenizer(TokenizerConfig.of(PRESETS["tiny"], provenance=provenance)).eval()
 
 
 @pytest.fixture(scope="session")

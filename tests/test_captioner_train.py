@@ -18,6 +18,7 @@ from tavq.captioner.train import RUN_PRESETS, CaptionerRun, CaptionerTask, train
 from tavq.captioner.vocabulary import metric_words
 from tavq.commands.train_captioner import caption_alignment_scores, main
 from tavq.data.tokens import TokenMeta, TokenRecord, open_tokens, write_tokens
+from tavq.training.provenance import TokenProvenance
 
 NOUNS, PLACES = ("dog", "girl", "man", "bird"), ("snow", "grass", "water", "street")
 
@@ -51,7 +52,7 @@ def trained_dir(tokens_dir: Path) -> Path:
 def test_cross_entropy_learns_to_read_the_tokens(trained_dir: Path, tokens_dir: Path):
     captioner, val = Captioner.from_pretrained(trained_dir), open_tokens(tokens_dir, "val")
     assert captioner.config.codebook_hash == "abc"
-    assert captioner.config.provenance == {"data": "made up", "tokenizer": "def", "stage": "cross-entropy"}
+    assert captioner.config.provenance == TokenProvenance("made up", "def", "cross-entropy")
     found = decode_captions(captioner, val.ids[:, 0].long())
     right = [
         sum(word in caption.text.split() for word in NOUNS + PLACES if word in references[0].split())
@@ -104,7 +105,7 @@ def test_the_second_stage_goes_on_from_the_first(trained_dir: Path, tokens_dir: 
     arguments = ["--preset", "tiny-self-critical", "--tokens", str(tokens_dir), "--out", str(tmp_path)]
     main([*arguments, "--start", str(trained_dir), "--training.steps", "3"])
     second, first = Captioner.from_pretrained(tmp_path), Captioner.from_pretrained(trained_dir)
-    assert second.config.provenance["stage"] == "self-critical"
+    assert second.config.provenance.stage == "self-critical"
     assert second.config.words == first.config.words
     assert not torch.equal(second.start_embedding.weight, first.start_embedding.weight)
 

@@ -16,6 +16,7 @@ from tavq.generator.sampling import SamplingConfig, sample
 from tavq.generator.text_states import pack_states
 from tavq.generator.train import RUN_PRESETS, GeneratorTask, TokenExamples, train_generator
 from tavq.training.checkpoint import tensor_hash
+from tavq.training.provenance import TokenProvenance
 from tavq.training.run_folder import read_log
 
 CODEBOOK = torch.nn.functional.normalize(
@@ -93,7 +94,7 @@ def test_training_learns_to_follow_the_text(tokens, tmp_path):
     ids = sample(generator, texts, [0, 1, 2, 3], SamplingConfig(temperature=0.0))
     assert torch.equal(ids // 16, torch.arange(4)[:, None].expand(-1, 16))
     assert generator.config.text_encoder_hash == TextEncoder().hash
-    assert generator.config.provenance == {"data": "made-up", "tokenizer": "tokenizer-hash"}
+    assert generator.config.provenance == TokenProvenance("made-up", "tokenizer-hash")
     generator.check_codebook(tensor_hash(CODEBOOK))
 
 

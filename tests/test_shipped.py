@@ -20,7 +20,9 @@ def shipped() -> Pipeline:
 def test_the_parts_fit_one_another_and_name_what_shaped_them(shipped):
     assert shipped.generator.config.codebook_hash == shipped.tokenizer.codebook_hash
     assert shipped.captioner.config.codebook_hash == shipped.tokenizer.codebook_hash
-    assert {"align", "data", "text_encoder_hash", "perceptual"} <= shipped.tokenizer.config.provenance.keys()
+    provenance = shipped.tokenizer.config.provenance
+    assert (provenance.align, provenance.data, provenance.aligned_levels) == ("ot", "flickr8k", (1, 2, 3))
+    assert provenance.text_encoder_hash and provenance.taught_by
 
 
 def test_reconstructions_are_nearer_to_their_photo_than_to_any_other(shipped):

@@ -22,7 +22,6 @@ from tavq.commands import align
 from tavq.data.images import to_tensor
 from tavq.data.layouts import open_dataset
 from tavq.tokenizer.adapter import TAVQAdapter
-from tavq.tokenizer.heatmaps import aligned_levels
 from tavq.tokenizer.model import PRESETS, TAVQTokenizer
 from tavq.training.run_folder import read_log
 
@@ -346,7 +345,7 @@ def test_a_probe_learns_to_read_a_tokenizer_of_ours_and_changes_no_code(
         if not torch.equal(weights, before.state_dict()[name])
     }
     assert changed == {"projections"}
-    assert after.config.provenance["probe"] == "ot" and aligned_levels(after) == {1: 1, 2: 2, 3: 3}
+    assert after.config.provenance.probed and after.aligned_levels == {1: 1, 2: 2, 3: 3}
     torch.nn.init.ones_(before.projections.per_code_embedding)  # what was learnt before is forgotten
     before.save_pretrained(tmp_path / "other")
     flags = ["--base", f"tavq:{tmp_path / 'other'}", "--data", str(few_shapes), "--out", str(tmp_path / "b")]

@@ -13,7 +13,6 @@ from tavq.data.images import to_tensor
 from tavq.data.layouts import open_dataset
 from tavq.data.text_encoder import TextEncoder
 from tavq.tokenizer.fit_projections import codes_of_images, fit_projections
-from tavq.tokenizer.heatmaps import aligned_levels_field
 from tavq.tokenizer.model import PRESETS, TAVQTokenizer
 from tavq.tokenizer.retrieval import alignment_scores, text_to_image_ranks
 
@@ -184,7 +183,7 @@ def test_pairing_says_which_level_each_kind_of_unit_moves():
     result.loss.backward()
     assert {name.split("/")[1].split("_")[0] for name in result.report} == {"words"}
     assert features[2].grad.norm() > 0 and features[0].grad is None and features[1].grad is None
-    assert aligned_levels_field(config) == "3 - -"
+    assert config.aligned_levels == (3, 0, 0)
 
 
 def test_alignment_and_ids_are_the_same_under_mixed_precision(tiny_tokenizer):

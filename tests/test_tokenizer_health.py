@@ -1,7 +1,5 @@
 """Codebook health by hand, its alarm, and the sheet that `tavq codebook` draws."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -13,8 +11,9 @@ from tavq.data.examples import ImageTextDataset
 from tavq.data.layouts import open_dataset
 from tavq.data.text_encoder import TextEncoder
 from tavq.tokenizer import train
-from tavq.tokenizer.health import SAMPLE_TOKENS, CodebookWatch, code_use, level_costs, level_ids, use_chart
-from tavq.tokenizer.model import PRESETS, TAVQTokenizer
+from tavq.tokenizer.health import SAMPLE_TOKENS, CodebookMonitor, code_use, level_costs, level_ids, use_chart
+from tavq.tokenizer.model import PRESETS, TAVQTokenizer, TokenizerConfig
+from tavq.tokenizer.provenance import TokenizerProvenance
 from tavq.training.run_folder import read_log
 
 
@@ -26,9 +25,11 @@ def shapes() -> ImageTextDataset:
 @pytest.fixture(scope="module")
 def aligned_folder(tmp_path_factory):
     torch.manual_seed(0)
-    provenance = {"align": "ot", "text_encoder": "minilm", "text_encoder_hash": TextEncoder().hash}
+    provenance = TokenizerProvenance(
+        align="ot", aligned_levels=(1, 2, 3), text_encoder="minilm", text_encoder_hash=TextEncoder().hash
+    )
     folder = tmp_path_factory.mktemp("aligned")
-    TAVQTokenizer(dataclasses.replace(PRESETS["tiny"], provenance=provenance)).save_pretrained(folder)
+    TAVQTokenizer(TokenizerConfig.of(PRESETS["tiny"], provenance=provenance)).save_pretrained(folder)
     return folder
 
 
@@ -47,7 +48,7 @@ def test_use_is_counted_over_a_fixed_number_of_tokens():
 
 
 def test_drift_is_the_mean_turn_of_a_code():
-    watch, ids = CodebookWatch(), torch.arange(4)
+    watch, ids = CodebookMonitor(), torch.arange(4)
     book = torch.eye(4)
     assert "drift" not in watch.look(ids, book, 1)
     assert watch.look(ids, book, 2)["drift"] == pytest.approx(0, abs=1e-6)
@@ -59,9 +60,9 @@ def test_drift_is_the_mean_turn_of_a_code():
 def test_a_collapse_is_warned_of_and_ends_the_run_where_a_limit_is_set():
     ids, book = torch.zeros(100, dtype=torch.long), torch.randn(64, 4)
     with pytest.warns(UserWarning, match=r"usage is only 1\.6% at step 7.*simvq"):
-        CodebookWatch().look(ids, book, 7)
+        CodebookMonitor().look(ids, book, 7)
     with pytest.raises(ValueError, match=r"usage is 1\.6% at step 7.*min_usage, 30\.0%.*lower --training"):
-        CodebookWatch(min_usage=0.3).look(ids, book, 7)
+        CodebookMonitor(min_usage=0.3).look(ids, book, 7)
 
 
 def test_training_logs_the_health_and_stops_below_the_limit(tmp_path, capsys, monkeypatch):
@@ -93,7 +94,11 @@ def test_the_matched_cost_is_lower_where_codes_know_the_text(shapes):
         def project(self, ids, level=3):
             return torch.nn.functional.normalize(centres[level - 1][ids], dim=-1)
 
-    tokenizer = Knowing(dataclasses.replace(PRESETS["tiny"], provenance={"align": "ot"}))
+    tokenizer = Knowing(
+        TokenizerConfig.of(
+            PRESETS["tiny"], provenance=TokenizerProvenance(align="ot", aligned_levels=(1, 2, 3))
+        )
+    )
     ids = torch.arange(len(shapes)).view(-1, 1, 1).expand(-1, 3, 16)
     found = level_costs(tokenizer, ids, texts, range(len(shapes)))
     assert all(found[f"{name}_gap"] > 0.02 for name in ("words", "phrases", "sentences")), found

@@ -1,6 +1,5 @@
 """Word-to-patch maps: the plan's marginals, known words at known places, the command that draws them."""
 
-import dataclasses
 import os
 
 import numpy as np
@@ -11,8 +10,9 @@ from PIL import Image
 from tavq.commands.heatmap import main
 from tavq.data.text_encoder import TextEncoder
 from tavq.pipeline import Pipeline
-from tavq.tokenizer.heatmaps import aligned_levels, check_aligned, heat_overlay, text_plan, unit_maps
-from tavq.tokenizer.model import PRESETS, TAVQTokenizer
+from tavq.tokenizer.heatmaps import check_aligned, heat_overlay, text_plan, unit_maps
+from tavq.tokenizer.model import PRESETS, TAVQTokenizer, TokenizerConfig
+from tavq.tokenizer.provenance import TokenizerProvenance
 
 WORDS = ("black", "dog", "jump", "log")
 TEXT = "a black dog jumps over a log"
@@ -21,8 +21,8 @@ TEXT = "a black dog jumps over a log"
 class KnownTokenizer(TAVQTokenizer):
     """Code k lies in text space at axis k, and every level of an image has the ids that are given."""
 
-    def __init__(self, ids: torch.Tensor, provenance: dict[str, str]):
-        super().__init__(dataclasses.replace(PRESETS["tiny"], provenance=provenance))
+    def __init__(self, ids: torch.Tensor, provenance: TokenizerProvenance):
+        super().__init__(TokenizerConfig.of(PRESETS["tiny"], provenance=provenance))
         self.ids = ids
 
     def encode_levels(self, images):
@@ -36,7 +36,7 @@ class KnownTokenizer(TAVQTokenizer):
 def known() -> TAVQTokenizer:
     """Codes 0 to 3 mean the words of TEXT; each fills a quarter, word k the k-th in reading order."""
     ids = torch.arange(4).view(2, 2).repeat_interleave(2, 0).repeat_interleave(2, 1)
-    return KnownTokenizer(ids, {"align": "ot", "aligned_levels": "1"})
+    return KnownTokenizer(ids, TokenizerProvenance(align="ot", aligned_levels=(1, 0, 0)))
 
 
 def by_word(texts) -> torch.Tensor:
@@ -48,9 +48,11 @@ def aligned_folder(tmp_path_factory):
     """A checkpoint that says it is aligned (random weights)."""
     torch.manual_seed(0)
     encoder = TextEncoder()
-    provenance = {"align": "ot", "text_encoder": "minilm", "text_encoder_hash": encoder.hash}
+    provenance = TokenizerProvenance(
+        align="ot", aligned_levels=(1, 2, 3), text_encoder="minilm", text_encoder_hash=encoder.hash
+    )
     folder = tmp_path_factory.mktemp("aligned")
-    config = dataclasses.replace(PRESETS["tiny"], provenance=provenance)
+    config = TokenizerConfig.of(PRESETS["tiny"], provenance=provenance)
     TAVQTokenizer(config).save_pretrained(folder / "tokenizer")
     Image.linear_gradient("L").resize((60, 40)).save(folder / "photo.png")
     return folder
@@ -96,10 +98,10 @@ def test_levels_carry_words_phrases_and_sentences(aligned_folder):
 
 def test_a_plain_tokenizer_an_untrained_level_and_an_empty_text_are_told(known, aligned_folder):
     picture = Image.new("RGB", (32, 32))
-    plain = KnownTokenizer(known.ids, {"align": "none"})
+    plain = KnownTokenizer(known.ids, TokenizerProvenance())
     with pytest.raises(ValueError, match=r"trained with --align none.*use one"):
         unit_maps(plain, picture, TEXT, by_word)
-    assert aligned_levels(known) == {1: 1} and aligned_levels(plain) == {}
+    assert known.aligned_levels == {1: 1} and plain.aligned_levels == {}
     check_aligned(known)
     with pytest.raises(ValueError, match="Z_3 of this tokenizer was not drawn to text"):
         check_aligned(known, 3)

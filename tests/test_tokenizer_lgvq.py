@@ -159,6 +159,6 @@ def test_the_command_trains_it_and_its_heads_stay_out_of_the_checkpoint(tmp_path
     assert all(math.isfinite(line["lgvq/words"]) for line in lines if "lgvq/words" in line)
     assert "val/t2i_R@10" in lines[-1] and "weight/align" not in lines[0]
     tokenizer = TAVQTokenizer.from_pretrained(tmp_path)
-    assert tokenizer.config.provenance["align"] == "lgvq"
+    assert tokenizer.config.provenance.align == "lgvq"
     plain = TokenizerTrainer(RUN_PRESETS["tiny"], TAVQTokenizer(PRESETS["tiny"]))
     assert not [name for name in plain.state_dict() if name.startswith("guidance")]

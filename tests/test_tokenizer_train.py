@@ -17,7 +17,8 @@ from tavq.data.layouts import open_dataset
 from tavq.tokenizer import distillation
 from tavq.tokenizer.distillation import map_of_view, teacher_maps
 from tavq.tokenizer.losses import FrozenNetwork
-from tavq.tokenizer.model import TAVQTokenizer
+from tavq.tokenizer.model import TAVQTokenizer, TokenizerConfig
+from tavq.tokenizer.provenance import TokenizerProvenance, migrate_provenance
 from tavq.tokenizer.train import RUN_PRESETS, TokenizerTask
 from tavq.tokenizer.training_images import WHOLE, TrainingImages
 
@@ -86,7 +87,7 @@ def test_distillation_moves_the_encoder_and_is_recorded(teacher, tmp_path):
     flags = ["--preset", "tiny", "--distill", str(teacher), "--align", "none", *steps]
     main([*flags, "--out", str(tmp_path / "run")])
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["provenance"]["distilled_from"] == file_hash(teacher)
+    assert config["provenance"]["taught_by"] == [file_hash(teacher)]
     assert not any("head.layers" in name for name in task.model.tokenizer.state_dict())
 
 
@@ -134,7 +135,7 @@ def test_a_step_without_decoding_teaches_the_encoder_alone(teacher):
 
 def test_training_goes_on_from_a_tokenizer_and_remembers_its_teachers(teacher, tmp_path):
     before = TAVQTokenizer(
-        dataclasses.replace(TINY.model, provenance={"perceptual": "abc", "distilled_from": "def"})
+        TokenizerConfig.of(TINY.model, provenance=TokenizerProvenance(taught_by=("abc", "def")))
     )
     before.card = "---\nlicense: apache-2.0\n---\n# The first training\n"
     before.save_pretrained(tmp_path / "before")
@@ -146,8 +147,7 @@ def test_training_goes_on_from_a_tokenizer_and_remembers_its_teachers(teacher, t
         torch.equal(a, b) for a, b in zip(before.parameters(), task.model.tokenizer.parameters(), strict=True)
     )
     provenance = task.model.tokenizer.config.provenance
-    assert provenance["perceptual"] == "abc"
-    assert set(provenance["distilled_from"].split()) == {"def", file_hash(teacher)}
+    assert set(provenance.taught_by) == {"abc", "def", file_hash(teacher)}
     task.save(task.shipped, tmp_path / "after", "---\n---\n# The second\n")
     assert (
         "# What it went on from: The first training" in TAVQTokenizer.from_pretrained(tmp_path / "after").card
@@ -197,7 +197,7 @@ def test_training_the_decoder_further_leaves_the_ids_alone(perceptual_network, t
     }
     assert changed == {f"decoder.{name}" for name, _ in before.decoder.named_parameters()}
     assert (before.decode_size_px, after.decode_size_px) == (32, 64)
-    assert after.config.provenance == {"decoder_perceptual": file_hash(perceptual_network)}
+    assert after.config.provenance.taught_by == (file_hash(perceptual_network),)
     assert "# What it went on from: The first training" in after.card
 
 
@@ -223,3 +223,20 @@ def test_the_shares_of_alignment_and_distillation_are_obeyed(teacher):
     report = task.model(batch, 0).report
     for name, weight in once.items():
         assert float(report[f"weight/{name}"]) == pytest.approx(2 * weight, rel=1e-3)
+
+
+def test_provenance_of_older_checkpoints_is_understood():
+    old = {
+        "align": "ot",
+        "aligned_levels": "1 - 3",
+        "perceptual": "b a",
+        "distilled_from": "a",
+        "decoder_perceptual": "c",
+    }
+    migrated = migrate_provenance(old)
+    assert migrated == {"align": "ot", "aligned_levels": [1, 0, 3], "taught_by": ["a", "b", "c"]}
+    assert migrate_provenance(migrated) == migrated
+    assert migrate_provenance({"align": "gaussian"})["aligned_levels"] == (1, 2, 3)
+    assert "aligned_levels" not in migrate_provenance({"align": "lgvq"})
+    probed = migrate_provenance({"align": "none", "probe": "ot"})
+    assert probed == {"align": "none", "probed": True, "aligned_levels": (1, 2, 3)}

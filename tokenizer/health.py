@@ -18,7 +18,7 @@ from tavq.alignment.aligner import LEVEL_NAMES
 from tavq.alignment.unit_index import UnitIndex
 
 from .blocks import to_sequence
-from .heatmaps import aligned_levels, text_plan
+from .heatmaps import text_plan
 from .model import TAVQTokenizer
 
 SAMPLE_TOKENS = 65_536
@@ -76,7 +76,7 @@ def perplexity(use: Tensor) -> Tensor:
     return torch.exp(-torch.special.xlogy(shares, shares).sum())
 
 
-class CodebookWatch:
+class CodebookMonitor:
     """Follows a codebook from one evaluation to the next, and raises the alarm when its use collapses.
 
     After a resume the first evaluation has no drift: what lies before is not stored.
@@ -153,7 +153,7 @@ def level_costs(
         `words_cost`, `words_gap`, and so on; a gap of 0 means codes that know nothing of the text.
     """
     found = {}
-    for kind, level in aligned_levels(tokenizer).items():
+    for kind, level in tokenizer.aligned_levels.items():
         name, generator = LEVEL_NAMES[kind - 1], torch.Generator().manual_seed(0)
         vectors, mask = texts.batch(rows, kind, generator, MAX_UNITS)
         present = mask.any(dim=1)

@@ -23,9 +23,6 @@ from tavq.data.images import grid, to_tensor
 
 from .model import TAVQTokenizer
 
-TRANSPORT_METHODS = ("ot", "gaussian")
-PROBED_LEVELS = {1: 1, 2: 2, 3: 3}
-LEVELS_FIELD = "aligned_levels"  # of the provenance: of words, phrases, sentences; "-" for none
 ITERATIONS = 50  # more than in training: a map is drawn once, and shall be the converged plan
 TILE_PX, CAPTION_PX = 200, 34  # width of a picture in the overview, and height of the title under it
 COLUMNS = 6
@@ -100,7 +97,7 @@ def unit_maps(
     device = next(tokenizer.parameters()).device
     ids = tokenizer.encode_levels(to_tensor(image, tokenizer.image_size_px).unsqueeze(0).to(device))
     found = []
-    for kind, level in aligned_levels(tokenizer).items():
+    for kind, level in tokenizer.aligned_levels.items():
         texts = getattr(units, LEVEL_NAMES[kind - 1])
         if not texts:
             continue
@@ -114,32 +111,11 @@ def unit_maps(
     return found
 
 
-def aligned_levels_field(config: AlignmentConfig) -> str:
-    """What a checkpoint's provenance says of its levels: "1 - 3" where phrases were left out."""
-    pairs = zip(config.level_weights, config.pairing, strict=True)
-    return " ".join(str(level) if weight else "-" for weight, level in pairs)
-
-
-def aligned_levels(tokenizer: TAVQTokenizer) -> dict[int, int]:
-    """Words (1), phrases (2) and sentences (3) -> the level whose codes can be read as such.
-
-    Those that alignment drew there; none of a plain tokenizer, all where a probe (`tavq align --probe-only`)
-    learnt to read it.
-    """
-    provenance = tokenizer.config.provenance
-    if "probe" in provenance:
-        return dict(PROBED_LEVELS)
-    if provenance.get("align") not in TRANSPORT_METHODS:
-        return {}
-    levels = provenance.get(LEVELS_FIELD, "1 2 3").split()
-    return {kind: int(level) for kind, level in enumerate(levels, 1) if level != "-"}
-
-
 def check_aligned(tokenizer: TAVQTokenizer, level: int | None = None) -> None:
     """Raise ValueError for a tokenizer whose codes were never drawn to text, at any level or at `level`."""
-    levels = aligned_levels(tokenizer)
+    levels = tokenizer.aligned_levels
     if not levels:
-        align = tokenizer.config.provenance.get("align", "none")
+        align = tokenizer.config.provenance.align
         raise ValueError(
             f"this tokenizer was trained with --align {align}, its codes are not projected to words; "
             "use one that was trained with --align ot or gaussian, or teach its heads to read it by "

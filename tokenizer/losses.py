@@ -64,8 +64,7 @@ class ReconstructionLossConfig:
 
 
 class FrozenNetwork:
-    """A TorchScript network that teaches and is not trained; no nn.Module, so it is neither saved nor
-    averaged.
+    """A TorchScript network that teaches and is not trained; no nn.Module, so it is not saved.
 
     Args:
         path: a TorchScript file; float images (B, 3, H, W) in [-1, 1] -> a feature map, a vector, or a list
@@ -88,9 +87,6 @@ class FrozenNetwork:
             self.device = images.device
         features = self.network(images)
         return list(features) if isinstance(features, list | tuple) else [features]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenNetwork:
-        return self  # the averaged copy of a model shares its teachers
 
 
 class PerceptualNetwork(FrozenNetwork):
@@ -134,9 +130,6 @@ class LPIPSNetwork:
             difference = (F.normalize(a, dim=1, eps=1e-10) - F.normalize(b, dim=1, eps=1e-10)).square()
             total = total + lin(difference).mean()
         return total
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> LPIPSNetwork:
-        return self
 
 
 def open_perceptual(name: str) -> PerceptualNetwork | LPIPSNetwork:

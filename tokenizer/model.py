@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,17 +20,18 @@ from tavq.base.precision import full_precision
 from tavq.training.checkpoint import Checkpointed, tensor_hash
 
 from .blocks import AttentionBlock, ResidualBlock, UpsampleBlock, group_norm, to_map, to_sequence
+from .provenance import TokenizerProvenance, migrate_provenance
 from .quantizer import QUANTIZERS, QuantizerConfig
 
-TEACHERS = ("perceptual", "distilled_from", "decoder_perceptual")  # of the provenance: networks that taught
 PIXEL_CHANNELS = 16  # of the decoder's last convolutions, at full resolution
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenizerConfig:
-    """Shape of the tokenizer."""
+class TokenizerShape:
+    """Size of the tokenizer."""
 
     image_size_px: int = 96
+    """Side of the images that are read."""
     channels: tuple[int, ...] = (96, 192)
     """Width of each stage; every stage but the first halves the resolution."""
     patch_px: int = 4
@@ -40,21 +41,15 @@ class TokenizerConfig:
     trunk_blocks: int = 4
     """Attention blocks on the token grid in the encoder; the last three give the levels."""
     num_heads: int = 6
-    text_dim: int = 384
-    """Width of the text encoder that the levels are projected to."""
+    """Heads of each attention block."""
     projection_width: int = 192
-    """Hidden width of the g_l that take codes to text."""
-    transport_temperature: float = 0.55
-    """Of the softmin over positions that scores an image against a text; epsilon + relaxation of the
-    alignment."""
+    """Hidden width of the projections from codes to text."""
     decoder_blocks: int = 1
     """Attention blocks on the token grid in the decoder."""
     upsample_channels: tuple[int, ...] = ()
     """Width of each decoder stage behind those that mirror the encoder; each doubles the resolution. Empty:
     one pixel shuffle back to `image_size_px`, as weights of before 0.2 have it."""
     quantizer: QuantizerConfig = QuantizerConfig()
-    provenance: dict[str, str] = dataclasses.field(default_factory=dict)
-    """What shaped these weights: alignment, text encoder, and the hash of every network that taught them."""
 
     def __post_init__(self) -> None:
         check_bounds(
@@ -65,10 +60,11 @@ class TokenizerConfig:
             blocks_per_stage=(0, 1000),
             trunk_blocks=(1, 1000),
             num_heads=(1, 1024),
-            text_dim=(1, 2**16),
             projection_width=(1, 2**16),
-            transport_temperature=(1e-6, 1e6),
+            decoder_blocks=(1, 1000),
         )
+        if self.upsample_channels:
+            check_bounds(self, upsample_channels=(1, 2**14), decode_size_px=(1, 16384))
         if self.image_size_px % self.downsampling:
             raise ValueError(
                 f"image_size_px is {self.image_size_px}, expected a multiple of the downsampling, "
@@ -112,6 +108,35 @@ class TokenizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TokenizerConfig(TokenizerShape):
+    """Everything that a tokenizer is built from: its size, and what training decided."""
+
+    text_dim: int = 384
+    """Width of the text encoder that the levels are projected to."""
+    transport_temperature: float = 0.55
+    """Temperature of the softmin over positions that scores an image against a text; epsilon + relaxation
+    of the alignment."""
+    provenance: TokenizerProvenance = TokenizerProvenance()
+    """What shaped these weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_bounds(self, text_dim=(1, 2**16), transport_temperature=(1e-6, 1e6))
+
+    @classmethod
+    def of(cls, shape: TokenizerShape, **decided: Any) -> TokenizerConfig:
+        """A configuration of this shape; `decided` are the other fields."""
+        fields = {field.name: getattr(shape, field.name) for field in dataclasses.fields(shape)}
+        return cls(**fields | decided)
+
+    @property
+    def shape(self) -> TokenizerShape:
+        """The size alone."""
+        names = [field.name for field in dataclasses.fields(TokenizerShape)]
+        return TokenizerShape(**{name: getattr(self, name) for name in names})
+
+
+@dataclasses.dataclass(frozen=True)
 class Window:
     """A square part of the decoder's map, in cells of the map where its mirrored stages end."""
 
@@ -149,7 +174,7 @@ class Encoder(nn.Module):
     sees some ten pixels and cannot mean "dog". The levels are taken behind the last three attention blocks.
     """
 
-    def __init__(self, config: TokenizerConfig):
+    def __init__(self, config: TokenizerShape):
         super().__init__()
         channels = config.channels
         patch = config.patch_px
@@ -192,7 +217,7 @@ class Decoder(nn.Module):
     grid.
     """
 
-    def __init__(self, config: TokenizerConfig):
+    def __init__(self, config: TokenizerShape):
         super().__init__()
         channels = config.channels[::-1]
         h, w = config.grid_size
@@ -264,14 +289,28 @@ class TAVQTokenizer(Checkpointed):
     }
     float32_weights = ("quantizer.weight", "quantizer.basis", "quantizer.transform.weight")
 
-    def __init__(self, config: TokenizerConfig):
+    def __init__(self, config: TokenizerShape):
         super().__init__()
+        config = config if isinstance(config, TokenizerConfig) else TokenizerConfig.of(config)
         self.config = config
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.quantizer = QUANTIZERS[config.quantizer.name](config.quantizer)
         self.projections = TextProjections(
             config.quantizer.num_codes, config.code_dim, config.projection_width, config.text_dim
         )
+
+    @classmethod
+    def migrate_config(cls, config: dict[str, Any]) -> dict[str, Any]:
+        return config | {"provenance": migrate_provenance(config.get("provenance", {}))}
+
+    @property
+    def aligned_levels(self) -> dict[int, int]:
+        """Words (1), phrases (2) and sentences (3) -> the level whose codes can be compared with them.
+
+        Those that alignment or a probe trained; none of a plain tokenizer.
+        """
+        levels = self.config.provenance.aligned_levels
+        return {kind: level for kind, level in enumerate(levels, 1) if level}
 
     @property
     def num_codes(self) -> int:
@@ -354,9 +393,9 @@ class TAVQTokenizer(Checkpointed):
         return images
 
 
-PRESETS: dict[str, TokenizerConfig] = {
-    "flickr8k": TokenizerConfig(decoder_blocks=3, upsample_channels=(64, 32, 16)),
-    "tiny": TokenizerConfig(
+PRESETS: dict[str, TokenizerShape] = {
+    "flickr8k": TokenizerShape(decoder_blocks=3, upsample_channels=(64, 32, 16)),
+    "tiny": TokenizerShape(
         image_size_px=32,
         channels=(32, 48),
         num_heads=3,
@@ -364,7 +403,7 @@ PRESETS: dict[str, TokenizerConfig] = {
         upsample_channels=(24, 16, 16),
         quantizer=QuantizerConfig(num_codes=64, code_dim=16),
     ),
-    "vqgan256": TokenizerConfig(
+    "vqgan256": TokenizerShape(
         image_size_px=256,
         channels=(64, 128, 256, 512),
         patch_px=2,

@@ -23,8 +23,9 @@ def text_encoder_of(tokenizer: TAVQTokenizer) -> TextEncoder:
     Raises:
         ValueError: the one of this name has other weights.
     """
-    provenance, device = tokenizer.config.provenance, next(tokenizer.parameters()).device
-    return TextEncoder.checked(provenance["text_encoder"], provenance["text_encoder_hash"], device)
+    provenance = tokenizer.config.provenance
+    device = tokenizer.codebook.device
+    return TextEncoder.checked(provenance.text_encoder, provenance.text_encoder_hash, device)
 
 
 @torch.inference_mode()

@@ -29,10 +29,10 @@ from tavq.training.task import StepOutput, Task, TrainingConfig
 from .discriminator import ProjectedDiscriminator
 from .distillation import DistillationHead, map_of_view, teacher_maps
 from .fit_projections import fit_projections
-from .health import CodebookWatch, level_costs, level_ids, perplexity, use_chart
-from .heatmaps import LEVELS_FIELD, aligned_levels, aligned_levels_field
+from .health import CodebookMonitor, level_costs, level_ids, perplexity, use_chart
 from .losses import FrozenNetwork, ReconstructionLoss, ReconstructionLossConfig
-from .model import PRESETS, TEACHERS, Encoded, TAVQTokenizer, TokenizerConfig
+from .model import PRESETS, Encoded, TAVQTokenizer, TokenizerConfig, TokenizerShape
+from .provenance import TokenizerProvenance
 from .retrieval import alignment_scores, recall_at, text_to_image_ranks
 from .training_images import TrainingImages, image_batches, originals, random_window, reconstruction_sheet
 
@@ -87,7 +87,7 @@ class TokenizerRun:
     """minilm, or a directory or hf:OWNER/NAME of a transformers text model."""
     min_usage: float = 0.0
     """Share of codes in use on the validation split below which training ends with an error; 0 only warns."""
-    model: TokenizerConfig = PRESETS["flickr8k"]
+    model: TokenizerShape = PRESETS["flickr8k"]
     alignment: AlignmentConfig = AlignmentConfig()
     """Options for --align ot and gaussian."""
     fit_steps: int = 500
@@ -241,60 +241,72 @@ class TokenizerTask(Task):
     def __init__(self, run: TokenizerRun):
         earlier = None if run.start is None else TAVQTokenizer.from_pretrained(run.start)
         if earlier is not None:
-            run = dataclasses.replace(run, model=earlier.config)
+            run = dataclasses.replace(run, model=earlier.config.shape)
         self.run = run
         self.earlier_card = "" if earlier is None else earlier.card
         self.train_set = with_more_images(open_dataset(run.data, "train"), run.images)
         self.val_set = open_dataset(run.data, "val")
         self.dataset = TrainingImages(self.train_set, run.model.image_size_px, run.model.decode_size_px)
-        self.texts = self.captions = self.maps = vocabulary = None
-        self.codebook_monitor = CodebookWatch(run.min_usage)
-        provenance = {"align": run.align, "data": self.train_set.name}
-
-        if run.align != "none":
-            encoder = TextEncoder(run.text_encoder)
-            cache = EmbeddingCache(encoder)
-            self.val_captions = cache.encode([example.captions[0] for example in self.val_set.examples])
-            provenance |= {"text_encoder": run.text_encoder, "text_encoder_hash": cache.hash}
-        if run.align == "lgvq":
-            captions = [example.captions for example in self.train_set.examples]
-            self.captions = CaptionMasker(encoder, captions, run.lgvq)
-            vocabulary = encoder.token_embeddings
-        elif run.align != "none":
-            self.texts = UnitIndex.build(self.train_set, cache)
-            self.val_texts = UnitIndex.build(self.val_set, cache)
-            provenance[LEVELS_FIELD] = aligned_levels_field(run.alignment)
-        if run.distill is not None:
-            teacher = FrozenNetwork(run.distill)
-            self.maps = teacher_maps(teacher, self.train_set, run.model.grid_size)
-            provenance["distilled_from"] = teacher.hash
+        self.codebook_monitor = CodebookMonitor(run.min_usage)
+        encoder = None if run.align == "none" else TextEncoder(run.text_encoder)
+        self._prepare_texts(encoder)
+        teacher = None if run.distill is None else FrozenNetwork(run.distill)
+        self.maps = None if teacher is None else teacher_maps(teacher, self.train_set, run.model.grid_size)
 
         torch.manual_seed(run.training.seed)
-        temperature = run.alignment.epsilon + run.alignment.relaxation
-        config = dataclasses.replace(run.model, provenance=provenance, transport_temperature=temperature)
-        if self.texts is not None:
-            config = dataclasses.replace(config, text_dim=encoder.dim)
-        tokenizer = TAVQTokenizer(config)
-        if earlier is not None:
-            if config.text_dim != earlier.config.text_dim:
-                raise ValueError(
-                    f"{run.start} is aligned with texts of width {earlier.config.text_dim}, and "
-                    f"{run.text_encoder} gives {config.text_dim}; name its --text-encoder"
-                )
-            tokenizer.load_state_dict(earlier.state_dict())
-
+        self.shipped = self._new_tokenizer(encoder, earlier)
         teacher_dim = None if self.maps is None else self.maps.shape[1]
-        self.model = TokenizerTrainer(run, tokenizer, teacher_dim, vocabulary)
-        self.shipped = tokenizer
+        vocabulary = encoder.token_embeddings if run.align == "lgvq" else None
+        self.model = TokenizerTrainer(run, self.shipped, teacher_dim, vocabulary)
         examples = originals(self.dataset, run.losses.window_px)
         self.discriminator = self.model.loss.make_discriminator(examples)
         self.discriminator_rate = run.losses.discriminator_rate
-        if self.model.loss.network_hash is not None:
-            provenance["perceptual"] = self.model.loss.network_hash
-        if earlier is not None:  # what taught it has shaped these weights too
-            for use in TEACHERS:
-                hashes = {*earlier.config.provenance.get(use, "").split(), *provenance.get(use, "").split()}
-                provenance |= {use: " ".join(sorted(hashes))} if hashes else {}
+
+        # What taught the earlier weights has shaped these, too.
+        taught_by = () if earlier is None else earlier.config.provenance.taught_by
+        provenance = self.shipped.config.provenance.taught_also_by(
+            *taught_by, self.model.loss.network_hash, None if teacher is None else teacher.hash
+        )
+        self.shipped.config = dataclasses.replace(self.shipped.config, provenance=provenance)
+
+    def _prepare_texts(self, encoder: TextEncoder | None) -> None:
+        """Encode what the chosen alignment compares images with."""
+        run = self.run
+        self.texts: UnitIndex | None = None
+        self.captions: CaptionMasker | None = None
+        if encoder is None:
+            return
+        cache = EmbeddingCache(encoder)
+        self.val_captions = cache.encode([example.captions[0] for example in self.val_set.examples])
+        if run.align == "lgvq":
+            captions = [example.captions for example in self.train_set.examples]
+            self.captions = CaptionMasker(encoder, captions, run.lgvq)
+        else:
+            self.texts = UnitIndex.build(self.train_set, cache)
+            self.val_texts = UnitIndex.build(self.val_set, cache)
+
+    def _new_tokenizer(self, encoder: TextEncoder | None, earlier: TAVQTokenizer | None) -> TAVQTokenizer:
+        """The tokenizer that training starts from: untrained, or with the weights of `earlier`."""
+        run = self.run
+        provenance = TokenizerProvenance(data=self.train_set.name, align=run.align)
+        decided: dict[str, Any] = {"transport_temperature": run.alignment.transport_temperature}
+        if encoder is not None:
+            provenance = dataclasses.replace(
+                provenance, text_encoder=run.text_encoder, text_encoder_hash=encoder.hash
+            )
+        if self.texts is not None:
+            provenance = dataclasses.replace(provenance, aligned_levels=run.alignment.aligned_levels)
+            decided["text_dim"] = encoder.dim
+
+        tokenizer = TAVQTokenizer(TokenizerConfig.of(run.model, provenance=provenance, **decided))
+        if earlier is not None:
+            if tokenizer.config.text_dim != earlier.config.text_dim:
+                raise ValueError(
+                    f"{run.start} is aligned with texts of width {earlier.config.text_dim}, and "
+                    f"{run.text_encoder} gives {tokenizer.config.text_dim}; name its --text-encoder"
+                )
+            tokenizer.load_state_dict(earlier.state_dict())
+        return tokenizer
 
     def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         indices = [example["index"] for example in examples]
@@ -322,7 +334,7 @@ class TokenizerTask(Task):
     def finish(self, model: TAVQTokenizer) -> None:
         """Fit the projections once more to the codes, which no longer move."""
         if self.texts is not None and self.run.fit_steps:
-            levels = aligned_levels(model)
+            levels = model.aligned_levels
             fit_projections(
                 model, self.train_set, self.texts, levels, self.run.fit_steps, self.run.training.seed
             )
@@ -357,7 +369,7 @@ class TokenizerTask(Task):
     def _caption_scores(self, model: TAVQTokenizer, ids: Tensor, rows: list[int]) -> Tensor | None:
         """Images against their first captions (n, n); None where the codes know no text."""
         guidance = self.model.guidance
-        if guidance is None and NUM_LEVELS not in aligned_levels(model).values():
+        if guidance is None and NUM_LEVELS not in model.aligned_levels.values():
             return None
         captions = self.val_captions[rows].to(ids.device)
         if guidance is None:

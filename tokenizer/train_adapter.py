@@ -31,7 +31,7 @@ from tavq.data.text_encoder import TextEncoder
 from tavq.metrics.image import psnr
 from tavq.training.task import StepOutput, Task, TrainingConfig
 
-from .health import CodebookWatch
+from .health import CodebookMonitor
 from .losses import GradientBalance, open_perceptual, random_crop_alike
 from .model import TAVQTokenizer
 from .retrieval import image_to_text_ranks, recall_at, scores_of_codes, text_to_image_ranks
@@ -88,11 +88,6 @@ class AlignRun:
     training: TrainingConfig = TrainingConfig(
         steps=2000, batch_size=16, learning_rate=1e-4, warmup_steps=100, evaluate_every=500
     )
-
-    @property
-    def temperature(self) -> float:
-        """Temperature of the transport of a single text unit, by which codes and captions are scored."""
-        return self.alignment.epsilon + self.alignment.relaxation
 
 
 class AlignTrainer(nn.Module):
@@ -201,7 +196,7 @@ class AlignTask(Task):
         torch.manual_seed(run.training.seed)
         self.model = AlignTrainer(run, adapter, data.text_dim, frozen)
         self.shipped = self.model
-        self.codebook_monitor = CodebookWatch()
+        self.codebook_monitor = CodebookMonitor()
 
     def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         rng = torch.Generator().manual_seed(mixed_seed(examples[0]["draw"], len(examples)))
@@ -246,7 +241,7 @@ class AlignTask(Task):
         projections = model.aligner.projections
         projected = projections(model.adapter.codebook, projections.per_code_embedding, NUM_LEVELS)
         projected = F.normalize(projected, dim=-1).cpu()
-        scores = scores_of_codes(projected, ids, data.val_captions, self.run.temperature)
+        scores = scores_of_codes(projected, ids, data.val_captions, self.run.alignment.transport_temperature)
 
         # Index in `ids` of each validation image; -1 where the image cannot be read.
         position = torch.full((len(data.val_set),), -1)

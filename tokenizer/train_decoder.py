@@ -164,17 +164,10 @@ class DecoderTask(Task):
         self.dataset = TrainingImages(train_set, tokenizer.image_size_px, tokenizer.decode_size_px, VIEWS)
         self.model = DecoderTrainer(run, tokenizer)
         self.shipped = tokenizer
+        provenance = tokenizer.config.provenance.taught_also_by(self.model.loss.network_hash)
+        tokenizer.config = dataclasses.replace(tokenizer.config, provenance=provenance)
         self.discriminator = self.model.loss.make_discriminator(originals(self.dataset, run.losses.window_px))
         self.discriminator_rate = run.losses.discriminator_rate
-        self._record(run)
-
-    def _record(self, run: DecoderRun) -> None:
-        """Write into the tokenizer's provenance which network taught it."""
-        taught_by = self.model.loss.network_hash
-        if taught_by is not None:
-            provenance = self.shipped.config.provenance
-            used = {*provenance.get("decoder_perceptual", "").split(), taught_by}
-            provenance["decoder_perceptual"] = " ".join(sorted(used))
 
     def parameter_groups(self, config: TrainingConfig) -> list[dict[str, Any]]:
         decoder = self.shipped.decoder

@@ -151,7 +151,9 @@ class Checkpointed(nn.Module):
         )
         stored = read_config(directory, cls.kind, cls.former_kinds)
         expected_hash = stored.pop("weights_sha256", None)
-        values = {cls.renamed_fields.get(name, name): value for name, value in stored.items()}
+        values = cls.migrate_config(
+            {cls.renamed_fields.get(name, name): value for name, value in stored.items()}
+        )
         config = dataclasses.replace(from_dict(cls.config_class, values, source=str(directory)), **changes)
 
         weights = directory / WEIGHTS_FILE
@@ -185,6 +187,11 @@ class Checkpointed(nn.Module):
         """
         check_memory(cls, config)
         return cls(config)
+
+    @classmethod
+    def migrate_config(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """The fields of `config_class` from those of an older checkpoint, where their values changed."""
+        return config
 
     @classmethod
     def _todays_name(cls, key: str) -> str:
