@@ -56,7 +56,7 @@ class AlignmentBenchmark:
     """What the alignment costs in a training step."""
 
     data: str = "shapes"
-    """Data set whose training photos and texts are used: a directory in any known layout, or `shapes`."""
+    """Dataset whose training photos and texts are used: a directory in any known layout, or `shapes`."""
     preset: str = "flickr8k"
     """Of the tokenizer's training run."""
     perceptual: str | None = None

@@ -154,7 +154,7 @@ class CaptionerTrainer(nn.Module):
         return self._cross_entropy(batch) if self.reward is None else self._self_critical(batch)
 
     def _cross_entropy(self, batch: dict[str, Tensor]) -> StepOutput:
-        # The data set pads to the maximum length; a batch is only as long as its longest caption.
+        # The dataset pads to the maximum length; a batch is only as long as its longest caption.
         lengths = batch["lengths"]
         longest = max(1, int(lengths.max()))
         words = batch["words"][..., :longest]

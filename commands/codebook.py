@@ -41,7 +41,7 @@ MIN_IMAGES_PER_WORD = 3  # the captions of so many images must have a word; this
 class CodebookRun:
     """Show a codebook: its use, and a sheet of codes with the patches that use them and the nearest words.
 
-    The sheet shows images of the data set, which may not be yours to publish: do not commit it.
+    The sheet shows images of the dataset, which may not be yours to publish: do not commit it.
 
     Example: tavq codebook runs/mine/tokenizer --data flickr8k/ --out codebook.png
     """
@@ -49,11 +49,11 @@ class CodebookRun:
     checkpoint: Positional[str]
     """Tokenizer: a directory or hf:OWNER/NAME."""
     data: str
-    """Data set: a directory in any known layout, or `shapes`."""
+    """Dataset: a directory in any known layout, or `shapes`."""
     out: Path = Path("codebook.png")
     """File for the sheet."""
     split: str = "val"
-    """Split of the data set: train, val or test."""
+    """Split of the dataset: train, val or test."""
     level: int = NUM_LEVELS
     """Level of the codes: 3 for the tokens themselves, 1 and 2 for those aligned with words and phrases."""
     codes: int = 16
@@ -83,7 +83,7 @@ class EncodedSplit:
     """The ids of a split at one level."""
 
     indices: list[int]
-    """Index of each image in the data set."""
+    """Index of each image in the dataset."""
     ids: Tensor
     """(n, h, w) int64."""
 
@@ -138,7 +138,7 @@ def words_of_codes(
     codes: Sequence[int],
     run: CodebookRun,
 ) -> dict[int, list[str]]:
-    """Return for each code the nearest words among those of the data set; none for a level without text."""
+    """Return for each code the nearest words among those of the dataset; none for a level without text."""
     if run.level not in tokenizer.aligned_levels.values():
         return {}
     image_counts = collections.Counter(

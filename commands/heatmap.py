@@ -39,11 +39,11 @@ class HeatmapRun:
     text: Positional[str | None] = None
     """The text whose words, phrases and sentences are shown."""
     data: str | None = None
-    """Data set in any known layout, or `shapes`, instead of an image and a text."""
+    """Dataset in any known layout, or `shapes`, instead of an image and a text."""
     split: str = "test"
-    """Split of the data set: train, val or test."""
+    """Split of the dataset: train, val or test."""
     count: int = 10
-    """Number of images of the data set, from the first on, each with its first caption."""
+    """Number of images of the dataset, from the first on, each with its first caption."""
     out: Path = Path("maps")
     """Directory for NAME/overview.png, with an image for each word, phrase and sentence beside it."""
     checkpoint: str = CHECKPOINT

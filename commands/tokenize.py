@@ -1,6 +1,9 @@
 """tavq tokenize --data DIR --out DIR [--checkpoint DIR]
 
-Turn a data set into shards of ids, with mirrored and cropped variants, for training generator and captioner.
+Encode the images of a dataset once, with mirrored and cropped variants, into shards of ids from which
+generator and captioner train.
+
+Shapes: n images, V variants of an image, H W image size in px, h w token grid.
 """
 
 from __future__ import annotations
@@ -32,13 +35,13 @@ IMAGES_AT_ONCE = 32
 
 @dataclasses.dataclass(frozen=True)
 class TokenizeRun:
-    """Encode the images of a data set once, for training generator and captioner.
+    """Encode the images of a dataset once, for training generator and captioner.
 
     Example: tavq tokenize --data flickr8k/ --out runs/mine/tokens --checkpoint runs/mine/tokenizer
     """
 
     data: str
-    """Data set: a directory in any known layout, or `shapes`."""
+    """Dataset: a directory in any known layout, or `shapes`."""
     out: Path
     """Directory for the shards."""
     checkpoint: str = str(shipped_checkpoint() / "tokenizer")

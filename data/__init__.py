@@ -1,1 +1,1 @@
-"""Image-text data sets, images <-> tensors, text units, and the frozen text encoder with its cache."""
+"""Image-text datasets, images <-> tensors, text units, and the frozen text encoder with its cache."""

@@ -1,4 +1,4 @@
-"""Files of a data set must lie in the data set: annotations may come from a stranger and name any path."""
+"""Files of a dataset must lie in the dataset: annotations may come from a stranger and name any path."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from pathlib import Path, PurePosixPath
 
 FOLLOW_LINKS = "TAVQ_FOLLOW_LINKS"
-"""Environment variable; 1 allows links out of a data set."""
+"""Environment variable; 1 allows links out of a dataset."""
 
 
 def check_file_name(name: str, where: str) -> str:
@@ -17,14 +17,14 @@ def check_file_name(name: str, where: str) -> str:
         where: the annotation, for the error.
 
     Raises:
-        ValueError: the name would lead out of the data set, or is no string.
+        ValueError: the name would lead out of the dataset, or is no string.
     """
     if not isinstance(name, str):
         raise ValueError(f"{where} has the file name {name!r}, expected a string; correct the annotation")
     path = PurePosixPath(name)
     if path.is_absolute() or Path(name).is_absolute() or ".." in path.parts or "\0" in name:
         raise ValueError(
-            f"{where} names {name!r}, which leads out of the data set; expected a relative path without .."
+            f"{where} names {name!r}, which leads out of the dataset; expected a relative path without .."
         )
     return name
 
@@ -33,10 +33,10 @@ class LinkCheck:
     """Refuses symbolic links that lead out of a directory, unless the user says that the links are theirs.
 
     A snapshot in the cache of the Hugging Face hub links to the `blobs` folder beside it, which is allowed.
-    Folders are resolved once each, because a data set has many files in few folders.
+    Folders are resolved once each, because a dataset has many files in few folders.
 
     Args:
-        root: the directory of the data set; it may itself be a link.
+        root: the directory of the dataset; it may itself be a link.
     """
 
     def __init__(self, root: Path):
@@ -56,6 +56,6 @@ class LinkCheck:
         target = file.resolve() if file.is_symlink() else self._resolved[file.parent] / file.name
         if not any(target.is_relative_to(allowed) for allowed in self.allowed):
             raise ValueError(
-                f"{file} leads to {target}, out of the data set {self.root}; put the file itself there, or "
+                f"{file} leads to {target}, out of the dataset {self.root}; put the file itself there, or "
                 f"set {FOLLOW_LINKS}=1 if you made the link"
             )

@@ -20,10 +20,10 @@ class Example:
     """One image with its captions.
 
     Attributes:
-        id: unique in its data set, the same in every run.
+        id: unique in its dataset, the same in every run.
         image: the file, or a function that draws the picture.
         captions: short captions, at least one.
-        long_text: a dense description, where the data set has one.
+        long_text: a dense description, where the dataset has one.
         split: "train", "val" or "test".
     """
 
@@ -86,7 +86,7 @@ class ImageTextDataset:
         return ImageTextDataset(self.name, [example for example in self.examples if example.split == split])
 
     def head(self, limit: int | None) -> ImageTextDataset:
-        """The same data set cut to its first `limit` examples; None keeps all."""
+        """The same dataset cut to its first `limit` examples; None keeps all."""
         return self if limit is None else ImageTextDataset(self.name, self.examples[:limit])
 
 

@@ -1,4 +1,4 @@
-"""Open an image-text data set by its path; the layout is found, not named.
+"""Open an image-text dataset by its path; the layout is found, not named.
 
 Known layouts: Karpathy json (`dataset_*.json` + `images/`), COCO captions (`annotations/captions_*.json` +
 image folders), the original Flickr8k (`Images/` + `captions.txt` or `Flickr8k.token.txt` and its split
@@ -31,18 +31,18 @@ _KNOWN = (
 
 
 def default_data() -> str:
-    """Return the data set that the environment variable TAVQ_DATA names; without it one must be given."""
+    """Return the dataset that the environment variable TAVQ_DATA names; without it one must be given."""
     return os.environ.get("TAVQ_DATA", "")
 
 
 def check_data_is_named(path: str | Path) -> None:
-    """Raise ValueError if neither a flag nor TAVQ_DATA named a data set."""
+    """Raise ValueError if neither a flag nor TAVQ_DATA named a dataset."""
     if not str(path):
-        raise ValueError("no data set is named; give one with --data DIR, or set TAVQ_DATA")
+        raise ValueError("no dataset is named; give one with --data DIR, or set TAVQ_DATA")
 
 
 def open_dataset(path: str | Path, split: str | None = None) -> ImageTextDataset:
-    """Open a data set, whatever its layout.
+    """Open a dataset, whatever its layout.
 
     Where the layout knows no splits, an id goes to train (80 %), val (10 %) or test (10 %) by its SHA-256.
 
@@ -74,7 +74,7 @@ def _find_layout(root: Path) -> Callable[[], Iterable[Example]]:
         return _json_reader(root)
     if not root.is_dir():
         raise FileNotFoundError(
-            f"no data set at {root}; expected a directory ({_KNOWN}) or 'shapes', check --data"
+            f"no dataset at {root}; expected a directory ({_KNOWN}) or 'shapes', check --data"
         )
     if karpathy := _files(root, "dataset_*.json"):
         return lambda: read_karpathy(_only(karpathy), root)
@@ -153,7 +153,7 @@ def _choose_split(examples: list[Example], split: str | None, folder: Path) -> l
 
 
 def _root_of_images(root: Path) -> Path:
-    """The directory below which the images of a data set must lie."""
+    """The directory below which the images of a dataset must lie."""
     if root.is_dir():
         return root
     return root.parent.parent if root.match("captions_*.json") else root.parent

@@ -1,4 +1,4 @@
-"""Dense descriptions beside a data set: long_text.jsonl, a ShareGPT4V json, or .long.txt side-cars."""
+"""Dense descriptions beside a dataset: long_text.jsonl, a ShareGPT4V json, or .long.txt side-cars."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def attach_long_text(examples: list[Example], folder: Path) -> list[Example]:
     with_text = [replace(example, long_text=_text_of(example, texts)) for example in examples]
     if texts and not any(example.long_text for example in with_text):
         raise ValueError(
-            f"{file} describes {len(texts)} images, none of them in the data set (first: "
-            f"{next(iter(texts))}, the data set has {examples[0].id}); use its ids or file names"
+            f"{file} describes {len(texts)} images, none of them in the dataset (first: "
+            f"{next(iter(texts))}, the dataset has {examples[0].id}); use its ids or file names"
         )
     return with_text
 

@@ -1,4 +1,4 @@
-"""A generated data set of coloured shapes whose captions speak at three granularities.
+"""A generated dataset of coloured shapes whose captions speak at three granularities.
 
 An example is a function of (split, index) alone, so the same scene comes out at every size, in every run.
 Captions: two of the scene (objects, their relation, the ground), two of the objects, one of bare words.

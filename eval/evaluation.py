@@ -33,7 +33,7 @@ class EvaluationRun:
     checkpoint: str = CHECKPOINT
     """Directory or hf:OWNER/NAME that holds tokenizer/, generator/ and captioner/."""
     data: str = dataclasses.field(default_factory=default_data)
-    """Data set: a directory in any known layout, or `shapes`. By default the one that TAVQ_DATA names."""
+    """Dataset: a directory in any known layout, or `shapes`. By default the one that TAVQ_DATA names."""
     split: str = "test"
     """Choices are made on val; test is run once, on the frozen recipe."""
     limit: int | None = None

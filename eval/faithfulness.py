@@ -90,7 +90,7 @@ def judged(
 def nearest_training_images(pipeline: Pipeline, images: Tensor, training: ImageTextDataset) -> Image.Image:
     """Generated pictures above the training photos whose codes are nearest, position by position.
 
-    Shows photos of the data set: not for publication.
+    Shows photos of the dataset: not for publication.
 
     Args:
         images: (n, 3, S, S) uint8.

@@ -44,7 +44,7 @@ class GeneratorCurve:
     checkpoint: Path = shipped_checkpoint()
     """Directory that holds the tokenizer/ of that generator."""
     data: str = dataclasses.field(default_factory=default_data)
-    """Data set: a directory in any known layout, or `shapes`. By default the one that TAVQ_DATA names."""
+    """Dataset: a directory in any known layout, or `shapes`. By default the one that TAVQ_DATA names."""
     split: str = "val"
     limit: int = 500
     """Photos, with one picture each; a Frechet distance of so few is biased, alike for all steps."""

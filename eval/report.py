@@ -1,7 +1,7 @@
 """tavq report results/ --out report.html [--runs RUN_DIR ...]
 
 One self-contained page: tables with intervals, sample grids (the PNG files of the folder), curves of training
-runs. A report that shows a data set's photos is not to be committed.
+runs. A report that shows a dataset's photos is not to be committed.
 """
 
 from __future__ import annotations

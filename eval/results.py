@@ -52,7 +52,7 @@ FREE_FIELDS = frozenset(
     ]
 )
 """Protocol fields that say what was measured, where and when, not how; all others must be alike. The name of
-the data set is free, its ids are not; how tokens are computed is free, as they stay the same; so is the seed
+the dataset is free, its ids are not; how tokens are computed is free, as they stay the same; so is the seed
 of captions, which beams never ask, and what aligned codes add to the choice, which plain ones cannot."""
 RENAMED_FIELDS = {"sampling.guidance": "sampling.guidance_scale"}
 """Protocol field in result files of earlier versions -> its name today."""

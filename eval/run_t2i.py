@@ -65,7 +65,7 @@ class T2IEvaluation(EvaluationRun):
     """Checkpoint that judges the pictures (cycle CIDEr, rank of the prompt); never the one that drew them."""
     neighbours: int = 0
     """Show the nearest training photo in token space of so many pictures, in NAME.neighbours.png (not to be
-    published: it shows photos of the data set)."""
+    published: it shows photos of the dataset)."""
     sampling: OmitArgPrefixes[SamplingConfig] = SamplingConfig()
 
     def __post_init__(self) -> None:

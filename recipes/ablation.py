@@ -58,7 +58,7 @@ class Ablation:
     """Train and measure every variant with the same budget."""
 
     data: str = dataclasses.field(default_factory=default_data)
-    """Data set: a directory in any known layout, or `shapes`. By default the one that TAVQ_DATA names."""
+    """Dataset: a directory in any known layout, or `shapes`. By default the one that TAVQ_DATA names."""
     teacher: Path | None = None
     """TorchScript network of the perceptual loss; nothing is distilled here."""
     features: Path | None = None

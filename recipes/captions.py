@@ -32,7 +32,7 @@ class CaptionComparison:
     """Train self-critically what the ablation left, measure all, and write the tables."""
 
     data: str = dataclasses.field(default_factory=default_data)
-    """Data set: a directory in any known layout, or `shapes`. By default the one that TAVQ_DATA names."""
+    """Dataset: a directory in any known layout, or `shapes`. By default the one that TAVQ_DATA names."""
     runs: Path = Path("runs/ablation")
     """Where the ablation's runs lie."""
     seeds: tuple[int, ...] = (0, 1, 2)

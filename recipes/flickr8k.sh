@@ -17,7 +17,7 @@ ALIGN=${ALIGN:-ot}
 START=${START:-}
 RUN=${RUN:-runs/$PRESET-$ALIGN${START:+-further}}
 DATA=${DATA:-$([ "$PRESET" = tiny ] && echo shapes || echo "${TAVQ_DATA:-}")}
-[ -n "$DATA" ] || { echo "error: no data set is named; set DATA=DIR or TAVQ_DATA" >&2; exit 2; }
+[ -n "$DATA" ] || { echo "error: no dataset is named; set DATA=DIR or TAVQ_DATA" >&2; exit 2; }
 SPLIT=${SPLIT:-test}
 DEVICE=${DEVICE:-cpu}
 TEACHER=${TEACHER:-}

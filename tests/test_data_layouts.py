@@ -209,7 +209,7 @@ def test_long_text_by_file_name_where_the_id_is_another(tmp_path):
 
 def test_long_text_of_other_images_is_an_error(karpathy_dir):
     (karpathy_dir / "long_text.jsonl").write_text('{"id": "zebra", "text": "Dense."}\n')
-    with pytest.raises(ValueError, match=r"none of them in the data set .*zebra"):
+    with pytest.raises(ValueError, match=r"none of them in the dataset .*zebra"):
         open_dataset(karpathy_dir)
 
 
@@ -242,7 +242,7 @@ def test_bad_paths_say_what_is_expected(tmp_path, karpathy_dir):
     broken.mkdir()
     (broken / "dataset_x.json").write_text("{")
     cases = [
-        (tmp_path / "none", FileNotFoundError, "no data set at"),
+        (tmp_path / "none", FileNotFoundError, "no dataset at"),
         (empty, ValueError, "is empty; expected dataset_"),
         (tmp_path / "odd", ValueError, "holds no known layout; expected"),
         (tmp_path / "odd/other.json", ValueError, "no known annotation file"),
@@ -333,6 +333,6 @@ def test_the_environment_may_name_the_data_set(monkeypatch, tmp_path):
     monkeypatch.setenv("TAVQ_DATA", "shapes")
     assert EvaluationRun().data == "shapes"
     monkeypatch.delenv("TAVQ_DATA")
-    monkeypatch.chdir(tmp_path)  # which must not be taken for the data set
-    with pytest.raises(ValueError, match="no data set is named; give one with --data DIR, or set TAVQ_DATA"):
+    monkeypatch.chdir(tmp_path)  # which must not be taken for the dataset
+    with pytest.raises(ValueError, match="no dataset is named; give one with --data DIR, or set TAVQ_DATA"):
         open_dataset(EvaluationRun().data)

@@ -156,7 +156,7 @@ class TestPathsOutOfTheDataset:
     def test_karpathy(self, data, name, tmp_path):
         entry = {"filename": name, "split": "train", "sentences": [{"raw": "A dog."}]}
         (data / "dataset_a.json").write_text(json.dumps({"images": [entry]}))
-        assert f"dataset_a.json names '{name}', which leads out of the data set" in self.refused(
+        assert f"dataset_a.json names '{name}', which leads out of the dataset" in self.refused(
             data, tmp_path
         )
 
@@ -172,7 +172,7 @@ class TestPathsOutOfTheDataset:
             "annotations": [{"image_id": 1, "caption": "A dog."}],
         }
         (data / "annotations" / "captions_train2017.json").write_text(json.dumps(content))
-        assert f"names '{name}', which leads out of the data set" in self.refused(data, tmp_path)
+        assert f"names '{name}', which leads out of the dataset" in self.refused(data, tmp_path)
 
     def test_flickr8k(self, data, name, tmp_path):
         (data / "captions.txt").write_text(f"image,caption\n{name},A dog.\n")
@@ -189,7 +189,7 @@ class TestPathsOutOfTheDataset:
             row = {"file_name": name, "text": "A dog.", "split": "train"}
             (data / "metadata.jsonl").write_text(json.dumps(row) + "\n")
             line = self.refused(data, tmp_path)
-            assert f"{name} leads to {tmp_path / 'secret.png'}, out of the data set {data}" in line
+            assert f"{name} leads to {tmp_path / 'secret.png'}, out of the dataset {data}" in line
         monkeypatch.setenv("TAVQ_FOLLOW_LINKS", "1")
         assert open_dataset(data, "train").load_image(0).size == (16, 16)
 

@@ -1,6 +1,6 @@
 """Semantic distillation: latents follow the feature maps of a frozen vision network.
 
-A small data set gives an encoder trained from scratch little meaning. The teacher sees the photos at full
+A small dataset gives an encoder trained from scratch little meaning. The teacher sees the photos at full
 size once, before training; the student learns to predict its maps from the latents through a head that
 inference never uses.
 """
@@ -35,7 +35,7 @@ def teacher_maps(teacher: FrozenNetwork, dataset: ImageTextDataset, grid: tuple[
         dataset: the training split.
 
     Returns:
-        (n, C, h, w) float16, in the order of the data set; zero for an image that cannot be read.
+        (n, C, h, w) float16, in the order of the dataset; zero for an image that cannot be read.
     """
     files = [(e.id, e.image.stat().st_size if isinstance(e.image, Path) else 0) for e in dataset.examples]
     key = hashlib.sha256(f"{teacher.hash} {grid} {dataset.name} {files}".encode()).hexdigest()[:24]

@@ -66,7 +66,7 @@ class TokenizerRun:
     """
 
     data: str = "shapes"
-    """Data set: a directory in any known layout, or `shapes` (generated)."""
+    """Dataset: a directory in any known layout, or `shapes` (generated)."""
     images: tuple[Path, ...] = ()
     """Folders of more images, which need no captions; reconstruction and distillation see them."""
     out: Path = Path("runs/tokenizer")

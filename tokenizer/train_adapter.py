@@ -64,7 +64,7 @@ class AlignRun:
     LlamaGen or vector_quantize_pytorch model with its weights), or tavq:PATH (a tokenizer of this project,
     with --probe-only)."""
     data: str
-    """Data set: a directory in any known layout, or `shapes` (generated)."""
+    """Dataset: a directory in any known layout, or `shapes` (generated)."""
     out: Path
     """Directory for the aligned model, in the format of its own library, and for report.json."""
     image_size_px: int | None = None
@@ -158,7 +158,7 @@ class AlignTrainer(nn.Module):
 
 
 class AlignData:
-    """Images and texts of a data set, read and encoded once for both stages.
+    """Images and texts of a dataset, read and encoded once for both stages.
 
     Attributes:
         val_captions: (m, D) vectors of all validation captions.

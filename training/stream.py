@@ -12,14 +12,14 @@ from tavq.base.seeding import mixed_seed
 
 
 class ShuffledStream(Sampler[tuple[int, int]]):
-    """Endless shuffled passes over a data set, started at any batch.
+    """Endless shuffled passes over a dataset, started at any batch.
 
     Yields lists of `(index, draw_seed)`: which example, and the seed of its augmentation. Pass `p` is a
     permutation seeded by (seed, p), so batch `b` is the same whether or not the run was interrupted before
     it.
 
     Args:
-        length: examples in the data set; at least 1.
+        length: examples in the dataset; at least 1.
         batch_size: examples a batch and process.
         start: the first batch to yield.
         seed: of the run.
@@ -30,7 +30,7 @@ class ShuffledStream(Sampler[tuple[int, int]]):
         self, length: int, batch_size: int, *, start: int, seed: int, rank: int = 0, world_size: int = 1
     ):
         if length < 1:
-            raise ValueError("the data set is empty; nothing to train on")
+            raise ValueError("the dataset is empty; nothing to train on")
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.first, self.stride = start * world_size + rank, world_size
 
