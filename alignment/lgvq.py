@@ -103,8 +103,8 @@ class CaptionMasker:
             present[row, : len(tokens)] = True
         words = present & ~torch.isin(ids, torch.tensor(self.encoder.special_ids))
         masked = mask_words(words, self.config, rng)
-        whole = self.encoder.read(ids, present)
-        partly = self.encoder.read(ids.masked_fill(masked, 0), present & ~masked)
+        whole = self.encoder.encode_ids(ids, present)
+        partly = self.encoder.encode_ids(ids.masked_fill(masked, 0), present & ~masked)
         return MaskedCaptions(ids, words, masked, present, whole.states, partly.states, whole.pooled)
 
     def _draw(self, captions: list[list[int]], rng: torch.Generator) -> list[int]:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tavq.data.dataset import ImageTextDataset
 from tavq.data.embedding_cache import EmbeddingCache
-from tavq.data.examples import ImageTextDataset
 from tavq.data.text_encoder import TextEncoder
 
 from .units import split_units

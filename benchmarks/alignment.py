@@ -88,7 +88,7 @@ class Batch:
 
 
 def load_batch(bench: AlignmentBenchmark, batch_size: int) -> Batch:
-    dataset = open_dataset(bench.data, "train").head(batch_size)
+    dataset = open_dataset(bench.data, "train").take(batch_size)
     model = RUN_PRESETS[bench.preset].model
     images, targets = (
         torch.stack([to_tensor(dataset.load_image(i), size) for i in range(batch_size)])

@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = parse(BestOf, argv, prog="python benchmarks/best_of.py")
     pipeline = Pipeline.from_pretrained(run.checkpoint)
     judge = open_judge(run.judge, pipeline) if run.judge else pipeline
-    dataset = open_dataset(run.data, run.split).head(run.prompts)
+    dataset = open_dataset(run.data, run.split).take(run.prompts)
     prompts = [example.captions[0] for example in dataset.examples]
     began, ids = time.monotonic(), []
     for number, prompt in enumerate(tqdm(prompts, unit="prompt", disable=None)):

@@ -17,7 +17,7 @@ from PIL import Image
 from tavq.base.arguments import parse, run_main
 from tavq.captioner.decoding import GREEDY, DecodingConfig, decode_word_ids, to_captions
 from tavq.captioner.model import Captioner
-from tavq.data.examples import readable_images
+from tavq.data.dataset import readable_images
 from tavq.data.images import to_tensor
 from tavq.data.layouts import open_dataset
 from tavq.eval.table import with_block, write_block
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = TAVQTokenizer.from_pretrained(run.checkpoint / "tokenizer").to(run.device)
     captioner = Captioner.from_pretrained(run.checkpoint / "captioner").to(run.device)
     captioner.check_codebook(tokenizer.codebook_hash)
-    dataset = open_dataset(run.data, "test").head(run.images)
+    dataset = open_dataset(run.data, "test").take(run.images)
     lines = [
         f"{len(dataset)} images, {run.device}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "",

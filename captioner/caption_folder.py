@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from tavq.base.files import atomic_write
-from tavq.data.examples import Example, ImageTextDataset, readable_images
+from tavq.data.dataset import Example, ImageTextDataset, readable_images
 from tavq.data.images import squash
 from tavq.data.layouts_folder import IMAGE_SUFFIXES
 

@@ -23,8 +23,8 @@ from tavq.alignment.projections import NUM_LEVELS
 from tavq.alignment.unit_index import units_of
 from tavq.base.arguments import parse, run_main
 from tavq.base.device import Device, choose_device
+from tavq.data.dataset import ImageTextDataset, readable_images
 from tavq.data.embedding_cache import EmbeddingCache
-from tavq.data.examples import ImageTextDataset, readable_images
 from tavq.data.images import to_tensor, write_png
 from tavq.data.layouts import open_dataset
 from tavq.tokenizer.health import code_use

@@ -17,7 +17,7 @@ from tyro.conf import Positional
 from tavq.alignment.aligner import LEVEL_NAMES
 from tavq.base.arguments import parse, run_main
 from tavq.base.device import Device, choose_device
-from tavq.data.examples import readable_images
+from tavq.data.dataset import readable_images
 from tavq.data.images import load_image, write_png
 from tavq.data.layouts import open_dataset
 from tavq.pipeline import CHECKPOINT, Pipeline

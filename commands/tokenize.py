@@ -22,7 +22,7 @@ from tavq.base.arguments import parse, run_main
 from tavq.base.device import Device, choose_device
 from tavq.base.files import file_hash
 from tavq.base.seeding import mixed_seed
-from tavq.data.examples import ImageTextDataset, readable_images
+from tavq.data.dataset import ImageTextDataset, readable_images
 from tavq.data.images import to_tensor
 from tavq.data.layouts import SPLITS, open_dataset
 from tavq.data.tokens import TokenMeta, TokenRecord, write_tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .examples import Example, ImageTextDataset
+from .dataset import Example, ImageTextDataset
 from .layouts_folder import IMAGE_SUFFIXES
 
 

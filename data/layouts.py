@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .contained import LinkCheck
-from .examples import Example, ImageTextDataset
+from .dataset import Example, ImageTextDataset
 from .layouts_folder import IMAGE_SUFFIXES, has_metadata, read_metadata, read_shards, read_sidecars
 from .layouts_json import read_coco, read_karpathy, read_original_flickr8k
 from .long_text import attach_long_text

@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 
 from .contained import LinkCheck, check_file_name
-from .examples import Example
+from .dataset import Example
 from .images import load_image
 from .layouts_json import clean_captions
 from .tar_shards import group_samples, list_members, read_member, read_range

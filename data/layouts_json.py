@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .contained import check_file_name
-from .examples import Example
+from .dataset import Example
 
 _FLICKR_LISTS = {"trainImages": "train", "devImages": "val", "testImages": "test"}
 # Flickr8k.token.txt captions one file that was never published under this name.

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .examples import Example
+from .dataset import Example
 from .layouts_json import read_json
 
 _SHAREGPT4V = ("sharegpt4v*.json", "share-captioner*.json", "long_text.json")

@@ -13,7 +13,7 @@ from functools import partial
 
 from PIL import Image, ImageDraw
 
-from .examples import Example
+from .dataset import Example
 
 SPLIT_SIZES = {"train": 2000, "val": 200, "test": 200}
 COLOURS = {

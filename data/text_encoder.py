@@ -37,11 +37,11 @@ class TokenStates:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What the encoder makes of token ids.
+class EncodedText:
+    """Hidden states and pooled vectors of some texts.
 
     Attributes:
-        states: (n, T, D) float32, zero where nothing was read.
+        states: (n, T, D) float32, zero where the mask was False.
         pooled: (n, D) float32, unit length.
     """
 
@@ -164,13 +164,13 @@ class TextEncoder:
         return self._tokenizer(list(texts), add_special_tokens=True, verbose=False)["input_ids"]
 
     @torch.no_grad()
-    def read(self, ids: Tensor, mask: Tensor) -> Reading:
+    def encode_ids(self, ids: Tensor, mask: Tensor) -> EncodedText:
         """Encode token ids (n, T) int64; where `mask` (n, T) is False nothing is read, neither by a
         neighbour."""
         mask = mask.to(self.device)
         output = self._model(input_ids=ids.to(self.device), attention_mask=mask.long())
         pooled = normalize(self._pool(output, mask).float(), dim=-1)
-        return Reading((output.last_hidden_state.float() * mask[..., None]).cpu(), pooled.cpu())
+        return EncodedText((output.last_hidden_state.float() * mask[..., None]).cpu(), pooled.cpu())
 
     def _batches(
         self, texts: Sequence[str], max_tokens: int, batch_size: int

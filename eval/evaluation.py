@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tavq.base.cache import cache_directory
 from tavq.base.device import Device, choose_device
-from tavq.data.examples import ImageTextDataset, readable_images
+from tavq.data.dataset import ImageTextDataset, readable_images
 from tavq.data.images import to_pil, to_pixels
 from tavq.data.layouts import default_data, open_dataset
 from tavq.metrics.features import FeatureNetwork, ImageSet, load_network, refuse_training_network
@@ -68,7 +68,7 @@ class EvaluationRun:
                 f"{directory} has no {absent[0]}/{CONFIG_FILE}; expected a directory that holds "
                 f"{', '.join(f'{part}/' for part in needs)}"
             )
-        dataset = open_dataset(self.data, self.split).head(self.limit)
+        dataset = open_dataset(self.data, self.split).take(self.limit)
         return Pipeline(directory, choose_device(self.device)), dataset
 
     def result_path(self, name: str) -> Path:

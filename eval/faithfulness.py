@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from tavq.alignment.projections import NUM_LEVELS
 from tavq.captioner.decoding import GREEDY
-from tavq.data.examples import ImageTextDataset, readable_images
+from tavq.data.dataset import ImageTextDataset, readable_images
 from tavq.data.images import grid, to_pil, to_pixels
 from tavq.metrics.captions import caption_metrics
 from tavq.pipeline import Pipeline

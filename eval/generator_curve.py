@@ -19,7 +19,7 @@ from tyro.conf import Positional
 
 from tavq.base.arguments import parse, run_main
 from tavq.base.files import atomic_write
-from tavq.data.examples import ImageTextDataset
+from tavq.data.dataset import ImageTextDataset
 from tavq.data.layouts import default_data, open_dataset
 from tavq.eval.evaluation import at_reference_size, image_metric_options, open_network, reference_set
 from tavq.eval.run_t2i import draw
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{run.run} kept no weights of its evaluations; train it with --training.keep-evaluated"
         )
     network = open_network(run.features, run.checkpoint)
-    dataset = open_dataset(run.data, run.split).head(run.limit)
+    dataset = open_dataset(run.data, run.split).take(run.limit)
     distances = {int(f.name.split("-")[1]): distance(run, f, dataset, network) for f in kept}
     log = read_log(run.run / "training" / "log.jsonl")
     losses = {name: [(line["step"], line[name]) for line in log if name in line] for name in LOSSES}

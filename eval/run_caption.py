@@ -18,7 +18,7 @@ from tavq.base.arguments import parse, run_main
 from tavq.base.files import atomic_write
 from tavq.captioner.decoding import DecodingConfig
 from tavq.captioner.reward import ends_in_function_word
-from tavq.data.examples import ImageTextDataset, readable_images
+from tavq.data.dataset import ImageTextDataset, readable_images
 from tavq.eval.evaluation import EvaluationRun, print_metrics
 from tavq.eval.results import (
     caption_fields,

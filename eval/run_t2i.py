@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from tyro.conf import OmitArgPrefixes
 
 from tavq.base.arguments import parse, run_main
-from tavq.data.examples import ImageTextDataset
+from tavq.data.dataset import ImageTextDataset
 from tavq.data.images import grid, to_pixels
 from tavq.data.layouts import open_dataset
 from tavq.eval.evaluation import (
@@ -123,7 +123,7 @@ def worst_and_best(
     size = pipeline.tokenizer.decode_size_px
     originals, _ = photos(dataset, pipeline.tokenizer.image_size_px)
     shrunk, _ = photos(dataset, size)
-    real = open_dataset(run.data, "train" if run.split != "train" else "val").head(len(reference))
+    real = open_dataset(run.data, "train" if run.split != "train" else "val").take(len(reference))
     sets = {
         "photos of another split": photos(real, REFERENCE_SIZE_PX)[0],
         f"the photos at {size} px": at_reference_size(shrunk),

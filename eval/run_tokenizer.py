@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from tavq.alignment.projections import NUM_LEVELS
 from tavq.base.arguments import parse, run_main
-from tavq.data.examples import ImageTextDataset
+from tavq.data.dataset import ImageTextDataset
 from tavq.data.images import to_uint8
 from tavq.eval.evaluation import (
     EvaluationRun,

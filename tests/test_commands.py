@@ -407,3 +407,15 @@ def test_a_truncated_photo_among_good_ones_is_skipped_counted_and_named(tmp_path
     warning = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: "))
     assert "skipped 1 of 10" in warning and "7.jpg" in warning
     assert len(open_tokens(tmp_path / "out", "train")) == 9
+
+
+def test_a_dataset_without_a_test_split_is_tokenised(tmp_path, tiny_checkpoint):
+    for split in ("train", "val"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        Image.new("RGB", (64, 64)).save(tmp_path / "data" / split / "a.png")
+        (tmp_path / "data" / split / "a.txt").write_text("A dog.")
+    run(*data_commands(tmp_path / "data", tmp_path / "out", tiny_checkpoint)[0])
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == [
+        "train-000000.tar",
+        "val-000000.tar",
+    ]

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tavq.data.examples import Example, ImageTextDataset, join_captions, readable_images
+from tavq.data.dataset import Example, ImageTextDataset, join_captions, readable_images
 from tavq.data.images import UnreadableImageError
 from tavq.data.layouts import open_dataset
 from tavq.eval.evaluation import EvaluationRun
+from tavq.tokenizer.training_images import TrainingImages
 
 
 def put_image(path, colour="red"):
@@ -297,6 +298,28 @@ def test_more_than_one_percent_unreadable_is_an_error(tmp_path):
         assert len(list(readable_images(dataset_with_bad(tmp_path, good=198, bad=2)))) == 198
     with pytest.raises(ValueError, match=r"3 of the first 3 images cannot be read, at most 2 of 200"):
         list(readable_images(dataset_with_bad(tmp_path, good=197, bad=3)))
+
+
+def test_training_stops_where_more_than_one_percent_is_unreadable(tmp_path, capsys):
+    images = TrainingImages(dataset_with_bad(tmp_path, good=198, bad=2), 16)
+    assert images[(0, 0)]["index"] == 2, "the next readable image takes the place of unreadable ones"
+    assert capsys.readouterr().out.count("warning: skipped") == 2
+    with pytest.raises(ValueError, match="3 images cannot be read; repair toy"):
+        TrainingImages(dataset_with_bad(tmp_path, good=197, bad=3), 16)[(0, 0)]
+
+
+def test_an_image_that_is_gone_is_skipped_and_named(tmp_path):
+    dataset = dataset_with_bad(tmp_path, good=2, bad=1)
+    (tmp_path / "bad.jpg").unlink()
+    with pytest.warns(UserWarning, match=r"skipped 1 of 3 .*no image at .*bad\.jpg"):
+        assert [index for index, _ in readable_images(dataset)] == [1, 2]
+
+
+def test_examples_are_selected_by_number_and_by_split(tmp_path):
+    rows = [Example(str(n), tmp_path, ("a",), None, "val" if n % 2 else "train") for n in range(5)]
+    dataset = ImageTextDataset("toy", rows)
+    assert dataset.take(2).ids == ("0", "1") and dataset.take(None).ids == dataset.ids
+    assert dataset.select_split("val").ids == ("1", "3") and len(dataset.select_split("test")) == 0
 
 
 def test_readable_images_are_silent_when_all_is_well(tmp_path):

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tavq.alignment.unit_index import UnitIndex, units_of
+from tavq.data.dataset import Example, ImageTextDataset
 from tavq.data.embedding_cache import EmbeddingCache
-from tavq.data.examples import Example, ImageTextDataset
 from tavq.data.shapes import shapes_examples
 from tavq.data.text_encoder import MINILM_SHA256, TextEncoder, minilm_directory
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tavq.data.examples import Example, ImageTextDataset
+from tavq.data.dataset import Example, ImageTextDataset
 from tavq.eval import faithfulness, generator_curve, run_caption, run_t2i, run_tokenizer
 from tavq.eval.evaluation import EvaluationRun
 from tavq.eval.faithfulness import cycle_cider

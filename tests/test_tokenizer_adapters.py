@@ -166,7 +166,7 @@ def codebook_of(base: nn.Module) -> nn.Parameter:
 def few_shapes(tmp_path_factory):
     """A folder of 60 pictures with their captions; some 48 of them are for training."""
     folder = tmp_path_factory.mktemp("few_shapes")
-    dataset = open_dataset("shapes", "train").head(60)
+    dataset = open_dataset("shapes", "train").take(60)
     for index, example in enumerate(dataset.examples):
         dataset.load_image(index).save(folder / f"{example.id}.png")
         (folder / f"{example.id}.txt").write_text("\n".join(example.captions[:2]))
@@ -282,7 +282,7 @@ def test_the_fifteen_lines_of_the_readme_align_a_foreign_model():
     code = re.search(r"```python\n(.*?)```", section, flags=re.DOTALL).group(1)
     assert len([line for line in code.splitlines() if line.strip()]) <= 15
     torch.manual_seed(0)
-    dataset = open_dataset("shapes", "train").head(16)
+    dataset = open_dataset("shapes", "train").take(16)
     photos = torch.stack([to_tensor(dataset.load_image(i), SIZE) for i in range(16)])
     model, costs = ForeignVQModel(), []
     optimizer, keys = torch.optim.Adam(model.parameters(), lr=2e-3), list(model.state_dict())

@@ -84,7 +84,7 @@ def test_every_position_is_sampled_sooner_or_later():
 
 
 def test_words_phrases_and_sentences_are_sampled_in_this_order():
-    dataset = open_dataset("shapes", "train").head(6)
+    dataset = open_dataset("shapes", "train").take(6)
     index = UnitIndex.build(dataset, TextEncoder())
     texts = sample_texts(index, range(6), torch.Generator().manual_seed(0), CONFIG)
     for level, units in enumerate(texts.units, 1):
@@ -216,7 +216,7 @@ def test_impossible_settings_are_refused(change, message):
 @pytest.fixture(scope="module")
 def shapes_batch():
     """32 shapes images at 32 px, with their units."""
-    dataset = open_dataset("shapes", "train").head(32)
+    dataset = open_dataset("shapes", "train").take(32)
     images = torch.stack([to_tensor(dataset.load_image(i), 32) for i in range(32)])
     return images, UnitIndex.build(dataset, TextEncoder())
 
@@ -250,7 +250,7 @@ def test_matched_pairs_cost_less_than_shuffled_ones_after_training_on_shapes(met
 
 
 def test_the_way_to_text_is_fitted_to_codes_that_stay():
-    dataset, encoder = open_dataset("shapes", "train").head(40), TextEncoder()
+    dataset, encoder = open_dataset("shapes", "train").take(40), TextEncoder()
     torch.manual_seed(0)
     tokenizer = TAVQTokenizer(PRESETS["tiny"]).eval()
     captions = encoder.encode([example.captions[0] for example in dataset.examples])

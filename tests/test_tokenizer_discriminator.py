@@ -152,7 +152,7 @@ def test_a_grown_decoder_keeps_ids_and_what_it_had_learnt():
 
 
 def test_views_are_the_same_few_for_an_image_and_both_sizes_show_the_same_part():
-    images = TrainingImages(open_dataset("shapes", "train").head(3), 32, 64, views=4)
+    images = TrainingImages(open_dataset("shapes", "train").take(3), 32, 64, views=4)
     seen = {images[(0, draw)]["draw"] for draw in range(200)}
     assert len(seen) == 4
     assert seen & {images[(1, draw)]["draw"] for draw in range(200)} == {

@@ -7,7 +7,7 @@ from PIL import Image
 
 from tavq.alignment.unit_index import UnitIndex
 from tavq.commands import codebook, train_tokenizer
-from tavq.data.examples import ImageTextDataset
+from tavq.data.dataset import ImageTextDataset
 from tavq.data.layouts import open_dataset
 from tavq.data.text_encoder import TextEncoder
 from tavq.tokenizer import train
@@ -19,7 +19,7 @@ from tavq.training.run_folder import read_log
 
 @pytest.fixture(scope="module")
 def shapes() -> ImageTextDataset:
-    return open_dataset("shapes", "val").head(24)
+    return open_dataset("shapes", "val").take(24)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_a_collapse_is_warned_of_and_ends_the_run_where_a_limit_is_set():
 
 
 def test_training_logs_the_health_and_stops_below_the_limit(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "open_dataset", lambda path, split: open_dataset(path, split).head(24))
+    monkeypatch.setattr(train, "open_dataset", lambda path, split: open_dataset(path, split).take(24))
     flags = ["--preset", "tiny", "--training.steps", "4", "--training.evaluate-every", "2"]
     flags += ["--training.batch-size", "2", "--losses.adversarial", "0"]
     train_tokenizer.main([*flags, "--out", str(tmp_path / "a")])

@@ -12,7 +12,7 @@ from torch import nn
 from tavq.base.files import file_hash
 from tavq.commands.train_decoder import main as train_decoder
 from tavq.commands.train_tokenizer import main
-from tavq.data.examples import Example, ImageTextDataset
+from tavq.data.dataset import Example, ImageTextDataset
 from tavq.data.layouts import open_dataset
 from tavq.tokenizer import distillation
 from tavq.tokenizer.distillation import map_of_view, teacher_maps
@@ -59,7 +59,7 @@ def test_no_id_and_no_text_of_the_other_splits_is_trained_on(align):
 
 
 def test_the_teachers_maps_are_standardised_and_read_back(teacher, monkeypatch):
-    dataset = open_dataset("shapes", "train").head(40)
+    dataset = open_dataset("shapes", "train").take(40)
     maps = teacher_maps(FrozenNetwork(teacher), dataset, (4, 4)).float()
     assert maps.shape[0] == 40 and maps.shape[2:] == (4, 4)
     assert maps.mean(dim=(0, 2, 3)).abs().max() < 0.01
@@ -67,7 +67,7 @@ def test_the_teachers_maps_are_standardised_and_read_back(teacher, monkeypatch):
     monkeypatch.setattr(distillation, "_maps", None)  # a second call asks no network
     assert torch.equal(teacher_maps(FrozenNetwork(teacher), dataset, (4, 4)).float(), maps)
     with pytest.raises(TypeError):
-        teacher_maps(FrozenNetwork(teacher), dataset.head(39), (4, 4))
+        teacher_maps(FrozenNetwork(teacher), dataset.take(39), (4, 4))
 
 
 def test_distillation_moves_the_encoder_and_is_recorded(teacher, tmp_path):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tavq.base.cache import cache_directory, cached_tensors
-from tavq.data.examples import ImageTextDataset
+from tavq.data.dataset import ImageTextDataset
 from tavq.data.images import UnreadableImageError, to_tensor
 
 from .losses import FrozenNetwork

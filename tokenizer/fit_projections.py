@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from tavq.alignment.aligner import LEVEL_NAMES, MAX_LOG_SCALE
 from tavq.alignment.unit_index import UnitIndex
-from tavq.data.examples import ImageTextDataset
+from tavq.data.dataset import ImageTextDataset
 
 from .model import TAVQTokenizer
 from .retrieval import scores_of_codes

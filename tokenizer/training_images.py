@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tavq.base.seeding import mixed_seed
-from tavq.data.examples import ImageTextDataset, readable_images
+from tavq.data.dataset import ImageTextDataset, max_unreadable, readable_images
 from tavq.data.images import UnreadableImageError, from_pixels, grid, to_pil, to_pixels, to_tensor
 
 from .model import TAVQTokenizer, Window
@@ -138,7 +138,7 @@ class TrainingImages(Dataset):
     def _skip(self, index: int, error: UnreadableImageError) -> None:
         self.unreadable.add(index)
         print(f"warning: skipped {self.dataset[index].id}: {error}", flush=True)
-        if len(self.unreadable) > max(1, len(self.dataset) // 100):
+        if len(self.unreadable) > max_unreadable(len(self.dataset)):
             raise ValueError(
                 f"{len(self.unreadable)} images cannot be read; repair {self.dataset.name}"
             ) from error
@@ -198,6 +198,6 @@ def image_batches(dataset: ImageTextDataset, *sizes_px: int) -> Iterator[tuple[l
 def reconstruction_sheet(tokenizer: TAVQTokenizer, dataset: ImageTextDataset) -> np.ndarray:
     """The first images of a split above their reconstructions, (H, W, 3) uint8."""
     size, decode_size = tokenizer.image_size_px, tokenizer.decode_size_px
-    (images, targets), _ = next(image_batches(dataset.head(SHEET_COLUMNS), size, decode_size))
+    (images, targets), _ = next(image_batches(dataset.take(SHEET_COLUMNS), size, decode_size))
     decoded = tokenizer.decode(tokenizer.encode(images.to(tokenizer.codebook.device)))
     return np.asarray(grid(to_pil(targets) + to_pil(decoded), columns=len(targets)))

@@ -1,11 +1,11 @@
-"""One example, a list of them, and reading their images without stumbling over a broken file."""
+"""An image-text dataset: its examples, and a way to read their images past a broken file."""
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -13,16 +13,17 @@ from PIL import Image
 from .images import UnreadableImageError, load_image, to_rgb
 
 MAX_UNREADABLE_SHARE = 0.01
+NAMED_AT_MOST = 10  # of the unreadable images in one message
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Example:
     """One image with its captions.
 
     Attributes:
         id: unique in its dataset, the same in every run.
-        image: the file, or a function that draws the picture.
-        captions: short captions, at least one.
+        image: the file, or a function that makes the image.
+        captions: short captions; at least one in a dataset with text.
         long_text: a dense description, where the dataset has one.
         split: "train", "val" or "test".
     """
@@ -41,21 +42,28 @@ class Example:
 
 def join_captions(captions: Iterable[str]) -> str:
     """Join captions to one text of sentences: white space collapsed, each ending in . ! or ?"""
-    cleaned = (" ".join(caption.split()) for caption in captions)
-    return " ".join(
-        caption if caption.rstrip("\"')").endswith((".", "!", "?")) else f"{caption} ."
-        for caption in cleaned
-        if caption
-    )
+    sentences = []
+    for caption in captions:
+        sentence = " ".join(caption.split())
+        if not sentence:
+            continue
+        if not sentence.rstrip("\"')").endswith((".", "!", "?")):
+            sentence += " ."
+        sentences.append(sentence)
+    return " ".join(sentences)
 
 
 class ImageTextDataset:
-    """Examples in a fixed order, with the bookkeeping of one split or of all."""
+    """Examples in a fixed order, of one split or of all.
+
+    Raises:
+        ValueError: an id occurs twice.
+    """
 
     def __init__(self, name: str, examples: Sequence[Example]):
         self.name = name
         self.examples = tuple(examples)
-        repeated = [name for name, count in Counter(self.ids).items() if count > 1]
+        repeated = [id_ for id_, count in Counter(self.ids).items() if count > 1]
         if repeated:
             raise ValueError(
                 f"{name}: {len(repeated)} ids occur more than once (first: {repeated[0]}), expected each "
@@ -76,18 +84,23 @@ class ImageTextDataset:
         """Read the image of one example as RGB.
 
         Raises:
-            UnreadableImageError: the file is truncated, is no image, or is too small.
+            UnreadableImageError: the file is gone, is truncated, is no image, is too small or too large.
         """
         image = self.examples[index].image
-        return load_image(image) if isinstance(image, Path) else to_rgb(image())
+        if not isinstance(image, Path):
+            return to_rgb(image())
+        try:
+            return load_image(image)
+        except FileNotFoundError as error:  # it was there when the dataset was opened
+            raise UnreadableImageError(str(error)) from error
+
+    def take(self, count: int | None) -> ImageTextDataset:
+        """Return the first `count` examples; None returns all."""
+        return self if count is None else ImageTextDataset(self.name, self.examples[:count])
 
     def select_split(self, split: str) -> ImageTextDataset:
         """Return the examples of one split; there may be none."""
         return ImageTextDataset(self.name, [example for example in self.examples if example.split == split])
-
-    def head(self, limit: int | None) -> ImageTextDataset:
-        """The same dataset cut to its first `limit` examples; None keeps all."""
-        return self if limit is None else ImageTextDataset(self.name, self.examples[:limit])
 
 
 def readable_images(
@@ -97,34 +110,41 @@ def readable_images(
 
     Args:
         dataset: whose images to read.
-        total: images of which 1 % may be unreadable, where these are what an earlier call has left.
+        total: number of images that the limit of unreadable ones refers to, where `dataset` is only what an
+            earlier call has left of them.
 
     Raises:
-        ValueError: more than one image, and more than 1 %, cannot be read.
+        ValueError: more images cannot be read than `max_unreadable` allows.
     """
     total = total or len(dataset)
-    allowed = max(1, int(MAX_UNREADABLE_SHARE * total))
     reasons: list[str] = []
     for index in range(len(dataset)):
         try:
             image = dataset.load_image(index)
-        except (UnreadableImageError, FileNotFoundError) as error:
+        except UnreadableImageError as error:
             reasons.append(f"{dataset[index].id} ({error})")
-            if len(reasons) > allowed:
+            if len(reasons) > max_unreadable(total):
                 raise ValueError(
                     f"{dataset.name}: {len(reasons)} of the first {index + 1} images cannot be read, at most "
-                    f"{allowed} of {total} may be so; repair or remove them: {_first(reasons)}"
+                    f"{max_unreadable(total)} of {total} may be so; repair or remove them: {_listed(reasons)}"
                 ) from error
             continue
         yield index, image
+
     if reasons:
         warnings.warn(
             f"{dataset.name}: skipped {len(reasons)} of {len(dataset)} images that cannot be read: "
-            f"{_first(reasons)}",
+            f"{_listed(reasons)}",
             stacklevel=2,
         )
 
 
-def _first(names: Sequence[str], limit: int = 10) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return "; ".join(names[:limit]) + more
+def max_unreadable(total: int) -> int:
+    """Return how many of `total` images may be unreadable before that is an error: 1 %, but at least one."""
+    return max(1, int(MAX_UNREADABLE_SHARE * total))
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = "; ".join(names[:NAMED_AT_MOST])
+    more = len(names) - NAMED_AT_MOST
+    return shown if more <= 0 else f"{shown}; and {more} more"
