@@ -75,3 +75,53 @@ def test_two_processes_of_four_examples_train_as_one_of_eight(tokens_dir, tmp_pa
     assert weights[1].keys() == weights[2].keys()
     for name, one in weights[1].items():
         np.testing.assert_allclose(one, weights[2][name], atol=2e-5, err_msg=name)
+
+
+TRAIN_AND_COMPARE = """
+import sys, torch
+from tavq.tokenizer import train as module
+from tavq.data.layouts import open_dataset
+from tavq.base.arguments import parse
+from tavq.training.loop import Trainer
+
+module.open_dataset = lambda path, split: open_dataset(path, split).head(16)
+run = parse(module.TokenizerRun, sys.argv[1:], prog="test", presets=module.RUN_PRESETS)
+task = module.TokenizerTask(run)
+trainer = Trainer(task, run.training, run.out, run)
+trainer.run()
+state = torch.cat([t.flatten().double() for t in task.shipped.state_dict().values()])
+parts = [torch.empty_like(state) for _ in range(torch.distributed.get_world_size())]
+torch.distributed.all_gather(parts, state)
+if trainer.is_main:
+    print("apart by", float((parts[0] - parts[1]).abs().max()), flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--align", "none"),
+        ("--align", "lgvq", "--lgvq.width", "16", "--lgvq.layers", "1"),
+        ("--align", "ot", "--alignment.level-weights", "0", "1", "1"),
+        ("--align", "none", "--model.quantizer.name", "fsq", "--model.quantizer.num-codes", "1000"),
+        ("--align", "ot", "--training.batch-size", "1", "--losses.decode-every", "2"),
+    ],
+    ids=["plain", "lgvq", "a level left out", "fsq", "one example a process"],
+)
+def test_the_tokenizer_stays_the_same_in_both_processes(tmp_path, perceptual_network, flags):
+    """Each of these once ended with parameters that took no part in the loss; states are saved after each
+    step."""
+    script = tmp_path / "train.py"
+    script.write_text(TRAIN_AND_COMPARE)
+    common = ["--preset", "tiny", "--training.steps", 4, "--training.evaluate-every", 4, "--fit-steps", 0]
+    common += [
+        "--training.checkpoint-minutes",
+        0,
+        "--training.batch-size",
+        4,
+        "--perceptual",
+        perceptual_network,
+    ]
+    common += ["--losses.adversarial-start", 0.25, "--out", tmp_path / "run"]
+    printed = run_processes(2, script, *common, *flags)
+    assert "apart by 0.0\n" in printed

@@ -5,7 +5,7 @@
 look-up of arbitrary latents, which that library does not expose for SimVQ, and offers for no IBQ;
 `tests/test_tokenizer_quantizer.py` holds the shared ones against it.
 
-Shapes: M vectors, K codes, E code width.
+Shapes: R latents (rows), K codes, E code width.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tavq.base.bounds import check_bounds
 
 RESTART_NOISE = 0.01  # a component, so that two codes drawn from one latent part
-ROWS_AT_ONCE = 65536  # bounds the (M, K) similarity matrix when many vectors are looked up
+ROWS_AT_ONCE = 65536  # bounds the (R, K) similarity matrix when many vectors are looked up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,18 +31,18 @@ class QuantizerConfig:
     num_codes: int = 1024
     code_dim: int = 16
     gradient: Literal["straight-through", "rotation"] = "straight-through"
-    """How the reconstruction's gradient passes the quantiser (nearest, cvq, simvq)."""
+    """How the reconstruction's gradient passes the quantiser (for nearest, cvq and simvq)."""
     commitment: float = 0.05
-    """Weight of the pull of latents to codes, beside 1 for that of codes to latents; too strong, both
+    """Weight of the commitment loss, beside 1 for the codebook loss. Too strong, codes and latents
     collapse."""
     usage_decay: float = 0.95
-    """Of the running usage of each code (nearest, cvq)."""
+    """Decay of the running usage of each code (for nearest and cvq)."""
     restart_below: float = 0.1
-    """A code used less often than this share of the mean use is re-drawn from the batch (nearest)."""
+    """A code used less often than this fraction of the mean is restarted from the batch (for nearest)."""
     entropy_weight: float = 0.05
-    """Of the entropy penalty (ibq)."""
+    """Weight of the entropy penalty (for ibq)."""
     temperature: float = 0.1
-    """Of the softmax over codes wherever codes are mixed (ibq, and the alignment's look-up)."""
+    """Temperature of the softmax over codes (for ibq and cvq)."""
     fsq_levels: tuple[int, ...] = (8, 5, 5, 5)
 
     def __post_init__(self) -> None:
@@ -69,15 +69,15 @@ class Quantized:
     """Result of a quantiser."""
 
     codes: Tensor
-    """(M, E); its gradient passes to the latents."""
+    """(R, E); its gradient passes to the latents."""
     ids: Tensor
-    """(M,) int64 in [0, K)."""
+    """(R,) int64 in [0, K)."""
     loss: Tensor
     """Scalar: codebook and commitment terms."""
 
 
 class Quantizer(nn.Module):
-    """Nearest code on the unit sphere, straight-through gradient, unused codes re-drawn.
+    """Nearest code on the unit sphere, straight-through gradient, unused codes restarted.
 
     Latents and codes are scaled to unit length, so that the nearest code is the one of largest cosine (Yu et
     al. 2021, arXiv:2110.04627, sec. 3.2); the estimator is that of van den Oord et al. 2017,
@@ -88,8 +88,10 @@ class Quantizer(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(F.normalize(torch.randn(config.num_codes, config.code_dim), dim=1))
-        self.register_buffer("usage", torch.ones(config.num_codes))  # running mean, relative to even use
-        self.register_buffer("untouched", torch.tensor(True))  # until the codes are drawn from a first batch
+        # Running mean of how often each code is used; 1 is even use.
+        self.register_buffer("usage", torch.ones(config.num_codes))
+        # Until the codes are drawn from a first batch.
+        self.register_buffer("untouched", torch.tensor(True))
 
     @property
     def codebook(self) -> Tensor:
@@ -101,8 +103,9 @@ class Quantizer(nn.Module):
         return F.normalize(latents.float(), dim=-1)
 
     def nearest(self, latents: Tensor) -> Tensor:
-        """(M, E) -> ids (M,) of the codes with the largest cosine."""
-        codebook, latents = self.codebook.detach(), self.normalise(latents.detach())
+        """(R, E) -> ids (R,) of the codes with the largest cosine."""
+        codebook = self.codebook.detach()
+        latents = self.normalise(latents.detach())
         return torch.cat([(rows @ codebook.T).argmax(dim=1) for rows in latents.split(ROWS_AT_ONCE)])
 
     def lookup(self, ids: Tensor) -> Tensor:
@@ -110,42 +113,49 @@ class Quantizer(nn.Module):
         return F.embedding(ids, self.codebook)
 
     def forward(self, latents: Tensor) -> Quantized:
-        """Quantise latents (M, E); in training the codebook also adapts to them."""
+        """Quantise latents (R, E); in training the codebook also adapts to them."""
         latents = self.normalise(latents)
-        if self.training:  # before the codes enter the graph, since it writes them in place
+        if self.training:
+            # Before the codes enter the graph, since it writes them in place.
             self.adapt(latents.detach(), self.nearest(latents))
         ids = self.nearest(latents)
         codes = self.lookup(ids)
-        loss = F.mse_loss(codes, latents.detach()) + self.config.commitment * F.mse_loss(
-            latents, codes.detach()
-        )
-        return Quantized(self.pass_gradient(latents, codes), ids, loss * latents.shape[1])
 
-    def pass_gradient(self, latents: Tensor, codes: Tensor) -> Tensor:
+        codebook_loss = F.mse_loss(codes, latents.detach())
+        commitment_loss = F.mse_loss(latents, codes.detach())
+        # mse_loss is a mean over E: the sum over a code's components is what the papers weigh.
+        loss = (codebook_loss + self.config.commitment * commitment_loss) * latents.shape[1]
+        return Quantized(self.straight_through(latents, codes), ids, loss)
+
+    def straight_through(self, latents: Tensor, codes: Tensor) -> Tensor:
+        """The value of `codes`, with a gradient to `latents` alone."""
         if self.config.gradient == "rotation":
             return rotate_to(latents, codes.detach())
         return latents + (codes - latents).detach()
 
     @torch.no_grad()
     def adapt(self, latents: Tensor, ids: Tensor) -> None:
-        """Track the use of each code and re-draw the unused ones from the latents of the batch.
+        """Track the use of each code and restart the unused ones from the latents of the batch.
 
         The first batch gives all codes: latents start in a narrow cone, where few random codes would be
         near any.
         """
         self._track_usage(ids)
+        latents = of_all_processes(latents)
         dead = ((self.usage < self.config.restart_below) | self.untouched).nonzero().flatten()
         self.untouched.fill_(False)
         if len(dead):
-            drawn = torch.randint(len(latents), (len(dead),), device=latents.device)
+            rows = torch.randint(len(latents), (len(dead),), device=latents.device)
             noise = RESTART_NOISE * torch.randn_like(self.weight[dead])
-            self.weight[dead] = F.normalize(latents[drawn] + noise, dim=1).to(self.weight.dtype)
+            self.weight[dead] = F.normalize(latents[rows] + noise, dim=1).to(self.weight.dtype)
             self.usage[dead] = 1.0
         agree_with_first_process(self.weight)
 
     def _track_usage(self, ids: Tensor) -> None:
+        ids = of_all_processes(ids)
         counts = torch.bincount(ids, minlength=self.config.num_codes).float()
-        self.usage.lerp_(counts * (self.config.num_codes / len(ids)), 1 - self.config.usage_decay)
+        relative = counts * (self.config.num_codes / len(ids))
+        self.usage.lerp_(relative, 1 - self.config.usage_decay)
 
 
 class AnchoredQuantizer(Quantizer):
@@ -159,6 +169,7 @@ class AnchoredQuantizer(Quantizer):
     @torch.no_grad()
     def adapt(self, latents: Tensor, ids: Tensor) -> None:
         self._track_usage(ids)
+        latents = of_all_processes(latents)
         decay = self.config.usage_decay
         pull = torch.exp(-self.usage * 10 / (1 - decay) - 1e-3).unsqueeze(1)
         candidates = latents[torch.randint(len(latents), (min(len(latents), 4096),), device=latents.device)]
@@ -198,7 +209,8 @@ class IndexQuantizer(Quantizer):
     """
 
     def forward(self, latents: Tensor) -> Quantized:
-        latents, codebook = self.normalise(latents), self.codebook
+        latents = self.normalise(latents)
+        codebook = self.codebook
         soft = (latents @ codebook.T / self.config.temperature).softmax(dim=1)
         ids = soft.argmax(dim=1)
         hard = F.one_hot(ids, self.config.num_codes).to(soft.dtype)
@@ -206,10 +218,12 @@ class IndexQuantizer(Quantizer):
         chosen = hard @ codebook
         loss = F.mse_loss(codes, latents) + F.mse_loss(chosen, latents.detach())
         loss = loss + self.config.commitment * F.mse_loss(latents, chosen.detach())
+
+        # Low for one position, so that its choice is sharp; high over all, so that every code is used.
         mean = soft.mean(dim=0)
-        entropy = (
-            -(soft * soft.clamp_min(1e-9).log()).sum(dim=1).mean() + (mean * mean.clamp_min(1e-9).log()).sum()
-        )
+        own_entropy = -(soft * soft.clamp_min(1e-9).log()).sum(dim=1).mean()
+        mean_entropy = -(mean * mean.clamp_min(1e-9).log()).sum()
+        entropy = own_entropy - mean_entropy
         if self.training:
             with torch.no_grad():
                 self._track_usage(ids)
@@ -266,9 +280,19 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
 
 
 @torch.no_grad()
+def of_all_processes(rows: Tensor) -> Tensor:
+    """The rows (R, ...) of every process, one after the other; as they are where there is one process."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
+@torch.no_grad()
 def agree_with_first_process(weight: Tensor) -> None:
-    """Copy process 0's codes to the others: each re-draws codes from its own batch, and gradients alone would
-    never bring them together again."""
+    """Copy process 0's codes to the others: each draws other random rows, and gradients alone would never
+    bring them together again."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.broadcast(weight.detach(), src=0)
 
@@ -280,8 +304,8 @@ def rotate_to(latents: Tensor, codes: Tensor) -> Tensor:
     |e_hat + q_hat|, with rotation and scale held constant.
 
     Args:
-        latents: (M, E), the e of the equation.
-        codes: (M, E), without gradient, the q.
+        latents: (R, E), the e of the equation.
+        codes: (R, E), without gradient, the q.
     """
     e_hat, q_hat = F.normalize(latents.detach(), dim=1), F.normalize(codes, dim=1)
     w = F.normalize(e_hat + q_hat, dim=1)

@@ -1,0 +1,89 @@
+"""Every trainer takes ten steps in bfloat16, under autocast on the CPU."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from tavq.captioner.train import RUN_PRESETS as CAPTIONER_RUNS
+from tavq.captioner.train import CaptionerTask
+from tavq.data.layouts import open_dataset
+from tavq.data.tokens import TokenMeta, TokenRecord, write_tokens
+from tavq.generator.train import RUN_PRESETS as GENERATOR_RUNS
+from tavq.generator.train import GeneratorTask
+from tavq.tokenizer import train as tokenizer_train
+from tavq.tokenizer import train_decoder
+from tavq.tokenizer.model import PRESETS, TAVQTokenizer
+from tavq.training.loop import train
+from tavq.training.run_folder import read_log
+
+STEPS = 10
+
+
+def train_in_bfloat16(task, run, out) -> list[dict[str, float]]:
+    """Train `task` and return its log; its weights stay float32 and finite."""
+    config = dataclasses.replace(
+        run.training, precision="bf16", steps=STEPS, batch_size=4, evaluate_every=STEPS, log_every=1
+    )
+    train(task, config, out, run)
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in task.shipped.parameters())
+    return read_log(out / "training" / "log.jsonl")
+
+
+@pytest.fixture
+def few_shapes(monkeypatch):
+    for module in (tokenizer_train, train_decoder):
+        monkeypatch.setattr(module, "open_dataset", lambda path, split: open_dataset(path, split).head(12))
+
+
+@pytest.fixture
+def tokens_dir(tmp_path):
+    rng = np.random.default_rng(0)
+    records = [
+        TokenRecord(f"{split}{n}", split, rng.integers(0, 8, (1, 2, 4)), (f"A dog by {n}.",))
+        for split in ("train", "val")
+        for n in range(8)
+    ]
+    write_tokens(tmp_path / "tokens", records, TokenMeta(8, (2, 4), "codebook", "tokenizer", "made up", 16))
+    return tmp_path / "tokens"
+
+
+@pytest.mark.parametrize("align", ["ot", "lgvq"])
+def test_the_tokenizer(few_shapes, perceptual_network, tmp_path, align):
+    preset = tokenizer_train.RUN_PRESETS["tiny"]
+    run = dataclasses.replace(
+        preset,
+        training=dataclasses.replace(preset.training, steps=STEPS),
+        align=align,
+        perceptual=str(perceptual_network),
+        distill=perceptual_network,
+        losses=tokenizer_train.LossConfig(adversarial_start=0.3, texture=0.1, augmentation=0.5),
+        fit_steps=0,
+    )
+    log = train_in_bfloat16(tokenizer_train.TokenizerTask(run), run, tmp_path / "run")
+    assert any("discriminator/loss" in line for line in log) and math.isfinite(log[-2]["weight/distill"])
+
+
+def test_the_decoder(few_shapes, perceptual_network, tmp_path):
+    TAVQTokenizer(PRESETS["tiny"]).save_pretrained(tmp_path / "tokenizer")
+    run = dataclasses.replace(
+        train_decoder.DECODER_PRESETS["tiny"],
+        tokenizer=tmp_path / "tokenizer",
+        perceptual=str(perceptual_network),
+    )
+    log = train_in_bfloat16(train_decoder.DecoderTask(run), run, tmp_path / "run")
+    assert math.isfinite(log[-1]["val/perceptual"])
+
+
+def test_the_generator(tokens_dir, tmp_path):
+    run = dataclasses.replace(GENERATOR_RUNS["tiny"], tokens=tokens_dir)
+    log = train_in_bfloat16(GeneratorTask(run), run, tmp_path / "run")
+    assert math.isfinite(log[-1]["val/loss"])
+
+
+def test_the_captioner(tokens_dir, tmp_path):
+    run = dataclasses.replace(CAPTIONER_RUNS["tiny"], tokens=tokens_dir)
+    log = train_in_bfloat16(CaptionerTask(run), run, tmp_path / "run")
+    assert math.isfinite(log[-1]["val/CIDEr"])
