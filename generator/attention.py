@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -54,7 +53,7 @@ def use_xformers(q: Tensor, backend: Attention) -> bool:
 
 
 @functools.cache
-def xformers_ops() -> ModuleType | None:
+def xformers_ops() -> Any:
     """Return `xformers.ops`, or None where xformers is not installed."""
     if importlib.util.find_spec("xformers") is None:
         return None

@@ -91,10 +91,10 @@ class Engine:
         head_width = config.width // config.num_heads
         self.rope_cache = torch.view_as_complex(model.rope_cache) * head_width**0.5
 
-        self.blocks = [
-            DecodeBlock(block, kv_cache, rows * window, precision, compiled=compiled)
-            for block, kv_cache in zip(model.blocks, self.kv_caches, strict=True)
-        ]
+        self.blocks = []
+        for block, kv_cache in zip(model.blocks, self.kv_caches, strict=True):
+            assert isinstance(block, Block)
+            self.blocks.append(DecodeBlock(block, kv_cache, rows * window, precision, compiled=compiled))
         head = model.head.weight.detach() * config.width**0.5
         self.head = prepared_linear(head, rows * window, precision, compiled=compiled)
         self._forward_window = self._window_logits

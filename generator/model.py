@@ -151,6 +151,7 @@ class GeneratorModel(Checkpointed):
         """
         # Residual branches and the head start at zero, so that the first loss is log K.
         for block in self.blocks:
+            assert isinstance(block, Block)
             nn.init.normal_(block.qkv_proj.weight, std=self.config.width**-0.5)
             nn.init.normal_(block.gate_up_proj.weight, std=self.config.width**-0.5)
             nn.init.zeros_(block.o_proj.weight)

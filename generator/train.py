@@ -1,7 +1,10 @@
 """tavq train generator --tokens DIR --out DIR [--tokenizer DIR] [--preset tiny|flickr8k|base]
 
-Train the generator on tokenised images and the frozen text encoder's token states of their captions. The same
-command resumes a stopped run.
+Train the generator on tokenised images and on the frozen text encoder's token states of their captions. The
+same command resumes a stopped run.
+
+Shapes: B batch, K codes, E code width, (h, w) token grid, N = h*w image tokens, T text tokens, M text width,
+n images.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from .sampling import SamplingConfig, sample
 from .text_states import pack_states
 
 EVALUATION_BATCH = 100
-PICTURES = 16
+NUM_SAMPLES = 16  # images in the sample grid
 
 Decode = Callable[[Tensor], Tensor]
 """ids (B, h, w) -> images (B, 3, H, W)."""
@@ -48,22 +51,22 @@ class GeneratorRun:
     tokens: Path = Path("runs/tokens")
     """Token set that `tavq tokenize` made."""
     out: Path = Path("runs/generator")
-    """Directory of the run; holds the checkpoint, its log and the state to resume from."""
+    """Directory of the run. It holds the checkpoint, the log and the state to resume from."""
     preset: str = "flickr8k"
-    """flickr8k, tiny (seconds on a CPU) or base (about 100 M, 256 tokens)."""
+    """Preset: flickr8k, tiny (seconds on a CPU) or base (about 100 M weights, 256 tokens)."""
     config: Path | None = None
     """YAML file of these fields, instead of a preset."""
     start: Path | None = None
-    """Generator to go on from, such as one of this tokenizer before it was trained further; its shape
-    stands."""
+    """Generator to train further, such as one whose tokenizer has been trained further since. It decides the
+    shape of the model."""
     tokenizer: Path | None = None
-    """Tokenizer whose codebook the token embeddings start from, and that draws the sample grids."""
+    """Tokenizer whose codebook initialises the token embeddings and which decodes the sample images."""
     label_smoothing: float = 0.05
-    """Share of the target spread over all codes."""
+    """Fraction of the target that is spread over all codes."""
     null_text_rate: float = 0.1
-    """Share of captions replaced by the learned null text, for guidance."""
+    """Fraction of captions that are replaced by the learned null text, for classifier-free guidance."""
     sampling: SamplingConfig = SamplingConfig()
-    """Of the sample grids."""
+    """How the sample images are sampled."""
     model: GeneratorShape = PRESETS["flickr8k"]
     training: TrainingConfig = TrainingConfig(
         steps=1280,
@@ -108,136 +111,13 @@ RUN_PRESETS: dict[str, GeneratorRun] = {
 }
 
 
-class TokenExamples(Dataset):
-    """`self[(index, draw_seed)]` picks one variant and one caption: ids (N,), and the number of a caption."""
-
-    def __init__(self, tokens: TokenSet):
-        self.ids_nVN = tokens.ids.flatten(2).long()
-        self.counts = [len(captions) for captions in tokens.captions]
-        self.first_caption = np.cumsum([0, *self.counts[:-1]]).tolist()
-
-    def __len__(self) -> int:
-        return len(self.ids_nVN)
-
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
-        index, draw = item
-        variant = mixed_seed(draw, 0) % self.ids_nVN.shape[1]
-        caption = mixed_seed(draw, 1) % self.counts[index]
-        return self.ids_nVN[index, variant], self.first_caption[index] + caption
-
-
-class GeneratorTrainee(nn.Module):
-    """The generator with its loss."""
-
-    def __init__(self, run: GeneratorRun, generator: GeneratorModel):
-        super().__init__()
-        self.run, self.generator = run, generator
-
-    def forward(self, batch: dict[str, Tensor], step: int) -> StepOutput:
-        dropped = torch.rand(len(batch["ids"]), 1, device=batch["mask"].device) < self.run.null_text_rate
-        logits = self.generator(batch["ids"], batch["states"], batch["mask"] & ~dropped)
-        targets = batch["ids"].flatten()
-        loss = F.cross_entropy(logits.flatten(0, 1), targets, label_smoothing=self.run.label_smoothing)
-        with torch.no_grad():
-            plain = F.cross_entropy(logits.flatten(0, 1), targets)
-        return StepOutput(loss, {"loss": loss.detach(), "nats_per_token": plain})
-
-
-class GeneratorTask(Task):
-    """The generator as the training loop sees it; the validation loss decides which weights are kept."""
-
-    name = "generator"
-    monitor = ("loss", "min")
-    muon_modules = frozenset({"blocks"})
-
-    def __init__(self, run: GeneratorRun, decode: Decode | None = None, codebook: Tensor | None = None):
-        earlier = None if run.start is None else GeneratorModel.from_pretrained(run.start)
-        if earlier is not None:
-            names = [field.name for field in dataclasses.fields(GeneratorShape)]
-            run = dataclasses.replace(
-                run, model=GeneratorShape(**{n: getattr(earlier.config, n) for n in names})
-            )
-        self.run, self.decode, self.earlier_card = run, decode, "" if earlier is None else earlier.card
-        train_set, self.val_set = (open_tokens(run.tokens, split) for split in ("train", "val"))
-        encoder = TextEncoder(run.model.text_encoder)
-        self.dataset = TokenExamples(train_set)
-        slots = run.model.max_text_tokens
-        self.texts = pack_states(encoder, [c for captions in train_set.captions for c in captions], slots)
-        self.val_texts = pack_states(encoder, [captions[0] for captions in self.val_set.captions], slots)
-        torch.manual_seed(run.training.seed)
-        generator = GeneratorModel(_resolved(run, train_set.meta, encoder))
-        if codebook is not None:
-            generator.check_codebook(tensor_hash(codebook))
-            generator.init_weights(codebook)
-        if earlier is not None:
-            _check_start(run, earlier.config, generator.config)
-            generator.load_state_dict(earlier.state_dict())
-        self.model = GeneratorTrainee(run, generator)
-        self.shipped = generator
-
-    def collate(self, examples: list[tuple[Tensor, int]]) -> dict[str, Tensor]:
-        texts = self.texts.rows([caption for _, caption in examples])
-        return {"ids": torch.stack([ids for ids, _ in examples]), "states": texts.states, "mask": texts.mask}
-
-    @torch.inference_mode()
-    def evaluate(self, model: GeneratorModel, step: int) -> dict[str, float]:
-        """Nats a token on the validation split as it is, with the first caption and with the null text."""
-        return {
-            "loss": self._nats(model, with_text=True),
-            "loss_null_text": self._nats(model, False),
-        }
-
-    def _nats(self, generator: GeneratorModel, with_text: bool) -> float:
-        ids, total, device = self.val_set.ids[:, 0].flatten(1).long(), 0.0, generator.bos_embedding.device
-        for rows in torch.arange(len(ids)).split(EVALUATION_BATCH):
-            texts, targets = self.val_texts.rows(rows.tolist()), ids[rows].to(device)
-            logits = generator(targets, texts.states.to(device), texts.mask.to(device) & with_text)
-            total += float(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
-        return total / ids.numel()
-
-    def sample_images(self, model: GeneratorModel) -> dict[str, Any]:
-        if self.decode is None:
-            return {}
-        rows = range(min(PICTURES, len(self.val_set)))
-        ids = sample(model, self.val_texts.rows(rows), list(rows), self.run.sampling)
-        images = self.decode(ids.unflatten(1, model.config.grid_size))
-        return {"samples": np.asarray(grid(to_pil(images), columns=8))}
-
-    def save(self, model: GeneratorModel, directory: Path, card: str) -> None:
-        model.card = continued(card, self.earlier_card)
-        model.save_pretrained(directory)
-
-
-def _resolved(run: GeneratorRun, meta: TokenMeta, encoder: TextEncoder) -> GeneratorConfig:
-    """The configuration of the model with all that data and encoder decide."""
-    provenance = TokenProvenance(meta.data, meta.tokenizer)
-    return GeneratorConfig.of(
-        run.model,
-        num_codes=meta.num_codes,
-        grid_size=meta.grid_size,
-        codebook_hash=meta.codebook_hash,
-        text_dim=encoder.token_dim,
-        text_encoder_hash=encoder.hash,
-        provenance=provenance,
-    )
-
-
-def _check_start(run: GeneratorRun, earlier: GeneratorConfig, wanted: GeneratorConfig) -> None:
-    for field in ("num_codes", "grid_size", "text_encoder_hash"):
-        if getattr(earlier, field) != getattr(wanted, field):
-            raise ValueError(
-                f"{run.start} has {field} {getattr(earlier, field)}, {run.tokens} needs "
-                f"{getattr(wanted, field)}; train a generator anew, without --start"
-            )
-
-
 def train_generator(run: GeneratorRun, decode: Decode | None = None, codebook: Tensor | None = None) -> None:
-    """Train as `run` says.
+    """Train the generator into `run.out`.
 
     Args:
         run: the run.
-        decode: ids (B, h, w) -> images, for the sample grids.
-        codebook: (K, E) that the token embeddings start from.
+        decode: ids (B, h, w) -> images, for the sample grid; of the tokenizer that `run` names.
+        codebook: (K, E) of that tokenizer, from which the token embeddings start.
     """
     if run.tokenizer is not None and (decode is None or codebook is None):
         raise ValueError(
@@ -246,3 +126,154 @@ def train_generator(run: GeneratorRun, decode: Decode | None = None, codebook: T
         )
     task = GeneratorTask(run, decode, codebook)
     train(task, run.training, run.out, task.run)
+
+
+class GeneratorTask(Task):
+    """The generator as the training loop sees it; the validation loss decides which weights are saved."""
+
+    name = "generator"
+    monitor = ("loss", "min")
+    muon_modules = frozenset({"blocks"})
+
+    def __init__(self, run: GeneratorRun, decode: Decode | None = None, codebook: Tensor | None = None):
+        earlier = None
+        if run.start is not None:
+            earlier = GeneratorModel.from_pretrained(run.start)
+            run = dataclasses.replace(run, model=_shape_of_start(run, earlier.config))
+        self.run = run
+        self.decode = decode
+        self.earlier_card = "" if earlier is None else earlier.card
+
+        train_set = open_tokens(run.tokens, "train")
+        self.dataset = TokenExamples(train_set)
+        self.val_set = open_tokens(run.tokens, "val")
+
+        encoder, max_tokens = TextEncoder(run.model.text_encoder), run.model.max_text_tokens
+        all_captions = [caption for captions in train_set.captions for caption in captions]
+        self.texts = pack_states(encoder, all_captions, max_tokens)
+        first_captions = [captions[0] for captions in self.val_set.captions]
+        self.val_texts = pack_states(encoder, first_captions, max_tokens)
+
+        torch.manual_seed(run.training.seed)
+        generator = GeneratorModel.from_config(_config_of(run, train_set.meta, encoder))
+        if codebook is not None:
+            generator.check_codebook(tensor_hash(codebook))
+            generator.init_weights(codebook)
+        if earlier is not None:
+            _check_fits(run, earlier.config, generator.config)
+            generator.load_state_dict(earlier.state_dict())
+        self.model = GeneratorTrainer(run, generator)
+        self.shipped = generator
+
+    def collate(self, examples: list[tuple[Tensor, int]]) -> dict[str, Tensor]:
+        texts = self.texts.rows([caption for _, caption in examples])
+        return {"ids": torch.stack([ids for ids, _ in examples]), "states": texts.states, "mask": texts.mask}
+
+    @torch.inference_mode()
+    def evaluate(self, model: GeneratorModel, step: int) -> dict[str, float]:
+        """Measure nats per token on the validation split, with the first caption and with the null text."""
+        return {
+            "loss": self._nats_per_token(model, with_text=True),
+            "loss_null_text": self._nats_per_token(model, with_text=False),
+        }
+
+    def _nats_per_token(self, model: GeneratorModel, *, with_text: bool) -> float:
+        device = model.bos_embedding.device
+        # Variant 0 of each image is the image as it is, not mirrored or cropped.
+        ids_nN = self.val_set.ids[:, 0].flatten(1).long()
+        total = 0.0
+        for rows in torch.arange(len(ids_nN)).split(EVALUATION_BATCH):
+            texts, ids_BN = self.val_texts.rows(rows.tolist()), ids_nN[rows].to(device)
+            mask_BT = texts.mask.to(device) & with_text  # a mask of False alone means the null text
+            logits_BNK = model(ids_BN, texts.states.to(device), mask_BT)
+            # Summed, as the last batch may be smaller.
+            total += float(F.cross_entropy(logits_BNK.flatten(0, 1), ids_BN.flatten(), reduction="sum"))
+        return total / ids_nN.numel()
+
+    def sample_images(self, model: GeneratorModel) -> dict[str, Any]:
+        """Make a grid of images for the first captions of the validation split, the same ones each time."""
+        if self.decode is None:
+            return {}
+        rows = range(min(NUM_SAMPLES, len(self.val_set)))
+        ids_BN = sample(model, self.val_texts.rows(rows), list(rows), self.run.sampling)
+        images = self.decode(ids_BN.unflatten(1, model.config.grid_size))
+        return {"samples": np.asarray(grid(to_pil(images), columns=8))}
+
+    def save(self, model: GeneratorModel, directory: Path, card: str) -> None:
+        model.card = continued(card, self.earlier_card)
+        model.save_pretrained(directory)
+
+
+class TokenExamples(Dataset):
+    """Token ids and captions: `self[(index, draw_seed)]` is a random variant of image `index`, (N,), and the
+    number of a random one of its captions among all captions."""
+
+    def __init__(self, tokens: TokenSet):
+        self.ids_nVN = tokens.ids.flatten(2).long()  # V variants of each image: mirrored, cropped
+        self.num_captions = [len(captions) for captions in tokens.captions]
+        self.first_caption = np.cumsum([0, *self.num_captions[:-1]]).tolist()
+
+    def __len__(self) -> int:
+        return len(self.ids_nVN)
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
+        index, draw_seed = item
+        variant = mixed_seed(draw_seed, 0) % self.ids_nVN.shape[1]
+        caption = mixed_seed(draw_seed, 1) % self.num_captions[index]
+        return self.ids_nVN[index, variant], self.first_caption[index] + caption
+
+
+class GeneratorTrainer(nn.Module):
+    """The generator with its loss: cross-entropy of the next token."""
+
+    def __init__(self, run: GeneratorRun, generator: GeneratorModel):
+        super().__init__()
+        self.run = run
+        self.generator = generator
+
+    def forward(self, batch: dict[str, Tensor], step: int) -> StepOutput:
+        # One model learns both with and without text, as classifier-free guidance needs both.
+        dropped_B1 = torch.rand(len(batch["ids"]), 1, device=batch["mask"].device) < self.run.null_text_rate
+        logits_BNK = self.generator(batch["ids"], batch["states"], batch["mask"] & ~dropped_B1)
+
+        logits, targets = logits_BNK.flatten(0, 1), batch["ids"].flatten()
+        loss = F.cross_entropy(logits, targets, label_smoothing=self.run.label_smoothing)
+        with torch.no_grad():
+            nats_per_token = F.cross_entropy(logits, targets)
+        return StepOutput(loss, {"loss": loss.detach(), "nats_per_token": nats_per_token})
+
+
+def _shape_of_start(run: GeneratorRun, config: GeneratorConfig) -> GeneratorShape:
+    """Return the shape of the generator in `run.start`; a flag that asks for another one is a ValueError."""
+    names = [field.name for field in dataclasses.fields(GeneratorShape)]
+    default = RUN_PRESETS.get(run.preset, GeneratorRun()).model
+    for name in names:
+        asked, there = getattr(run.model, name), getattr(config, name)
+        if asked not in (there, getattr(default, name)):
+            raise ValueError(
+                f"model.{name} is {asked}, but the generator in {run.start} has {there}; "
+                f"leave out --model.{name.replace('_', '-')}, or train anew, without --start"
+            )
+    return GeneratorShape(**{name: getattr(config, name) for name in names})
+
+
+def _config_of(run: GeneratorRun, meta: TokenMeta, encoder: TextEncoder) -> GeneratorConfig:
+    """Return the configuration of the model with all that tokens and text encoder decide."""
+    return GeneratorConfig.of(
+        run.model,
+        num_codes=meta.num_codes,
+        grid_size=meta.grid_size,
+        codebook_hash=meta.codebook_hash,
+        text_dim=encoder.token_dim,
+        text_encoder_hash=encoder.hash,
+        provenance=TokenProvenance(meta.data, meta.tokenizer),
+    )
+
+
+def _check_fits(run: GeneratorRun, earlier: GeneratorConfig, wanted: GeneratorConfig) -> None:
+    for name in ("num_codes", "grid_size", "text_encoder_hash"):
+        if getattr(earlier, name) != getattr(wanted, name):
+            raise ValueError(
+                f"{run.start} has {name} {getattr(earlier, name)}, {run.tokens} needs "
+                f"{getattr(wanted, name)}; train a generator anew, without --start"
+            )
