@@ -10,7 +10,7 @@ NO_PYTHON := error: found no Python 3.11 or newer with venv; install one \
   or name it: make demo PYTHON=/path/to/python3
 SOURCES := pyproject.toml constraints.txt install.py
 
-.PHONY: demo test types
+.PHONY: demo test types docs
 .DELETE_ON_ERROR:
 
 demo: .venv/installed-demo
@@ -24,8 +24,12 @@ test: .venv/installed-test
 types: .venv/installed-test
 	.venv/bin/python .ci/typecheck.py
 
+docs: .venv/installed-test
+	.venv/bin/python .ci/link_tree.py
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict --quiet
+
 .venv/installed-demo: EXTRAS := app
-.venv/installed-test: EXTRAS := app,eval,dev
+.venv/installed-test: EXTRAS := app,eval,dev,docs
 .venv/installed-demo .venv/installed-test: $(SOURCES)
 	@python="$(PYTHON)"; [ -n "$$python" ] || { echo "$(NO_PYTHON)" >&2; exit 2; }; \
 	  "$$python" install.py $(EXTRAS)

@@ -109,7 +109,7 @@ class TextAligner(nn.Module):
         text_dim: width M of the text vectors.
         config: samples, regularisation, weights.
         method: "ot" matches codes and units by optimal transport; "gaussian" compares their first two
-        moments.
+            moments.
         projections: the g_l, where the model has them already; else they are made here.
         projection_dim: hidden width of those made here.
     """
