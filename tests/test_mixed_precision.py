@@ -35,7 +35,7 @@ def train_in_bfloat16(task, run, out) -> list[dict[str, float]]:
 @pytest.fixture
 def few_shapes(monkeypatch):
     for module in (tokenizer_train, train_decoder):
-        monkeypatch.setattr(module, "open_dataset", lambda path, split: open_dataset(path, split).head(12))
+        monkeypatch.setattr(module, "open_dataset", lambda path, split: open_dataset(path, split).take(12))
 
 
 @pytest.fixture

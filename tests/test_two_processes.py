@@ -84,7 +84,7 @@ from tavq.data.layouts import open_dataset
 from tavq.base.arguments import parse
 from tavq.training.loop import Trainer
 
-module.open_dataset = lambda path, split: open_dataset(path, split).head(16)
+module.open_dataset = lambda path, split: open_dataset(path, split).take(16)
 run = parse(module.TokenizerRun, sys.argv[1:], prog="test", presets=module.RUN_PRESETS)
 task = module.TokenizerTask(run)
 trainer = Trainer(task, run.training, run.out, run)
