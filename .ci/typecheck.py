@@ -10,11 +10,10 @@ from link_tree import ROOT, TREE, link_tree
 
 def main() -> None:
     folders = link_tree()
-    command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), "-p", "tavq"]
+    files = ["--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(ROOT / ".mypy_cache")]
+    command = [sys.executable, "-m", "mypy", *files, "-p", "tavq", *sys.argv[1:]]
     environment = os.environ | {"MYPYPATH": str(TREE)}
-    checked = subprocess.run(
-        [*command, *sys.argv[1:]], cwd=TREE, env=environment, capture_output=True, text=True
-    )
+    checked = subprocess.run(command, cwd=TREE, env=environment, capture_output=True, text=True)
     # tavq/tokenizer/model.py is written tokenizer/model.py, where it lies
     report = re.sub(rf"^tavq/(?=(?:{'|'.join(folders)})/)", "", checked.stdout, flags=re.MULTILINE)
     print(report, checked.stderr, sep="", end="")

@@ -16,9 +16,9 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import dacite
 import tyro
@@ -134,7 +134,13 @@ def to_plain(config: Any) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))
 
 
-def run_main(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[str] | None], None]:
+class EntryPoint(Protocol):
+    """A `main`: takes the arguments after the program's name, by default those of the process."""
+
+    def __call__(self, argv: Sequence[str] | None = None) -> None: ...
+
+
+def run_main(main: EntryPoint) -> EntryPoint:
     """Decorate an entry point: a mistake the user can mend becomes `error: ...` and exit code 2.
 
     `--debug` anywhere among the arguments shows the traceback instead. Where a command that it ran failed,
@@ -169,7 +175,7 @@ def run_main(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence
     return guarded
 
 
-def _complain(error: Exception) -> int:
+def _complain(error: Exception | str) -> int:
     print("error: " + " ".join(str(error).split()), file=sys.stderr)
     return 2
 

@@ -9,6 +9,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 COMMANDS = {
     "generate": "draw images from text",
@@ -49,25 +50,23 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     width = max(map(len, COMMANDS))
     listing = "\n".join(f"  {name:<{width}}  {purpose}" for name, purpose in COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="tavq",
         usage="tavq COMMAND ...",
         description="Text-aligned image tokens: text to image, image to text, and the training of both.",
         epilog=f"commands:\n{listing}\n\ntavq COMMAND --help shows the flags of a command, with examples.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.error = _unknown  # one line, as for every other mistake
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
     return parser
 
 
-def _unknown(message: str) -> None:
-    sys.exit(_complain(message))
+class _Parser(argparse.ArgumentParser):
+    """Says of a mistake one line, as the commands do."""
 
-
-def _complain(message: str) -> int:
-    print(f"error: {message}; tavq --help lists the commands", file=sys.stderr)
-    return 2
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}; tavq --help lists the commands", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -154,7 +154,8 @@ class Checkpointed(nn.Module):
         values = cls.migrate_config(
             {cls.renamed_fields.get(name, name): value for name, value in stored.items()}
         )
-        config = dataclasses.replace(from_dict(cls.config_class, values, source=str(directory)), **changes)
+        config: Any = from_dict(cls.config_class, values, source=str(directory))
+        config = dataclasses.replace(config, **changes)
 
         weights = directory / WEIGHTS_FILE
         check_fits(cls, config, weights, cls._todays_name)
