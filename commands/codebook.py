@@ -27,7 +27,7 @@ from tavq.data.dataset import ImageTextDataset, readable_images
 from tavq.data.embedding_cache import EmbeddingCache
 from tavq.data.images import to_tensor, write_png
 from tavq.data.layouts import open_dataset
-from tavq.tokenizer.health import code_use
+from tavq.tokenizer.codebook_usage import codebook_usage
 from tavq.tokenizer.model import TAVQTokenizer
 from tavq.tokenizer.retrieval import text_encoder_of
 
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = TAVQTokenizer.from_pretrained(run.checkpoint).to(choose_device(run.device))
     dataset = open_dataset(run.data, run.split)
     encoded = encode_split(tokenizer, dataset, run.level)
-    use = code_use(encoded.ids, tokenizer.num_codes)
+    use = codebook_usage(encoded.ids, tokenizer.num_codes)
     print(
         f"usage {use.usage:.1%} ({use.dead} of {tokenizer.num_codes} codes dead), perplexity "
         f"{use.perplexity:.1f}, of {use.tokens:,} tokens of level {run.level} ({dataset.name} {run.split})"

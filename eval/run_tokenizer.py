@@ -36,7 +36,7 @@ from tavq.metrics.features import ImageSet
 from tavq.metrics.frechet import image_metrics
 from tavq.metrics.image import psnr, ssim
 from tavq.pipeline import Pipeline
-from tavq.tokenizer.health import code_use
+from tavq.tokenizer.codebook_usage import codebook_usage
 from tavq.tokenizer.retrieval import alignment_scores, image_to_text_ranks, text_to_image_ranks
 
 RECALLS = (1, 5, 10)
@@ -69,8 +69,8 @@ def reconstruct(pipeline: Pipeline, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def codebook_use(ids: Tensor, num_codes: int) -> dict[str, dict[str, Any]]:
-    """Usage and perplexity, with the number of tokens counted (see `code_use`)."""
-    use = code_use(ids, num_codes)
+    """Usage and perplexity, with the number of tokens counted (see `codebook_usage`)."""
+    use = codebook_usage(ids, num_codes)
     return {
         name: measured(getattr(use, name), len(ids), tokens=use.tokens) for name in ("usage", "perplexity")
     }

@@ -52,7 +52,8 @@ def test_every_process_reads_the_whole_token_set(tokens_dir, tmp_path):
         "import os, sys\n"
         "from tavq.data.tokens import open_tokens\n"
         "names = open_tokens(sys.argv[1], 'train').names\n"
-        "print(os.environ['RANK'], os.environ['WORLD_SIZE'], *names, flush=True)\n"
+        "line = ' '.join([os.environ['RANK'], os.environ['WORLD_SIZE'], *names])\n"
+        "sys.stdout.write(line + chr(10))\n"
     )
     names = " ".join(f"train{n}" for n in range(12))
     printed = run_processes(2, script, tokens_dir)

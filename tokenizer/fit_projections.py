@@ -1,9 +1,9 @@
-"""Learning to read codes that no longer change.
+"""Fit the projections to text once more, to codes that no longer change.
 
-While a tokenizer trains, the g_l chase codes that move; afterwards they are fitted once more, to the codes as
-they are, by the very score that retrieval uses. Ids, codes and pictures stay the same.
+While a tokenizer trains, the g_l chase codes that move. Afterwards they are fitted to the codes as they
+are, by the very score that retrieval uses. Ids, codes and decoded images stay the same.
 
-Legend: n images, N tokens an image, K codes, B batch, D text width.
+Shapes: n images, N tokens an image, K codes, B batch, M text width.
 """
 
 from __future__ import annotations
@@ -27,20 +27,22 @@ from .training_images import image_batches
 BATCH = 128
 LEARNING_RATE = 5e-3
 WARMUP_STEPS = 20
+INITIAL_LOG_SCALE = 3.0
 
 
 def codes_of_images(tokenizer: TAVQTokenizer, dataset: ImageTextDataset) -> tuple[Tensor, list[int]]:
     """Ids of all levels of each image and of its mirror image (n, 2, 3, N) int32, and the images' indices."""
-    device, found, indices = next(tokenizer.parameters()).device, [], []
-    bar = tqdm(total=len(dataset), desc="encoding", unit="image", disable=None)
-    for (images,), rows in image_batches(dataset, tokenizer.image_size_px):
-        images = images.to(device)
-        views = [tokenizer.encode_levels(view).flatten(2) for view in (images, images.flip(-1))]
-        found.append(torch.stack(views, dim=1).to("cpu", torch.int32))
-        indices += rows
-        bar.update(len(rows))
-    bar.close()
-    return torch.cat(found), indices
+    device = tokenizer.codebook.device
+    codes: list[Tensor] = []
+    indices: list[int] = []
+    with tqdm(total=len(dataset), desc="encoding", unit="image", disable=None) as bar:
+        for (images,), batch_indices in image_batches(dataset, tokenizer.image_size_px):
+            images = images.to(device)
+            views = [tokenizer.encode_levels(view).flatten(2) for view in (images, images.flip(-1))]
+            codes.append(torch.stack(views, dim=1).to("cpu", torch.int32))
+            indices += batch_indices
+            bar.update(len(batch_indices))
+    return torch.cat(codes), indices
 
 
 @torch.inference_mode(False)
@@ -53,50 +55,58 @@ def fit_projections(
     steps: int,
     seed: int = 0,
 ) -> None:
-    """Fit the g_l of `tokenizer` to its codes, in place, contrasting each image with the others of a batch.
+    """Fit the g_l of `tokenizer` to its codes, in place, by InfoNCE over the images of a batch.
 
     Args:
         tokenizer: nothing but its projections changes.
-        dataset: a training split.
+        dataset: a training split; images without a caption are encoded and never drawn as a pair.
         texts: its units.
-        levels: words (1), phrases (2), sentences (3) -> the level they are read from (`aligned_levels`).
+        levels: words (1), phrases (2), sentences (3) -> the level they are compared with.
         steps: of `BATCH` images; a few hundred are enough.
         seed: of the order of images and units.
     """
-    device, generator = next(tokenizer.parameters()).device, torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     codes, indices = codes_of_images(tokenizer.eval().requires_grad_(False), dataset)
-    rows, log_scale = torch.tensor(indices), nn.Parameter(torch.full((len(LEVEL_NAMES),), 3.0, device=device))
+    examples = torch.tensor(indices)
+    device = tokenizer.codebook.device
+    log_scale = nn.Parameter(torch.full((len(LEVEL_NAMES),), INITIAL_LOG_SCALE, device=device))
     parameters = [*tokenizer.projections.requires_grad_(True).parameters(), log_scale]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
+
     for step in tqdm(range(steps), desc="fitting g", unit="step", disable=None):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min((step + 1) / WARMUP_STEPS, 1 - step / steps)
-        drawn = torch.randperm(len(rows), generator=generator)[:BATCH]
-        views = torch.randint(2, (len(drawn),), generator=generator)
+        batch = torch.randperm(len(examples), generator=rng)[:BATCH]
+        views = torch.randint(2, (len(batch),), generator=rng)
+
         losses = []
         for kind, level in levels.items():
-            unit_rows, mask = texts.sample_rows(rows[drawn], kind, generator, 1)
+            # One unit of each text: more would count texts by their length.
+            unit_rows, mask = texts.sample_rows(examples[batch], kind, rng, 1)
             present = mask[:, 0]
             if int(present.sum()) < 2:  # such as phrases of captions that have none
                 continue
             unit_rows = unit_rows[present, 0]
-            ids = codes[drawn, views, level - 1][present].long().to(device)
+            ids = codes[batch, views, level - 1][present].long().to(device)
             scores = _scores(tokenizer, ids, texts.vectors[unit_rows].float().to(device), level)
+
+            # Another image with the same unit, such as "dog", is no negative.
             same = (unit_rows[:, None] == unit_rows).fill_diagonal_(False).to(device)
             logits = log_scale[kind - 1].clamp(max=MAX_LOG_SCALE).exp() * scores
-            losses.append(_contrast(logits.masked_fill(same, -math.inf)))
+            losses.append(_info_nce(logits.masked_fill(same, -math.inf)))
+
         optimizer.zero_grad()
         torch.stack(losses).sum().backward()
         optimizer.step()
     tokenizer.projections.requires_grad_(False)
 
 
-def _scores(tokenizer: TAVQTokenizer, ids_BN: Tensor, vectors_BD: Tensor, level: int) -> Tensor:
+def _scores(tokenizer: TAVQTokenizer, ids_BN: Tensor, vectors_BM: Tensor, level: int) -> Tensor:
     every_code = torch.arange(tokenizer.num_codes, device=ids_BN.device)
-    projected_KD = tokenizer.project(every_code, level)
-    return scores_of_codes(projected_KD, ids_BN, vectors_BD, tokenizer.config.transport_temperature)
+    projected_KM = tokenizer.project(every_code, level)
+    return scores_of_codes(projected_KM, ids_BN, vectors_BM, tokenizer.config.transport_temperature)
 
 
-def _contrast(logits_BB: Tensor) -> Tensor:
+def _info_nce(logits_BB: Tensor) -> Tensor:
     labels = torch.arange(len(logits_BB), device=logits_BB.device)
     return (F.cross_entropy(logits_BB, labels) + F.cross_entropy(logits_BB.T, labels)) / 2

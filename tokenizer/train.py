@@ -26,10 +26,10 @@ from tavq.data.text_encoder import TextEncoder
 from tavq.training.card import continued
 from tavq.training.task import StepOutput, Task, TrainingConfig
 
+from .codebook_usage import CodebookMonitor, level_costs, level_ids, perplexity, usage_chart
 from .discriminator import ProjectedDiscriminator
 from .distillation import DistillationHead, map_of_view, teacher_maps
 from .fit_projections import fit_projections
-from .health import CodebookMonitor, level_costs, level_ids, perplexity, use_chart
 from .losses import FrozenNetwork, ReconstructionLoss, ReconstructionLossConfig
 from .model import PRESETS, Encoded, TAVQTokenizer, TokenizerConfig, TokenizerShape
 from .provenance import TokenizerProvenance
@@ -357,7 +357,7 @@ class TokenizerTask(Task):
 
         ids = torch.cat(all_ids)
         metrics = {name: total / len(ids) for name, total in sums.items()}
-        metrics |= self.codebook_monitor.look(ids[:, -1], model.codebook, step)
+        metrics |= self.codebook_monitor.update(ids[:, -1], model.codebook, step)
         scores = self._caption_scores(model, ids[:, -1], rows)
         if scores is not None:
             ranks = text_to_image_ranks(scores, torch.arange(len(scores), device=device))
@@ -379,7 +379,7 @@ class TokenizerTask(Task):
 
     def sample_images(self, model: TAVQTokenizer) -> dict[str, Any]:
         sheet = reconstruction_sheet(model, self.val_set)
-        return {"reconstructions": sheet, "code_use": use_chart(self.codebook_monitor.use)}
+        return {"reconstructions": sheet, "codebook_usage": usage_chart(self.codebook_monitor.usage)}
 
     def save(self, model: TAVQTokenizer, directory: Path, card: str) -> None:
         model.card = continued(card, self.earlier_card)

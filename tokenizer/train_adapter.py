@@ -31,7 +31,7 @@ from tavq.data.text_encoder import TextEncoder
 from tavq.metrics.image import psnr
 from tavq.training.task import StepOutput, Task, TrainingConfig
 
-from .health import CodebookMonitor
+from .codebook_usage import CodebookMonitor
 from .losses import GradientBalance, open_perceptual, random_crop_alike
 from .model import TAVQTokenizer
 from .retrieval import image_to_text_ranks, recall_at, scores_of_codes, text_to_image_ranks
@@ -226,7 +226,7 @@ class AlignTask(Task):
         return {
             "l1": float(torch.cat(l1).mean()),
             "PSNR": float(torch.cat(ratios).mean()),
-            **self.codebook_monitor.look(all_ids, adapter.codebook, step),
+            **self.codebook_monitor.update(all_ids, adapter.codebook, step),
             **self._retrieval(model, all_ids, torch.tensor(rows)),
         }
 

@@ -1,6 +1,6 @@
-"""Health of a codebook: how many codes are in use, how evenly, how they move, how near they lie to text.
+"""Use of a codebook: how many codes are in use, how evenly, how they move, how near they lie to text.
 
-Legend: n images, N tokens an image, K codes, E code width.
+Shapes: B batch, n images, N tokens an image, K codes, E code width, U text units, M text width.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .heatmaps import text_plan
 from .model import TAVQTokenizer
 
 SAMPLE_TOKENS = 65_536
-COLLAPSED_USAGE = 0.2  # a smaller share of codes in use is warned of
+COLLAPSED_USAGE = 0.2  # below this usage a warning is given
 IMAGES_AT_ONCE = 50
 MAX_UNITS = 32
 CHART_PX = (512, 160)
@@ -30,7 +30,7 @@ BAR_COLOUR = (35, 87, 201)
 
 
 @dataclasses.dataclass(frozen=True)
-class CodeUse:
+class CodebookUsage:
     """How often each code occurs among `tokens` ids."""
 
     counts: Tensor
@@ -47,7 +47,7 @@ class CodeUse:
 
     @property
     def usage(self) -> float:
-        """Share of codes that occur."""
+        """Fraction of codes that occur."""
         return 1 - self.dead / len(self.counts)
 
     @property
@@ -55,8 +55,8 @@ class CodeUse:
         return float(perplexity(self.counts))
 
 
-def code_use(ids: Tensor, num_codes: int) -> CodeUse:
-    """Count the codes of `SAMPLE_TOKENS` ids drawn with a fixed seed; of all, where there are fewer.
+def codebook_usage(ids: Tensor, num_codes: int) -> CodebookUsage:
+    """Count the codes of `SAMPLE_TOKENS` ids, sampled with a fixed seed; of all ids where there are fewer.
 
     Usage and perplexity grow with the number of tokens counted, so that number is fixed.
 
@@ -66,31 +66,37 @@ def code_use(ids: Tensor, num_codes: int) -> CodeUse:
     flat = ids.flatten().cpu()
     if len(flat) > SAMPLE_TOKENS:
         flat = flat[torch.randperm(len(flat), generator=torch.Generator().manual_seed(0))[:SAMPLE_TOKENS]]
-    return CodeUse(torch.bincount(flat, minlength=num_codes))
+    return CodebookUsage(torch.bincount(flat, minlength=num_codes))
 
 
-def perplexity(use: Tensor) -> Tensor:
-    """How many codes would be in use if all were used alike: use (K,), counts or a running mean -> scalar in
-    [1, K]."""
-    shares = use / use.sum()
-    return torch.exp(-torch.special.xlogy(shares, shares).sum())
+def perplexity(counts: Tensor) -> Tensor:
+    """The exponential of the entropy of code use: as many evenly used codes would have the same entropy.
+
+    Args:
+        counts: (K,), at least 0; counts or a running mean.
+
+    Returns:
+        Scalar in [1, K].
+    """
+    probabilities = counts / counts.sum()
+    return torch.exp(-torch.special.xlogy(probabilities, probabilities).sum())
 
 
 class CodebookMonitor:
-    """Follows a codebook from one evaluation to the next, and raises the alarm when its use collapses.
+    """Follows a codebook from one evaluation to the next, and warns or stops when its use collapses.
 
-    After a resume the first evaluation has no drift: what lies before is not stored.
+    After a resume the first evaluation has no drift: the codebook before it is not stored.
 
     Args:
-        min_usage: share of codes in use below which training ends; 0 only warns.
+        min_usage: usage below which training ends; 0 only warns.
     """
 
     def __init__(self, min_usage: float = 0.0):
         self.min_usage = min_usage
-        self.before: Tensor | None = None
-        self.use: CodeUse | None = None
+        self.previous: Tensor | None = None
+        self.usage: CodebookUsage | None = None
 
-    def look(self, ids: Tensor, codebook: Tensor, step: int) -> dict[str, float]:
+    def update(self, ids: Tensor, codebook: Tensor, step: int) -> dict[str, float]:
         """Measure the ids (n, ...) of the validation split and the codebook (K, E) after `step` steps.
 
         Returns:
@@ -100,24 +106,25 @@ class CodebookMonitor:
         Raises:
             ValueError: usage lies below `min_usage`.
         """
-        self.use = code_use(ids, len(codebook))
-        _alarm(self.use.usage, step, self.min_usage)
-        found = {
-            "usage": self.use.usage,
-            "perplexity": self.use.perplexity,
-            "dead_codes": float(self.use.dead),
+        self.usage = codebook_usage(ids, len(codebook))
+        _check_usage(self.usage.usage, step, self.min_usage)
+        metrics = {
+            "usage": self.usage.usage,
+            "perplexity": self.usage.perplexity,
+            "dead_codes": float(self.usage.dead),
         }
+
         codebook = codebook.detach().cpu().clone()
-        if self.before is not None:
-            found["drift"] = 1 - float(F.cosine_similarity(self.before, codebook).mean())
-        self.before = codebook
-        return found
+        if self.previous is not None:
+            metrics["drift"] = 1 - float(F.cosine_similarity(self.previous, codebook).mean())
+        self.previous = codebook
+        return metrics
 
 
-def _alarm(usage: float, step: int, min_usage: float) -> None:
+def _check_usage(usage: float, step: int, min_usage: float) -> None:
     advice = (
         "lower --training.learning-rate or --losses.align, "
-        "or train with --model.quantizer.name simvq or cvq, which leave no code behind"
+        "or train with --model.quantizer.name simvq or cvq, which keep all codes in use"
     )
     if usage < min_usage:
         raise ValueError(
@@ -141,8 +148,8 @@ def level_ids(tokenizer: TAVQTokenizer, latents: Sequence[Tensor]) -> Tensor:
 def level_costs(
     tokenizer: TAVQTokenizer, ids: Tensor, texts: UnitIndex, rows: Sequence[int]
 ) -> dict[str, float]:
-    """Mean transport cost of images and their own words, phrases and sentences, each on its level; and how
-    much more the next image's cost.
+    """Mean transport cost of images to the words, phrases and sentences of their own texts, and how much more
+    the next image's texts cost.
 
     Args:
         ids: (n, 3, N), all levels.
@@ -152,33 +159,38 @@ def level_costs(
     Returns:
         `words_cost`, `words_gap`, and so on; a gap of 0 means codes that know nothing of the text.
     """
-    found = {}
+    metrics: dict[str, float] = {}
     for kind, level in tokenizer.aligned_levels.items():
-        name, generator = LEVEL_NAMES[kind - 1], torch.Generator().manual_seed(0)
-        vectors, mask = texts.batch(rows, kind, generator, MAX_UNITS)
-        present = mask.any(dim=1)
-        own_ids, vectors, mask = ids[present.to(ids.device), level - 1], vectors[present], mask[present]
-        own = _mean_cost(tokenizer, own_ids, vectors, mask, level)
-        other = _mean_cost(tokenizer, own_ids, vectors.roll(1, 0), mask.roll(1, 0), level)
-        found |= {f"{name}_cost": own, f"{name}_gap": other - own}
-    return found
+        rng = torch.Generator().manual_seed(0)
+        vectors, mask = texts.batch(rows, kind, rng, MAX_UNITS)
+        present = mask.any(dim=1)  # a text may have no phrase
+        level_ids = ids[present.to(ids.device), level - 1]
+        vectors = vectors[present]
+        mask = mask[present]
+
+        matched = _mean_cost(tokenizer, level_ids, vectors, mask, level)
+        mismatched = _mean_cost(tokenizer, level_ids, vectors.roll(1, 0), mask.roll(1, 0), level)
+        name = LEVEL_NAMES[kind - 1]
+        metrics[f"{name}_cost"] = matched
+        metrics[f"{name}_gap"] = mismatched - matched
+    return metrics
 
 
 def _mean_cost(tokenizer: TAVQTokenizer, ids: Tensor, vectors: Tensor, mask: Tensor, level: int) -> float:
     costs = []
-    for part in range(0, len(ids), IMAGES_AT_ONCE):
-        some = slice(part, part + IMAGES_AT_ONCE)
+    for start in range(0, len(ids), IMAGES_AT_ONCE):
+        batch = slice(start, start + IMAGES_AT_ONCE)
         plan, cost = text_plan(
-            tokenizer, ids[some], vectors[some].to(ids.device), mask[some].to(ids.device), level
+            tokenizer, ids[batch], vectors[batch].to(ids.device), mask[batch].to(ids.device), level
         )
         costs.append((plan * cost).sum(dim=(1, 2)))
     return float(torch.cat(costs).mean())
 
 
-def use_chart(use: CodeUse) -> np.ndarray:
+def usage_chart(usage: CodebookUsage) -> np.ndarray:
     """How often each code occurs, most used first, as bars on a log scale: uint8 (H, W, 3)."""
     width, height = CHART_PX
-    counts = use.counts.sort(descending=True).values.float().add(1).log2().numpy()
+    counts = usage.counts.sort(descending=True).values.float().add(1).log2().numpy()
     columns = np.interp(np.linspace(0, len(counts) - 1, width), np.arange(len(counts)), counts)
     filled = columns / max(columns.max(), 1e-6) * height
     below = np.arange(height)[::-1, None] < filled[None]

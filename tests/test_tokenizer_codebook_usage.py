@@ -11,7 +11,14 @@ from tavq.data.dataset import ImageTextDataset
 from tavq.data.layouts import open_dataset
 from tavq.data.text_encoder import TextEncoder
 from tavq.tokenizer import train
-from tavq.tokenizer.health import SAMPLE_TOKENS, CodebookMonitor, code_use, level_costs, level_ids, use_chart
+from tavq.tokenizer.codebook_usage import (
+    SAMPLE_TOKENS,
+    CodebookMonitor,
+    codebook_usage,
+    level_costs,
+    level_ids,
+    usage_chart,
+)
 from tavq.tokenizer.model import PRESETS, TAVQTokenizer, TokenizerConfig
 from tavq.tokenizer.provenance import TokenizerProvenance
 from tavq.training.run_folder import read_log
@@ -34,7 +41,7 @@ def aligned_folder(tmp_path_factory):
 
 
 def test_use_by_hand():
-    use = code_use(torch.tensor([[0, 0, 1, 1], [2, 2, 3, 3]]), 8)
+    use = codebook_usage(torch.tensor([[0, 0, 1, 1], [2, 2, 3, 3]]), 8)
     assert use.counts.tolist() == [2, 2, 2, 2, 0, 0, 0, 0]
     assert (use.tokens, use.dead, use.usage) == (8, 4, 0.5)
     assert use.perplexity == pytest.approx(4)
@@ -42,27 +49,27 @@ def test_use_by_hand():
 
 def test_use_is_counted_over_a_fixed_number_of_tokens():
     ids = torch.arange(4 * SAMPLE_TOKENS) % 1024
-    once, again = code_use(ids, 1024), code_use(ids, 1024)
+    once, again = codebook_usage(ids, 1024), codebook_usage(ids, 1024)
     assert once.tokens == SAMPLE_TOKENS and torch.equal(once.counts, again.counts)
     assert once.perplexity == pytest.approx(1024, rel=0.02)  # a sample over all, not the head
 
 
 def test_drift_is_the_mean_turn_of_a_code():
-    watch, ids = CodebookMonitor(), torch.arange(4)
+    monitor, ids = CodebookMonitor(), torch.arange(4)
     book = torch.eye(4)
-    assert "drift" not in watch.look(ids, book, 1)
-    assert watch.look(ids, book, 2)["drift"] == pytest.approx(0, abs=1e-6)
+    assert "drift" not in monitor.update(ids, book, 1)
+    assert monitor.update(ids, book, 2)["drift"] == pytest.approx(0, abs=1e-6)
     turned = book.clone()
     turned[0] = torch.tensor([0.0, 1.0, 0.0, 0.0])  # one code of four by a right angle
-    assert watch.look(ids, turned, 3)["drift"] == pytest.approx(0.25)
+    assert monitor.update(ids, turned, 3)["drift"] == pytest.approx(0.25)
 
 
 def test_a_collapse_is_warned_of_and_ends_the_run_where_a_limit_is_set():
     ids, book = torch.zeros(100, dtype=torch.long), torch.randn(64, 4)
     with pytest.warns(UserWarning, match=r"usage is only 1\.6% at step 7.*simvq"):
-        CodebookMonitor().look(ids, book, 7)
+        CodebookMonitor().update(ids, book, 7)
     with pytest.raises(ValueError, match=r"usage is 1\.6% at step 7.*min_usage, 30\.0%.*lower --training"):
-        CodebookMonitor(min_usage=0.3).look(ids, book, 7)
+        CodebookMonitor(min_usage=0.3).update(ids, book, 7)
 
 
 def test_training_logs_the_health_and_stops_below_the_limit(tmp_path, capsys, monkeypatch):
@@ -119,7 +126,7 @@ def test_level_ids_are_those_of_encode_levels(tiny_tokenizer):
 
 
 def test_the_chart_falls_from_left_to_right():
-    chart = use_chart(code_use(torch.tensor([0] * 50 + [1] * 5 + [2]), 8))
+    chart = usage_chart(codebook_usage(torch.tensor([0] * 50 + [1] * 5 + [2]), 8))
     heights = (chart[..., 0] != 255).sum(0)
     assert (np.diff(heights) <= 0).all() and heights[0] == len(chart) and heights[-1] == 0
 
