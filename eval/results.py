@@ -173,12 +173,6 @@ def caption_fields(references: Mapping[str, Iterable[str]]) -> dict[str, str]:
     }
 
 
-def file_sha256(path: str | Path) -> str:
-    """Hash a file, such as a feature network or a set of references."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def per_image_path(path: Path) -> Path:
     """Return where the per-image statistics of a result file lie."""
     return path.with_suffix(".per_image.npz")

@@ -20,9 +20,9 @@ from tyro.conf import Positional
 from tavq.base.arguments import parse, run_main
 from tavq.base.cache import cache_directory
 from tavq.base.device import Device, choose_device
+from tavq.base.files import file_sha256
 from tavq.eval.results import (
     caption_fields,
-    file_sha256,
     format_comparison,
     make_protocol,
     measured,

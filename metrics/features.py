@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from tavq.base.cache import cached_tensors
+from tavq.base.files import file_sha256
 
 EXTENSIONS = (".png", ".jpg", ".jpeg")
 METRIC_LAYERS = ("fid", "kid", "prc", "isc")
@@ -210,7 +211,7 @@ def _torchscript(path: Path) -> FeatureNetwork:
 
     if not path.is_file():
         raise FileNotFoundError(f"no feature network {path}; give a TorchScript file (uint8 B,3,H,W -> B,D)")
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    sha256 = file_sha256(path)
     name = path.stem.removesuffix("_features")
     extractor = f"{name}-{sha256[:12]}"
     if extractor not in FEATURE_EXTRACTORS_REGISTRY:
@@ -267,7 +268,7 @@ def _inception() -> FeatureNetwork:
             ) from error
 
     # The name of the file ends in the first digits of its hash, as torch.hub has it.
-    sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
+    sha256 = file_sha256(weights)
     if not sha256.startswith(weights.stem.rsplit("-", 1)[-1]):
         raise ValueError(
             f"{weights} is damaged (sha256 {sha256[:12]}); delete it and fetch {URL_INCEPTION_V3}"

@@ -6,7 +6,6 @@ place, so that a kill or a full disk at any moment leaves one good state.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,6 +15,8 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from tavq.base.files import file_sha256
 
 FORMAT = 2  # 1 was accelerate's, which holds pickles
 MANIFEST = "manifest.json"
@@ -86,7 +87,7 @@ def load_state(folder: Path) -> tuple[Tensors, dict[str, Any]]:
 
     for name, expected in described["sha256"].items():
         file = folder / name
-        if Path(name).name != name or not file.is_file() or _hash(file) != expected:
+        if Path(name).name != name or not file.is_file() or file_sha256(file) != expected:
             raise ValueError(
                 f"{file} is missing or damaged; delete {folder} and start from the run's weights with --start"
             )
@@ -121,13 +122,8 @@ def join_optimizer_state(tensors: dict[str, Tensor], values: dict[str, Any]) -> 
     return {"state": state, "param_groups": values["param_groups"]}
 
 
-def _hash(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
 def _synced_hash(file: Path) -> str:
     """The hash of a file, once its bytes are on the disk and not only in memory."""
     with file.open("rb+") as opened:
         os.fsync(opened.fileno())
-    return _hash(file)
+    return file_sha256(file)
