@@ -56,7 +56,7 @@ class Actions:
 
     def __init__(self, pipeline: Pipeline, folder: Path):
         self.pipeline, self.folder = pipeline, folder
-        self.stopped: set[str] = set()  # sessions whose drawing shall end
+        self.stopped: set[str | None] = set()  # sessions whose drawing shall end
 
     def generate(
         self,

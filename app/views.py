@@ -39,8 +39,8 @@ def token_grid(ids: np.ndarray) -> Image.Image:
 def code_colour(number: int) -> tuple[int, int, int]:
     """An RGB colour for a code; neighbouring numbers get colours far apart."""
     lightness = 0.45 + 0.1 * (number % 4)
-    channels = colorsys.hls_to_rgb(number * GOLDEN_RATIO % 1.0, lightness, 0.55)
-    return tuple(round(255 * channel) for channel in channels)
+    red, green, blue = colorsys.hls_to_rgb(number * GOLDEN_RATIO % 1.0, lightness, 0.55)
+    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def enlarged(photo: Image.Image) -> Image.Image:
@@ -63,7 +63,10 @@ def marked_words(caption: Caption, unsure_below: float) -> list[tuple[str, str]]
 
 def word_overlays(photo: Image.Image, caption: Caption) -> list[tuple[Image.Image, str]]:
     """For each word the photo with the patches behind it, and the word."""
-    return [(heat_overlay(enlarged(photo), word.patches), word.text) for word in caption.words]
+    large = enlarged(photo)
+    return [
+        (heat_overlay(large, word.patches), word.text) for word in caption.words if word.patches is not None
+    ]
 
 
 def unit_overlays(photo: Image.Image, maps: Sequence[UnitMap]) -> list[tuple[Image.Image, str]]:

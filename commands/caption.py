@@ -57,22 +57,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError("captions of images are printed; give a folder, or leave out --out")
 
     pipeline = Pipeline.from_pretrained(run.checkpoint, choose_device(run.device))
-    if is_folder:
-        describe_folder(pipeline, run)
+    if run.out is not None:
+        describe_folder(pipeline, run, run.out)
     else:
         for path in run.images:
             print_captions(pipeline, path, run)
 
 
-def describe_folder(pipeline: Pipeline, run: CaptionRun) -> None:
-    """Write the captions of a folder's images to `run.out`."""
+def describe_folder(pipeline: Pipeline, run: CaptionRun, out: Path) -> None:
+    """Write the captions of a folder's images to `out`."""
     count = caption_folder(
         run.images[0],
-        run.out,
+        out,
         lambda images: pipeline.caption(images, run.decoding),
         size_px=pipeline.tokenizer.image_size_px,
     )
-    print(f"{count} images described in {run.out}")
+    print(f"{count} images described in {out}")
 
 
 def print_captions(pipeline: Pipeline, path: Path, run: CaptionRun) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -176,7 +176,7 @@ def nearest_words(
 def contact_sheet(
     dataset: ImageTextDataset,
     encoded: EncodedSplit,
-    labels: dict[int, tuple[int, Sequence[str]]],
+    labels: Mapping[int, tuple[int, Sequence[str]]],
     run: CodebookRun,
 ) -> Image.Image:
     """Draw one row per code: its number, its count, the words near it, and patches that use it.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tyro.conf import OmitArgPrefixes, Positional
 
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         pipeline = Pipeline.from_pretrained(run.checkpoint, choose_device(run.device))
         results = pipeline.vary(image, share, run.prompt, seeds, run.sampling)
     else:
-        mask = _mask_image(run.mask) if run.keep is None else completion_mask(run.keep, *image.size)
+        mask = _mask_of(run, image)
         pipeline = Pipeline.from_pretrained(run.checkpoint, choose_device(run.device))
         results = pipeline.complete(image, mask, run.prompt, seeds, run.sampling)
 
@@ -88,6 +89,14 @@ def _share(keep: str) -> float:
         return float(keep.removeprefix(SHARE))
     except ValueError as error:
         raise ValueError(f"--keep is {keep!r}, expected a share such as share=0.3") from error
+
+
+def _mask_of(run: CompleteRun, image: Image.Image) -> Tensor:
+    if run.keep is not None:
+        return completion_mask(run.keep, *image.size)
+    if run.mask is not None:
+        return _mask_image(run.mask)
+    raise ValueError("neither --keep nor --mask is given")
 
 
 def completion_mask(keep: str, width: int, height: int) -> Tensor:

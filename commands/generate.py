@@ -121,7 +121,7 @@ def jobs_of_recipe(path: Path) -> Jobs:
     if "completed_tokens" in recipe:
         raise ValueError(f"{path} completes an image, which its recipe does not hold; use tavq complete")
     sampling = from_dict(SamplingConfig, recipe["settings"], source=str(path))
-    ranking = {key: recipe[key] for key in ("best_of", "rank_by") if key in recipe}
+    ranking: dict[str, Any] = {key: recipe[key] for key in ("best_of", "rank_by") if key in recipe}
     return Jobs([(recipe["prompt"], recipe["seed"])], sampling, ranking, recipe["checkpoints"])
 
 

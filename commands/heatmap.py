@@ -74,11 +74,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _pairs(run: HeatmapRun) -> Iterator[tuple[str, Image.Image, str]]:
     """Return (name, image, text) of each pair to show."""
-    if run.data is None:
+    if run.data is not None:
+        dataset = open_dataset(run.data, run.split)
+        images = itertools.islice(readable_images(dataset), run.count)
+        return ((Path(dataset[i].id).stem, image, dataset[i].captions[0]) for i, image in images)
+    if run.image is not None and run.text is not None:
         return iter([(run.image.stem, load_image(run.image), run.text)])
-    dataset = open_dataset(run.data, run.split)
-    images = itertools.islice(readable_images(dataset), run.count)
-    return ((Path(dataset[i].id).stem, image, dataset[i].captions[0]) for i, image in images)
+    raise ValueError("neither an image and a text nor --data is given")
 
 
 def write_maps(folder: Path, image: Image.Image, maps: Sequence[UnitMap]) -> Path:

@@ -107,8 +107,8 @@ def variants(image: Image.Image, size_px: int, crops: int, seed: int) -> Tensor:
     rng = np.random.default_rng(seed)
     for number in range(crops):
         width, height = (round(side * rng.uniform(SMALLEST_CROP, 1)) for side in image.size)
-        left = rng.integers(image.width - width + 1)
-        top = rng.integers(image.height - height + 1)
+        left = int(rng.integers(image.width - width + 1))
+        top = int(rng.integers(image.height - height + 1))
         view = to_tensor(image.crop((left, top, left + width, top + height)), size_px)
         views.append(view.flip(-1) if number % 2 else view)
     return torch.stack(views)

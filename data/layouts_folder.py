@@ -37,7 +37,7 @@ def read_sidecars(root: Path) -> Iterator[Example]:
     bare = []
     for image in images:
         sidecar = image.with_suffix(".txt")
-        captions = ()
+        captions: tuple[str, ...] = ()
         if sidecar.is_file():
             links.check(sidecar)
             captions = clean_captions(sidecar.read_text(encoding="utf-8").splitlines())

@@ -81,9 +81,10 @@ def judged(
     scores = {"cycle_CIDEr": cycle_cider(captions, dataset)}
     shuffled = {"cycle_CIDEr": float(cycle_cider([*captions[1:], captions[0]], dataset).mean())}
     hits = prompt_hits(judge, images, prompts)
-    if hits is not None:
+    shuffled_hits = prompt_hits(judge, images.roll(1, dims=0), prompts)
+    if hits is not None and shuffled_hits is not None:
         scores[f"prompt_R@{RANK}"] = hits
-        shuffled[f"prompt_R@{RANK}"] = float(prompt_hits(judge, images.roll(1, dims=0), prompts).mean())
+        shuffled[f"prompt_R@{RANK}"] = float(shuffled_hits.mean())
     return scores, shuffled
 
 

@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dataset = open_dataset(run.data, run.split).take(run.limit)
     distances = {int(f.name.split("-")[1]): distance(run, f, dataset, network) for f in kept}
     log = read_log(run.run / "training" / "log.jsonl")
-    losses = {name: [(line["step"], line[name]) for line in log if name in line] for name in LOSSES}
+    losses = {name: [(int(line["step"]), line[name]) for line in log if name in line] for name in LOSSES}
     values: dict[str, Any] = {
         network.frechet_name: distances,
         "n": len(dataset),

@@ -77,10 +77,10 @@ def draw_curves(run: Path) -> str:
     lines = read_log(run / "log.jsonl")
     if not lines:
         raise FileNotFoundError(f"no log.jsonl with a line in {run}; name the folder of a training run")
-    names = dict.fromkeys(
+    logged = dict.fromkeys(
         n for line in lines for n, v in line.items() if n != "step" and isinstance(v, int | float)
     )
-    names = sorted(names, key=lambda name: not any(word in name for word in HEALTH))
+    names = sorted(logged, key=lambda name: not any(word in name for word in HEALTH))
     rows = (len(names) + 2) // 3
     figure = Figure(figsize=(11, 2.4 * rows), layout="constrained")
     for index, name in enumerate(names):

@@ -56,7 +56,7 @@ the dataset is free, its ids are not; how tokens are computed is free, as they s
 of captions, which beams never ask, and what aligned codes add to the choice, which plain ones cannot."""
 RENAMED_FIELDS = {"sampling.guidance": "sampling.guidance_scale"}
 """Protocol field in result files of earlier versions -> its name today."""
-RESAMPLES, BOOTSTRAP_SEED, LEVEL = 1000, 0, 0.95
+BOOTSTRAP: dict[str, Any] = {"resamples": 1000, "level": 0.95, "seed": 0}
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,8 @@ def with_intervals(statistics: Mapping[str, np.ndarray]) -> dict[str, dict[str, 
 
     A metric is the mean of its statistics, except BLEU and METEOR, which are computed from their sums.
     """
-    options = {"resamples": RESAMPLES, "seed": BOOTSTRAP_SEED, "level": LEVEL}
     intervals = {
-        name: bootstrap_interval(rows, score_of(name), **options) for name, rows in statistics.items()
+        name: bootstrap_interval(rows, score_of(name), **BOOTSTRAP) for name, rows in statistics.items()
     }
     return {name: dataclasses.asdict(interval) for name, interval in intervals.items()}
 
@@ -129,7 +128,7 @@ def make_protocol(*, task: str, ids: Iterable[str], started: float, **fields: An
         "n": len(ids),
         "ids_sha256": ids_sha256(ids),
         **fields,
-        "bootstrap": {"resamples": RESAMPLES, "level": LEVEL, "seed": BOOTSTRAP_SEED, "over": "images"},
+        "bootstrap": {**BOOTSTRAP, "over": "images"},
         "libraries": library_versions(METRIC_LIBRARIES),
         "environment": {
             **library_versions(OTHER_LIBRARIES),
@@ -199,7 +198,8 @@ def write_results(
     text = json.dumps({"metrics": dict(metrics), "protocol": dict(protocol)}, indent=2, ensure_ascii=False)
     if per_image:
         with atomic_write(per_image_path(path)) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, ids=np.array(list(ids), dtype=str), **per_image)
+            arrays: dict[str, Any] = {"ids": np.array(list(ids), dtype=str), **per_image}
+            np.savez_compressed(file, **arrays)
     else:
         per_image_path(path).unlink(missing_ok=True)  # those of an earlier run of this name
     with atomic_write(path) as temporary:
@@ -264,8 +264,7 @@ def format_comparison(a: str | Path, b: str | Path) -> str:
 def _compared(name: str, a: Mapping, b: Mapping, rows_a: Mapping, rows_b: Mapping) -> Comparison:
     interval = None
     if name in rows_a and name in rows_b and np.array_equal(rows_a["ids"], rows_b["ids"]):
-        options = {"resamples": RESAMPLES, "seed": BOOTSTRAP_SEED, "level": LEVEL}
-        interval = paired_difference(rows_a[name], rows_b[name], score_of(name), **options)
+        interval = paired_difference(rows_a[name], rows_b[name], score_of(name), **BOOTSTRAP)
     return Comparison(name, a["value"], b["value"], b["value"] - a["value"], interval)
 
 

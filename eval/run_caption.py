@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
+from PIL import Image
 from tqdm.auto import tqdm
 from tyro.conf import OmitArgPrefixes
 
@@ -50,7 +51,7 @@ class CaptionEvaluation(EvaluationRun):
 def captions_of(pipeline: Pipeline, dataset: ImageTextDataset, settings: DecodingConfig) -> dict[int, str]:
     """Index of a photo -> its best caption, for every photo that can be read."""
     found: dict[int, str] = {}
-    batch: list[tuple[int, object]] = []
+    batch: list[tuple[int, Image.Image]] = []
     bar = tqdm(total=len(dataset), desc="captioning", unit="photo", disable=None)
 
     def describe() -> None:

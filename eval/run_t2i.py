@@ -173,7 +173,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     metrics = {
         name: over_seeds([score.values[name] for score in scores], len(prompts)) for name in scores[0].values
     }
-    per_image, frames = {}, worst_and_best(run, pipeline, dataset, network, reference) if run.floors else {}
+    per_image: dict[str, np.ndarray] = {}
+    frames = worst_and_best(run, pipeline, dataset, network, reference) if run.floors else {}
     if judge is not None:
         per_image, shuffled = judged(judge, drawn[0], dataset)
         metrics |= with_intervals(per_image)

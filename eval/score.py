@@ -10,7 +10,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,14 +88,17 @@ class ScoreImages:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `tavq score captions|images`."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    kinds = {"captions": (ScoreCaptions, score_captions), "images": (ScoreImages, score_images)}
+    kinds: dict[str, tuple[type, Callable[[Any], None]]] = {
+        "captions": (ScoreCaptions, score_captions),
+        "images": (ScoreImages, score_images),
+    }
     if argv[:1] in (["--help"], ["-h"]):
         print(__doc__)
         return
     if not argv or argv[0] not in kinds:
         raise ValueError(f"{' '.join(argv[:1]) or 'nothing'} to score; choose one of: captions, images")
     config_class, run = kinds[argv[0]]
-    config = parse(config_class, argv[1:], prog=f"tavq score {argv[0]}")
+    config: Any = parse(config_class, argv[1:], prog=f"tavq score {argv[0]}")
     if config.compare is not None and not config.compare.is_file():
         raise FileNotFoundError(f"no result file {config.compare} to compare with; check --compare")
     run(config)

@@ -89,10 +89,10 @@ class ImageSet(torch.utils.data.Dataset):
             ratio.
     """
 
-    def __init__(self, source: str | Path | Tensor | np.ndarray | Iterable, image_size_px: int | None = None):
+    def __init__(self, source: str | Path | Iterable[Tensor | np.ndarray], image_size_px: int | None = None):
         self.image_size_px = image_size_px
         self.files: list[Path] = []
-        self.images: Tensor | list[Tensor] = []
+        self.images: list[Tensor] = []
         if isinstance(source, str | Path):
             self.files = image_files(Path(source))
         else:
@@ -194,8 +194,8 @@ def _sizes(images: ImageSet) -> Iterator[tuple[str, tuple[int, int]]]:
     for file in images.files:
         with Image.open(file) as image:
             yield file.name, image.size
-    for index, image in enumerate(images.images):
-        _, height, width = image.shape
+    for index, tensor in enumerate(images.images):
+        _, height, width = tensor.shape
         yield f"image {index}", (width, height)
 
 

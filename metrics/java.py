@@ -139,7 +139,7 @@ def spice_scores(
 
 def _package() -> Path:
     spec = importlib.util.find_spec("pycocoevalcap")
-    if spec is None:
+    if spec is None or spec.submodule_search_locations is None:
         raise JavaError("pycocoevalcap is not installed; pip install 'ta-vq[eval]'")
     return Path(next(iter(spec.submodule_search_locations)))
 

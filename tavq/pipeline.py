@@ -379,7 +379,10 @@ def fit_of(scores: Sequence[Tensor]) -> Tensor:
     if len(scores) == 1:
         return scores[0]
     deviations = (s.std(-1, keepdim=True).clamp_min(1e-6) for s in scores)
-    return sum((s - s.mean(-1, keepdim=True)) / d for s, d in zip(scores, deviations, strict=True))
+    total = torch.zeros_like(scores[0])
+    for s, d in zip(scores, deviations, strict=True):
+        total = total + (s - s.mean(-1, keepdim=True)) / d
+    return total
 
 
 def _blend(image: Image.Image, under: Image.Image | None, share: Tensor) -> Image.Image:
