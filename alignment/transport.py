@@ -1,7 +1,7 @@
 """The cost of carrying a text onto an image: entropic optimal transport, and its Gaussian stand-in.
 
-Legend: S codes of an image, U text units, leading dimensions `...` are independent problems. Results are
-    float32.
+Shapes: S codes of an image, U text units, M text width, B batch; leading dimensions `...` are independent
+    problems. Results are float32.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def gaussian_cost(codes: Tensor, units: Tensor, unit_mask: Tensor) -> Tensor:
     iteration.
 
     Args:
-        codes: (B, S, D).
-        units: (B', U, D).
+        codes: (B, S, M).
+        units: (B', U, M).
         unit_mask: (B', U) bool, at least one True a row.
 
     Returns:
@@ -94,8 +94,8 @@ def gaussian_cost(codes: Tensor, units: Tensor, unit_mask: Tensor) -> Tensor:
 
 
 def gaussian_unit_cost(codes: Tensor, units: Tensor) -> Tensor:
-    """`gaussian_cost` of each unit by itself, a Gaussian without extent: codes (B, S, D), units (B, U, D) or
-    (U, D), all of unit length -> (B, U).
+    """`gaussian_cost` of each unit by itself, a Gaussian without extent: codes (B, S, M), units (B, U, M) or
+    (U, M), all of unit length -> (B, U).
 
     |mu_Z - t|^2 + |sigma_Z|^2 is 2 - 2 mu_Z . t there, as |mu_Z|^2 + |sigma_Z|^2 = 1.
     """

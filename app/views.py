@@ -1,6 +1,6 @@
 """Pictures and tables that the demo shows: token grids, heat overlays, words with their probability.
 
-Legend: h w token grid.
+Shapes: h w token grid.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class AlignmentBenchmark:
     data: str = "shapes"
     """Dataset whose training photos and texts are used: a directory in any known layout, or `shapes`."""
     preset: str = "flickr8k"
-    """Of the tokenizer's training run."""
+    """Preset of the tokenizer's training run."""
     perceptual: str | None = None
     """As in tavq train tokenizer; without it a step is L1 alone, and the alignment's share larger."""
     batch_sizes: tuple[int, ...] = (16, 64)

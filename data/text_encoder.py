@@ -1,6 +1,6 @@
 """The frozen text encoder, by name.
 
-Shapes: n texts, T text tokens, D text width, V vocabulary.
+Shapes: n texts, T text tokens, M text width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class TokenStates:
     """Last hidden states of some texts.
 
     Attributes:
-        states: (n, T, D) float32, zero where `mask` is False.
+        states: (n, T, M) float32, zero where `mask` is False.
         mask: (n, T) bool, True on tokens (the encoder's own start and end tokens among them).
     """
 
@@ -44,8 +44,8 @@ class EncodedText:
     """Hidden states and pooled vectors of some texts.
 
     Attributes:
-        states: (n, T, D) float32, zero where the mask was False.
-        pooled: (n, D) float32, unit length.
+        states: (n, T, M) float32, zero where the mask was False.
+        pooled: (n, M) float32, unit length.
     """
 
     states: Tensor
@@ -105,7 +105,7 @@ class TextEncoder:
 
     @property
     def token_embeddings(self) -> Tensor:
-        """(V, D) embeddings of the model's vocabulary."""
+        """(V, M) embeddings of the model's vocabulary."""
         return self._model.get_input_embeddings().weight.detach()
 
     @property
@@ -130,7 +130,7 @@ class TextEncoder:
         A text that is too long is truncated, with a warning that quotes what was cut off.
 
         Returns:
-            (n, D) float32 on the CPU, unit length.
+            (n, M) float32 on the CPU, unit length.
         """
         vectors: list[Tensor] = []
         order: list[int] = []
@@ -155,7 +155,7 @@ class TextEncoder:
             max_tokens: T, start and end tokens included; at most `self.max_tokens`.
 
         Returns:
-            TokenStates with `states` (n, max_tokens, D) and `mask` (n, max_tokens), on the CPU.
+            TokenStates with `states` (n, max_tokens, M) and `mask` (n, max_tokens), on the CPU.
         """
         if not 3 <= max_tokens <= self.max_tokens:
             raise ValueError(

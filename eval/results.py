@@ -90,7 +90,8 @@ class Comparison:
     b: float
     difference: float
     interval: Interval | None
-    """Of the difference b - a by the paired bootstrap, where both files have per-image statistics."""
+    """Interval of the difference b - a, by the paired bootstrap, where both files have per-image
+    statistics."""
 
 
 def measured(value: float, n: int, **more: Any) -> dict[str, Any]:

@@ -75,7 +75,7 @@ class ScoreImages:
     kid_subset_size: int = 250
     """Images in each of them."""
     seed: int = 2020
-    """Of KID's subsets and of IS's shuffle."""
+    """Seed of KID's subsets and of IS's shuffle."""
     device: Device = "auto"
     """Where the feature network runs."""
     label: str | None = None

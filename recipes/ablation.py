@@ -65,13 +65,13 @@ class Ablation:
     """TorchScript network that measures rFD; without it rFD is left out."""
     seeds: tuple[int, ...] = (0, 1)
     only: tuple[str, ...] = ()
-    """Of the variants; all if none is named."""
+    """Variants to run; all if none is named."""
     images: int = 30_000
     """Seen by each tokenizer in training."""
     batch_size: int = 16
     image_size_px: int = 64
     channels: tuple[int, int] = (64, 128)
-    """Of the tokenizer: two thirds of the preset's, which halves the time."""
+    """Side of the tokenizer's images: two thirds of the preset's, which halves the time."""
     captioner_steps: int = 600
     probe_steps: int = 500
     preset: str = "flickr8k"

@@ -45,7 +45,7 @@ train() { # NAME FLAGS...
         case $* in
         *self-critical*) large+=(--training.steps 200) ;;
         tokenizer*) large+=(--training.steps 8000 --training.evaluate-every 1000) ;;
-        decoder*) large+=(--training.steps 2000) ;;
+        decoder*) large+=(--training.steps 6000) ;;
         *) large+=(--training.steps 2500 --training.evaluate-every 250 --training.patience 3) ;;
         esac
     fi
@@ -79,8 +79,10 @@ ot | gaussian) TRAINED=$RUN/tokenizer ;;
     step probe tavq align --base "tavq:$RUN/tokenizer" --probe-only --data "$DATA" --out "$TRAINED"
     ;;
 esac
+more_images=()
+[ -n "${MORE_IMAGES:-}" ] && more_images=(--images "$MORE_IMAGES")
 step decoder train decoder --preset "$PRESET" --tokenizer "$TRAINED" --data "$DATA" --out "$RUN/decoder" \
-    ${TEACHER:+--perceptual "$TEACHER"}
+    ${TEACHER:+--perceptual "$TEACHER"} "${more_images[@]}"
 step tokenizer-export tavq export "$RUN/decoder" --out "$READY/tokenizer"
 step tokens tavq tokenize --data "$DATA" --checkpoint "$READY/tokenizer" --out "$RUN/tokens" --device "$DEVICE"
 step generator train generator --preset "$PRESET" --tokens "$RUN/tokens" --tokenizer "$READY/tokenizer" --out "$RUN/generator" \

@@ -3,7 +3,7 @@
 The command line, the demo and the evaluations are thin over `Pipeline`, so that what is measured is what is
 shown.
 
-Legend: B images, h w token grid, N = h*w, D text width.
+Shapes: B images, h w token grid, N = h*w, M text width.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def test_a_plain_tokenizer_an_untrained_level_and_an_empty_text_are_told(known, 
         unit_maps(plain, picture, TEXT, by_word)
     assert known.aligned_levels == {1: 1} and plain.aligned_levels == {}
     check_aligned(known)
-    with pytest.raises(ValueError, match="Z_3 of this tokenizer was not drawn to text"):
+    with pytest.raises(ValueError, match="Z_3 of this tokenizer is not aligned with text"):
         check_aligned(known, 3)
     with pytest.raises(ValueError, match="empty text"):
         unit_maps(known, picture, "  ", by_word)

@@ -3,7 +3,7 @@
 Pure arithmetic on the aligned codes, no further model. Words are laid on Z_1, phrases on Z_2, sentences on
 Z_3, or on the levels that they were paired with in training.
 
-Legend: B images, N = h*w tokens an image, U text units, D text width.
+Shapes: B images, N = h*w tokens an image, U text units, M text width.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def text_plan(
     Args:
         tokenizer: gives codes, projection, and the sum of `epsilon` and relaxation that it was trained with.
         ids: (B, N) int64, of `level`.
-        vectors: (B, U, D) units, unit length.
+        vectors: (B, U, M) units, unit length.
         mask: (B, U) bool, at least one True a row.
         level: 1, 2 or 3.
         epsilon: entropic regularisation relative to the mean cost of each image.
@@ -70,6 +70,7 @@ def text_plan(
     """
     cost = 1 - tokenizer.project(ids, level) @ vectors.transpose(1, 2)
     valid = mask.unsqueeze(1).float()
+    # Epsilon is relative to the mean cost, as in training; padding does not count.
     mean = (cost * valid).sum(dim=(1, 2), keepdim=True) / (valid.sum(dim=2, keepdim=True) * cost.shape[1])
     relaxation = max(tokenizer.config.transport_temperature - epsilon, 0.0)
     plan = sinkhorn_plan(cost / mean, mask, epsilon=epsilon, relaxation=relaxation, iterations=ITERATIONS)
@@ -87,7 +88,7 @@ def unit_maps(
         tokenizer: aligned with text.
         image: any size; squashed to the square.
         text: what to look for.
-        encode: texts -> vectors (n, D) of unit length, by the encoder that the tokenizer is aligned with.
+        encode: texts -> vectors (n, M) of unit length, by the encoder that the tokenizer is aligned with.
 
     Raises:
         ValueError: the tokenizer is plain, or the text is empty.
@@ -96,7 +97,7 @@ def unit_maps(
     units = split_units(text)
     device = next(tokenizer.parameters()).device
     ids = tokenizer.encode_levels(to_tensor(image, tokenizer.image_size_px).unsqueeze(0).to(device))
-    found = []
+    maps: list[UnitMap] = []
     for kind, level in tokenizer.aligned_levels.items():
         texts = getattr(units, LEVEL_NAMES[kind - 1])
         if not texts:
@@ -104,25 +105,30 @@ def unit_maps(
         vectors = encode(texts).to(device).unsqueeze(0)
         mask = torch.ones(1, len(texts), dtype=torch.bool, device=device)
         plan, _ = text_plan(tokenizer, ids[:, level - 1].flatten(1), vectors, mask, level)
-        shares = (plan[0].T * len(texts)).view(-1, *tokenizer.grid_size).cpu().numpy()
-        found += [UnitMap(kind, unit, share) for unit, share in zip(texts, shares, strict=True)]
-    if not found:
+        # A column of the plan has the mass 1 / U; each map shall sum to 1.
+        masses = (plan[0].T * len(texts)).view(-1, *tokenizer.grid_size).cpu().numpy()
+        maps += [UnitMap(kind, unit, mass) for unit, mass in zip(texts, masses, strict=True)]
+    if not maps:
         raise ValueError(f"the text {text!r} holds no word; write what the image shows")
-    return found
+    return maps
 
 
 def check_aligned(tokenizer: TAVQTokenizer, level: int | None = None) -> None:
-    """Raise ValueError for a tokenizer whose codes were never drawn to text, at any level or at `level`."""
+    """Raise ValueError for a tokenizer whose codes were never aligned with text, at any level or at
+    `level`."""
     levels = tokenizer.aligned_levels
     if not levels:
         align = tokenizer.config.provenance.align
         raise ValueError(
             f"this tokenizer was trained with --align {align}, its codes are not projected to words; "
-            "use one that was trained with --align ot or gaussian, or teach its heads to read it by "
+            "use one that was trained with --align ot or gaussian, or fit its projections by "
             "tavq align --probe-only"
         )
     if level is not None and level not in levels.values():
-        raise ValueError(f"Z_{level} of this tokenizer was not drawn to text; train one whose pairing has it")
+        raise ValueError(
+            f"Z_{level} of this tokenizer is not aligned with text; "
+            "train one whose --alignment.pairing names it"
+        )
 
 
 def heat_overlay(photo: Image.Image, shares: np.ndarray) -> Image.Image:

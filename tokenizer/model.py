@@ -1,6 +1,6 @@
 """The TA-VQ tokenizer: image <-> grid of ids, from a hierarchical encoder whose last level alone is decoded.
 
-Legend: B batch, H W image size in px, h w token grid, N = h*w, C channels, D trunk width, E code width, K
+Shapes: B batch, H W image size in px, h w token grid, N = h*w, C channels, D trunk width, E code width, K
     codes.
 """
 

@@ -1,6 +1,6 @@
 """Retrieval through the codes: how well the ids of an image find its text, and the reverse.
 
-Legend: n images, m texts, N tokens an image, K codes, D text width.
+Shapes: n images, m texts, N tokens an image, K codes, M text width.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ IMAGES_AT_ONCE = 16
 
 
 def text_encoder_of(tokenizer: TAVQTokenizer) -> TextEncoder:
-    """The encoder whose texts the codes were drawn to, on the tokenizer's device.
+    """The encoder whose texts the codes are aligned with, on the tokenizer's device.
 
     Raises:
         ValueError: the one of this name has other weights.
@@ -37,7 +37,7 @@ def alignment_scores(
     Args:
         tokenizer: gives codebook and projection.
         ids: (n, h, w) or (n, N) int64, of `level`.
-        text_vectors: (m, D), unit length.
+        text_vectors: (m, M), unit length.
 
     Returns:
         (n, m) float32 in [-2, 0]; larger fits better.
@@ -50,9 +50,9 @@ def scores_of_codes(projected: Tensor, ids: Tensor, text_vectors: Tensor, temper
     """`alignment_scores` for any codebook.
 
     Args:
-        projected: (K, D), every code in text space, unit length.
+        projected: (K, M), every code in text space, unit length.
         ids: (n, ...) int64 in [0, K).
-        text_vectors: (m, D), unit length.
+        text_vectors: (m, M), unit length.
         temperature: epsilon + relaxation of the alignment.
     """
     cost_Km = 1 - projected @ text_vectors.to(ids.device).T

@@ -32,7 +32,7 @@ class TrainingConfig:
     """muon: AdamW, but Muon for the matrices inside the network, at the same learning rate."""
     grad_clip_norm: float = 1.0
     ema_decay: float = 0.999
-    """Of the averaged weights, which are the ones evaluated and saved."""
+    """Decay of the averaged weights, which are the ones evaluated and saved."""
     precision: Literal["no", "fp16", "bf16"] = "no"
     checkpoint_minutes: float = 10.0
     evaluate_every: int = 1000
