@@ -1,6 +1,10 @@
-# make demo   the whole chain in a browser, on 127.0.0.1:7860   (make demo ARGS="--port 8000")
-# make test   lint, format check and tests                      (make test ARGS="-k tokenizer")
-# Both create .venv and install into it once; again only when a requirement changed.
+# make demo      the whole chain in a browser, on 127.0.0.1:7860   (make demo ARGS="--port 8000")
+# make quick     lint, types and the fast tests                    (make quick ARGS="-k tokenizer")
+# make test      lint, types, the site of docs/ and all tests      (make test ARGS="-k tokenizer")
+# make coverage  all tests, with the branches that they miss
+# make types     types alone
+# make docs      the site of docs/, in site/
+# All create .venv and install into it once; again only when a requirement changed.
 
 CANDIDATES := python3.11 python3.12 python3.13 python3.14 python3
 USABLE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
@@ -10,23 +14,34 @@ NO_PYTHON := error: found no Python 3.11 or newer with venv; install one \
   or name it: make demo PYTHON=/path/to/python3
 SOURCES := pyproject.toml constraints.txt install.py
 
-.PHONY: demo test types docs
+# Lists are joined by `;`: under `set -e` the shell goes on after a failure on the left of `&&`.
+LINT := .venv/bin/python -m ruff check .; .venv/bin/python -m ruff format --check .
+TYPES := .venv/bin/python .ci/typecheck.py
+DOCS := .venv/bin/python .ci/link_tree.py; NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict --quiet
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+TIMED = set -e; start=$$(date +%s); trap 'echo "make $@ took $$(($$(date +%s) - start)) s"' EXIT
+
+.PHONY: demo quick test coverage types docs
 .DELETE_ON_ERROR:
 
 demo: .venv/installed-demo
 	.venv/bin/python app/demo.py $(ARGS)
 
+quick: .venv/installed-test
+	@$(TIMED); $(LINT); $(TYPES); $(PYTEST) -m "not slow" $(ARGS)
+
 test: .venv/installed-test
-	.venv/bin/python -m ruff check .
-	.venv/bin/python -m ruff format --check .
-	.venv/bin/python -m pytest $(ARGS)
+	@$(TIMED); $(LINT); $(TYPES); $(DOCS); $(PYTEST) $(ARGS)
+
+coverage: .venv/installed-test
+	@$(TIMED); OMP_NUM_THREADS=1 .venv/bin/python -m coverage run -m pytest $(ARGS); \
+	  .venv/bin/python -m coverage combine --quiet; .venv/bin/python -m coverage report
 
 types: .venv/installed-test
-	.venv/bin/python .ci/typecheck.py
+	@$(TIMED); $(TYPES)
 
 docs: .venv/installed-test
-	.venv/bin/python .ci/link_tree.py
-	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict --quiet
+	@$(TIMED); $(DOCS)
 
 .venv/installed-demo: EXTRAS := app
 .venv/installed-test: EXTRAS := app,eval,dev,docs

@@ -1,6 +1,7 @@
 """`make demo` and `make test` install once, and never a CUDA build on a machine without a GPU."""
 
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -208,11 +209,38 @@ def test_a_second_make_installs_nothing_until_the_requirements_change(clone, tar
     assert len(clone.installs()) == 2
 
 
-def test_make_test_runs_the_linter_the_formatter_and_pytest(clone):
+LINT = ["-m ruff check .", "-m ruff format --check ."]
+TYPES = [".ci/typecheck.py"]
+DOCS = [".ci/link_tree.py", "-m mkdocs build --strict --quiet"]
+PYTEST = ["-m pytest --numprocesses auto --maxprocesses 4 --dist loadfile"]
+
+
+@pytest.mark.parametrize(
+    ("target", "commands"),
+    [
+        ("quick", [*LINT, *TYPES, f"{PYTEST[0]} -m not slow"]),
+        ("test", [*LINT, *TYPES, *DOCS, *PYTEST]),
+        ("types", TYPES),
+        ("docs", DOCS),
+        ("coverage", ["-m coverage run -m pytest", "-m coverage combine --quiet", "-m coverage report"]),
+    ],
+)
+def test_make_runs_its_checks_in_order_and_says_how_long_they_took(clone, target, commands):
     clone.answer(configured=f"{PIN}+cpu")
-    assert clone.make("test").returncode == 0
-    run = ["-m ruff check .", "-m ruff format --check .", "-m pytest"]
-    assert [line.strip() for line in clone.log.read_text().splitlines()[-3:]] == run
+    made = clone.make(target)
+    assert made.returncode == 0 and re.search(rf"make {target} took \d+ s$", made.stdout)
+    assert [line.strip() for line in clone.log.read_text().splitlines()[-len(commands) :]] == commands
+
+
+@pytest.mark.parametrize("failing", [*LINT, *TYPES, DOCS[0], *PYTEST])
+def test_make_test_stops_at_the_first_check_that_fails(clone, failing):
+    clone.answer(configured=f"{PIN}+cpu")
+    python = clone.root / ".venv" / "bin" / "python"
+    clone.make("types")
+    clone.executable(python, python.read_text() + f'case "$*" in "{failing}"*) exit 1 ;; esac\n')
+    made = clone.make("test")
+    assert made.returncode == 2 and "make test took" in made.stdout + made.stderr
+    assert clone.log.read_text().splitlines()[-1].startswith(failing)
 
 
 def test_make_says_what_to_do_without_python(clone):
