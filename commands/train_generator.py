@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tavq.base.arguments import parse, run_main
-from tavq.generator.train import RUN_PRESETS as GENERATOR_PRESETS
-from tavq.generator.train import GeneratorRun, train_generator
+from tavq.generator.train import RUN_PRESETS, GeneratorRun, train_generator
 from tavq.tokenizer.model import TAVQTokenizer
 
 
 @run_main
 def main(argv: Sequence[str] | None = None) -> None:
-    run = parse(GeneratorRun, argv, prog="tavq train generator", presets=GENERATOR_PRESETS)
+    run = parse(GeneratorRun, argv, prog="tavq train generator", presets=RUN_PRESETS)
     if run.tokenizer is None:
         train_generator(run)
         return

@@ -66,3 +66,4 @@ def test_reduced_precision_keeps_the_contract_and_most_tokens(precision):
     assert torch.equal(torch.cat(alone), drawn)
     full = sample(model, texts, range(6), dataclasses.replace(settings, precision="float32"))
     assert (drawn == full).float().mean() > 0.5
+    assert not torch.equal(drawn, full)

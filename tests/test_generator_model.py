@@ -1,4 +1,4 @@
-"""The generator as a function: causality, cache, text mask, attention back ends, its checkpoint."""
+"""The generator as a function: causality, text mask, attention back ends, its checkpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 
 from tavq.data.text_encoder import TokenStates
 from tavq.generator import attention
-from tavq.generator.engine import Engine
 from tavq.generator.model import (
     PRESETS,
     GeneratorConfig,
@@ -58,17 +57,6 @@ def test_outputs_have_exactly_no_gradient_from_later_inputs():
         assert all(torch.count_nonzero(gradient[0, before]) for before in range(k))
 
 
-def test_cached_decoding_agrees_with_the_full_forward():
-    model, texts, ids = random_model(), random_texts(3), random_ids(3)
-    texts.mask[1] = False
-    with torch.inference_mode():
-        full = model(ids, texts.states, texts.mask)
-        engine = Engine(model, 3)
-        engine.prefill(texts)
-        steps = [engine.decode_one_token(ids[:, i - 1] if i else None, i) for i in range(TINY.num_tokens)]
-    torch.testing.assert_close(torch.stack(steps, 1), full, atol=1e-5, rtol=1e-5)
-
-
 def test_empty_text_slots_do_not_matter_and_text_does():
     model, texts, ids = random_model(), random_texts(2), random_ids(2)
     texts.mask[:] = torch.arange(TINY.max_text_tokens) < 5
@@ -94,6 +82,41 @@ def test_first_loss_is_that_of_a_uniform_guess():
     logits = model(ids, texts.states, texts.mask)
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
     assert loss.item() == pytest.approx(math.log(TINY.num_codes), abs=1e-5)
+
+
+def test_an_untrained_block_passes_its_input_through():
+    x = torch.randn(1, TINY.sequence_length, TINY.width)
+    model = GeneratorModel(TINY).eval()
+    bias = torch.zeros(1, TINY.sequence_length, TINY.sequence_length)
+    for block in model.blocks:
+        assert torch.equal(block(x, model.rope_cache, bias), x)
+
+
+def test_embeddings_enter_the_blocks_at_the_scales_they_are_meant_to_have():
+    model, texts = GeneratorModel(TINY), random_texts(2)
+    texts.mask[1] = False
+    embedded, seen = model.embed_text(30 * texts.states, texts.mask)
+    rms = embedded.square().mean(-1).sqrt()
+    assert rms[0, texts.mask[0]].tolist() == pytest.approx([1.0] * int(texts.mask[0].sum()), abs=1e-3)
+    assert torch.equal(embedded[1, 0], model.null_embedding) and seen[1].tolist() == [True] + [False] * 31
+    assert 0.6 < rms[1, 0] < 1.4  # the null text is as large as a text
+    for embedding in (model.token_embedding.weight, model.position_embedding, model.bos_embedding):
+        assert 0.3 < embedding.std() < 0.7
+
+
+def test_dropout_disturbs_the_embeddings_and_both_branches_of_a_block_in_training_alone():
+    config = dataclasses.replace(TINY, dropout=0.5)
+    model, texts, ids = random_model(config), random_texts(1), random_ids(1)
+    assert torch.equal(model(ids, texts.states, texts.mask), model(ids, texts.states, texts.mask))
+
+    calls = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    model.train()
+    first, second = (model(ids, texts.states, texts.mask) for _ in range(2))
+    assert not torch.equal(first, second)
+    assert calls[: len(calls) // 2] == ["dropout", *["blocks.0.dropout"] * 2, *["blocks.1.dropout"] * 2]
 
 
 def test_rotation_keeps_lengths_and_sees_only_distances_in_rows_and_columns():
@@ -149,6 +172,7 @@ def test_embeddings_start_as_an_isometric_image_of_the_codebook():
     model.init_weights(codebook)
     embedded = torch.nn.functional.normalize(model.token_embedding.weight, dim=-1)
     torch.testing.assert_close(embedded @ embedded.T, codebook @ codebook.T, atol=1e-5, rtol=1e-5)
+    assert model.token_embedding.weight.square().mean().sqrt().item() == pytest.approx(0.5)
     with pytest.raises(ValueError, match="the codebook has 3 codes, the generator 64"):
         model.init_weights(codebook[:3])
 

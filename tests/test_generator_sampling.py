@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
+import unittest.mock
 
 import pytest
 import torch
@@ -96,6 +97,13 @@ def test_noise_is_standard_gumbel_and_differs_by_seed_and_position():
     assert torch.equal(gumbel_noise(3, 4, 50)[:20], gumbel_noise(3, 4, 20))
 
 
+def test_noise_reaches_far_into_the_tail():
+    """float32 uniforms come in steps of 6e-8, which would cut the noise off at 16.6."""
+    uniform = torch.full((3,), 1 - 1e-9, dtype=torch.float64)
+    with unittest.mock.patch.object(torch, "rand", lambda *size, dtype, generator: uniform.to(dtype).clone()):
+        assert gumbel_noise(0, 0, 3)[0].item() == pytest.approx(-math.log(1e-9), abs=1e-3)
+
+
 def test_draws_follow_the_tempered_softmax():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(20_000, -1)
     noise = torch.stack([gumbel_noise(seed, 0, 4) for seed in range(20_000)])
@@ -130,6 +138,17 @@ def test_drafts_give_the_tokens_of_plain_decoding(model, texts, temperature, sca
     for count in (2, 5, 30):
         drafted = dataclasses.replace(plain, draft_tokens=count, micro_batch=3)
         assert torch.equal(sample(model, some, seeds, drafted), expected)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("draft_tokens", [1, 5])
+def test_guidance_follows_its_schedule(model, texts, schedule, draft_tokens):
+    config = SamplingConfig(3.0, schedule, temperature=0.0, draft_tokens=draft_tokens)
+    ids = sample(model, part(texts, [3]), [1], config)
+    with torch.inference_mode():
+        text, null = (model(ids, texts.states[3:4], texts.mask[3:4] & seen) for seen in (True, False))
+    scale = torch.tensor([config.guidance_scale_at(position, 16) for position in range(16)])
+    assert torch.equal((null + scale[:, None] * (text - null)).argmax(-1), ids)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
@@ -184,19 +203,41 @@ def test_top_p_keeps_the_fewest_that_hold_p():
     assert torch.equal(top_k_top_p_filtering(logits, 0, 1.0), logits)
 
 
+def test_top_p_counts_what_top_k_leaves():
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    kept = top_k_top_p_filtering(logits, 2, 0.55).isfinite()
+    assert kept.tolist() == [[True, False, False, False]]  # 0.4 / 0.7 is enough; 0.4 alone would not be
+
+
+def test_top_k_and_top_p_decide_what_is_sampled():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(500, -1)
+    noise = torch.stack([gumbel_noise(seed, 0, 4) for seed in range(500)])
+
+    def sampled(**settings) -> set[int]:
+        return set(sample_next_token(logits, noise, SamplingConfig(**settings)).tolist())
+
+    assert sampled(top_k=0) == {0, 1, 2, 3}
+    assert sampled(top_k=2) == {0, 1}
+    assert sampled(top_k=0, top_p=0.6) == {0}
+    # The nucleus is one of the tempered softmax, whose largest probabilities are 0.39 and 0.28.
+    assert sampled(top_k=0, top_p=0.6, temperature=3.0) == {0, 1}
+
+
+@pytest.mark.parametrize("draft_tokens", [1, 5])
 @pytest.mark.parametrize("keep", ["top", "box", "random"])
-def test_completion_keeps_what_is_given(model, texts, keep):
+def test_completion_keeps_what_is_given(model, texts, keep, draft_tokens):
+    settings = dataclasses.replace(SETTINGS, draft_tokens=draft_tokens)
     given = torch.randint(TINY.num_codes, (2, TINY.num_tokens))
     mask = {
         "top": torch.arange(16) < 8,
         "box": torch.zeros(4, 4, dtype=torch.bool).index_fill(0, torch.tensor([1, 2]), True).flatten(),
         "random": torch.rand(2, 16) < 0.5,
     }[keep].expand(2, -1)
-    ids = sample(model, part(texts, [0, 1]), [0, 1], SETTINGS, given_ids=given, given_mask=mask)
+    ids = sample(model, part(texts, [0, 1]), [0, 1], settings, given_ids=given, given_mask=mask)
     assert torch.equal(ids[mask], given[mask])
     assert not torch.equal(ids[~mask], given[~mask])
     all_kept = sample(
-        model, part(texts, [0]), [0], SETTINGS, given_ids=ids[:1], given_mask=torch.ones(1, 16) > 0
+        model, part(texts, [0]), [0], settings, given_ids=ids[:1], given_mask=torch.ones(1, 16) > 0
     )
     assert torch.equal(all_kept, ids[:1])
 
@@ -208,12 +249,27 @@ def test_completion_of_its_own_beginning_draws_the_rest_of_the_same_image(model,
     assert torch.equal(again, whole)
 
 
-def test_stream_grows_row_by_row_to_the_sampled_image(model, texts):
-    seeds = [1, 2, 3, 4, 5]
-    parts = list(stream(model, part(texts, slice(5)), seeds, SETTINGS, every_rows=1))
+def test_ids_that_are_not_to_be_kept_are_never_looked_at(model, texts):
+    mask = torch.arange(16) < 6
+    given = torch.where(mask, 5, -1)
+    ids = sample(model, part(texts, [2]), [7], SETTINGS, given_ids=given, given_mask=mask)
+    assert (ids[0, :6] == 5).all() and ids.min() >= 0
+    first = next(
+        stream(model, part(texts, [2]), [7], SETTINGS, given_ids=given, given_mask=mask, every_rows=1)
+    )
+    assert first.known[0].tolist() == [True] * 6 + [False] * 10
+    assert torch.count_nonzero(first.ids[0, 6:]) == 0
+
+
+@pytest.mark.parametrize("draft_tokens", [1, 5])
+def test_stream_grows_row_by_row_to_the_sampled_image(model, texts, draft_tokens):
+    seeds, settings = [1, 2, 3, 4, 5], dataclasses.replace(SETTINGS, draft_tokens=draft_tokens)
+    parts = list(stream(model, part(texts, slice(5)), seeds, settings, every_rows=1))
     assert torch.equal(parts[-1].ids, sample(model, part(texts, slice(5)), seeds, SETTINGS))
     assert parts[-1].known.all() and len(parts) == 2 * TINY.grid_size[0]
     assert parts[0].known.sum(1).tolist() == [4, 4, 4, 4, 0]
+    every_second = list(stream(model, part(texts, slice(5)), seeds, settings, every_rows=2))
+    assert [partial.known.sum().item() for partial in every_second] == [4 * 8, 4 * 16, 4 * 16 + 8, 5 * 16]
     for partial in parts:
         assert torch.equal(partial.ids[partial.known], parts[-1].ids[partial.known])
         assert torch.count_nonzero(partial.ids[~partial.known]) == 0
@@ -226,6 +282,8 @@ def test_stream_grows_row_by_row_to_the_sampled_image(model, texts):
         ({"top_p": 0.0}, "top_p is 0.0, expected above 0, at most 1"),
         ({"top_k": -2}, "top_k is -2"),
         ({"micro_batch": 0}, "micro_batch is 0"),
+        ({"draft_tokens": 0}, "draft_tokens is 0"),
+        ({"precision": "int4"}, "precision is 'int4'; choose float32, bfloat16, int8"),
         ({"guidance_scale": math.nan}, "guidance_scale is nan"),
         ({"guidance_schedule": "up"}, "choose constant, linear or cosine"),
     ],

@@ -11,6 +11,7 @@ import torch
 from tavq.commands.train_generator import main
 from tavq.data.text_encoder import TextEncoder
 from tavq.data.tokens import TokenMeta, TokenRecord, open_tokens, write_tokens
+from tavq.generator import text_states, train
 from tavq.generator.model import GeneratorModel
 from tavq.generator.sampling import SamplingConfig, sample
 from tavq.generator.text_states import pack_states
@@ -136,6 +137,104 @@ def test_training_goes_on_from_a_generator_whose_tokenizer_was_trained_further(t
     GeneratorModel(other).save_pretrained(tmp_path / "before")
     with pytest.raises(ValueError, match=r"has grid_size \(2, 2\), .* needs \(4, 4\)"):
         GeneratorTask(dataclasses.replace(run, start=tmp_path / "before"))
+
+
+def test_the_loss_is_smoothed_and_the_report_is_not(tokens):
+    run = dataclasses.replace(RUN_PRESETS["tiny"], tokens=tokens, label_smoothing=0.2, null_text_rate=0.0)
+    task = GeneratorTask(run)
+    logits = torch.randn(8, 16, 64)
+    task.model.generator.forward = lambda ids, states, mask: logits
+    batch = task.collate([task.dataset[(n, n)] for n in range(8)])
+    output = task.model(batch, 0)
+
+    log_probability = logits.log_softmax(-1)
+    nats = -log_probability.gather(-1, batch["ids"][..., None]).mean()
+    uniform = -log_probability.mean()
+    torch.testing.assert_close(output.report["nats_per_token"], nats)
+    torch.testing.assert_close(output.loss, 0.8 * nats + 0.2 * uniform)
+
+
+def test_muon_trains_the_matrices_of_the_blocks_alone(tokens):
+    task = GeneratorTask(dataclasses.replace(RUN_PRESETS["tiny"], tokens=tokens))
+    config = dataclasses.replace(task.run.training, optimizer="muon")
+    muon = [group for group in task.parameter_groups(config) if group.get("muon")]
+    expected = {id(parameter) for parameter in task.model.generator.blocks.parameters()}
+    assert len(muon) == 1 and {id(parameter) for parameter in muon[0]["params"]} == expected
+
+
+def test_evaluation_is_the_mean_over_all_tokens_of_unchanged_images_with_first_captions(tokens, monkeypatch):
+    monkeypatch.setattr(train, "EVALUATION_BATCH", 3)  # 3 + 3 + 2
+    task = GeneratorTask(dataclasses.replace(RUN_PRESETS["tiny"], tokens=tokens))
+    generator = task.shipped.eval()
+    for parameter in generator.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+
+    val = open_tokens(tokens, "val")
+    texts = pack_states(TextEncoder(), [captions[0] for captions in val.captions], 32).rows(range(8))
+    ids = val.ids[:, 0].flatten(1).long()
+    expected = {}
+    for name, mask in (("loss", texts.mask), ("loss_null_text", texts.mask & False)):
+        log_probability = generator(ids, texts.states, mask).log_softmax(-1)
+        expected[name] = -log_probability.gather(-1, ids[..., None]).mean().item()
+    assert task.evaluate(generator, 0) == pytest.approx(expected, rel=1e-5)
+    assert expected["loss"] != pytest.approx(expected["loss_null_text"], rel=1e-3)
+
+
+def test_the_sample_images_are_those_of_the_sampling_settings(tokens):
+    greedy = SamplingConfig(temperature=0.0, guidance_scale=2.0)
+    shown = []
+
+    def decode(ids: torch.Tensor) -> torch.Tensor:
+        shown.append(ids)
+        return torch.zeros(len(ids), 3, 8, 8)
+
+    run = dataclasses.replace(RUN_PRESETS["tiny"], tokens=tokens, sampling=greedy)
+    task = GeneratorTask(run, decode)
+    generator = task.shipped.eval()
+    for parameter in generator.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    assert task.sample_images(generator)["samples"].dtype == np.uint8
+    expected = sample(generator, task.val_texts.rows(range(8)), list(range(8)), greedy)
+    assert torch.equal(shown[0].flatten(1), expected)
+    assert GeneratorTask(run).sample_images(generator) == {}
+
+
+def test_the_token_embeddings_start_from_the_codebook(tokens):
+    task = GeneratorTask(dataclasses.replace(RUN_PRESETS["tiny"], tokens=tokens), codebook=CODEBOOK)
+    embedded = torch.nn.functional.normalize(task.shipped.token_embedding.weight, dim=-1)
+    torch.testing.assert_close(embedded @ embedded.T, CODEBOOK @ CODEBOOK.T, atol=1e-5, rtol=1e-5)
+
+
+def test_a_flag_that_start_would_overwrite_is_refused(tokens, tmp_path):
+    run = dataclasses.replace(RUN_PRESETS["tiny"], tokens=tokens)
+    GeneratorTask(run).shipped.save_pretrained(tmp_path)
+    start = dataclasses.replace(run, start=tmp_path)
+    assert GeneratorTask(start).run.model == run.model
+    wider = dataclasses.replace(start, model=dataclasses.replace(run.model, hidden_width=128))
+    with pytest.raises(
+        ValueError, match=r"model.hidden_width is 128, .* has 64; leave out --model.hidden-width"
+    ):
+        GeneratorTask(wider)
+
+
+def test_a_tokenizer_by_name_alone_is_refused(tokens, tmp_path):
+    run = dataclasses.replace(RUN_PRESETS["tiny"], tokens=tokens, out=tmp_path, tokenizer=tmp_path)
+    with pytest.raises(ValueError, match="were not handed in; use the command `tavq train generator`"):
+        train_generator(run, codebook=CODEBOOK)
+
+
+def test_states_of_other_encoders_lengths_and_texts_are_encoded_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_states, "TEXTS_AT_ONCE", 3)  # 3 + 1
+    encoder = TextEncoder()
+    packed = pack_states(encoder, SUBJECTS, 12, tmp_path)
+    torch.testing.assert_close(
+        packed.rows(range(4)).states, encoder.token_states(SUBJECTS, 12).states, atol=2e-3, rtol=1e-3
+    )
+    assert pack_states(encoder, SUBJECTS, 9, tmp_path).rows([0]).mask.shape == (1, 9)
+    pack_states(encoder, SUBJECTS[::-1], 12, tmp_path)
+    monkeypatch.setattr(encoder, "hash", "another")
+    pack_states(encoder, SUBJECTS, 12, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 @pytest.mark.parametrize(
