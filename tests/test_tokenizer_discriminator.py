@@ -99,6 +99,23 @@ def test_augmentation_is_alike_on_both_sides_and_differs_between_images():
     assert (greyed > 0).all() and (greyed <= 1.1 * CUTOUT**2).all()
 
 
+def test_the_losses_see_augmented_images_alike_on_both_sides(perceptual_network):
+    images = noise_images()
+    seen = []
+    for probability in (0.0, 1.0):
+        torch.manual_seed(0)
+        config = dataclasses.replace(CONFIG, augmentation=probability)
+        loss = ReconstructionLoss(config, str(perceptual_network), steps=10)
+        player = loss.make_discriminator(images)
+        report: dict = {}
+        result = loss(images.clone().requires_grad_(), images, report, 0, player.discriminator)
+        assert float(report["perceptual"].detach()) == pytest.approx(0.0, abs=1e-6)
+        real, fake = result.features
+        assert torch.allclose(real[0], fake[0], atol=1e-6)
+        seen.append(real[0])
+    assert not torch.allclose(seen[0], seen[1])
+
+
 def test_augmentation_lets_the_gradient_through():
     images = noise_images(2).requires_grad_()
     augment(images, images.detach(), 1.0)[0].square().sum().backward()

@@ -127,3 +127,17 @@ def test_the_gaussian_cost_of_one_unit_is_that_of_a_text_of_one_unit():
         ),
         atol=1e-5,
     )
+
+
+def test_the_gradient_of_a_cost_is_the_plan_which_is_held_constant():
+    """The envelope theorem: a plan that moved with the cost would add terms of its own."""
+    options = {"epsilon": 0.1, "relaxation": 0.5}
+    cost = torch.rand(3, 6, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    mask = torch.tensor([[True, True, True, False]]).expand(3, -1)
+    transport_cost(cost, mask, iterations=5, **options).sum().backward()
+    plan = sinkhorn_plan(cost.detach(), mask, iterations=5, **options)
+    assert torch.allclose(cost.grad, plan, atol=1e-7)
+
+    single = cost.detach().clone().requires_grad_()
+    single_unit_cost(single, **options).sum().backward()
+    assert torch.allclose(single.grad, torch.softmax(-single.detach() / 0.6, dim=1), atol=1e-7)
