@@ -19,7 +19,7 @@ from tavq.tokenizer.distillation import map_of_view, teacher_maps
 from tavq.tokenizer.losses import FrozenNetwork
 from tavq.tokenizer.model import TAVQTokenizer, TokenizerConfig
 from tavq.tokenizer.provenance import TokenizerProvenance, migrate_provenance
-from tavq.tokenizer.train import RUN_PRESETS, TokenizerTask
+from tavq.tokenizer.train import HEAD_RATE, RUN_PRESETS, TokenizerTask
 from tavq.tokenizer.training_images import WHOLE, TrainingImages
 
 TINY = RUN_PRESETS["tiny"]
@@ -240,3 +240,12 @@ def test_provenance_of_older_checkpoints_is_understood():
     assert "aligned_levels" not in migrate_provenance({"align": "lgvq"})
     probed = migrate_provenance({"align": "none", "probe": "ot"})
     assert probed == {"align": "none", "probed": True, "aligned_levels": (1, 2, 3)}
+
+
+def test_the_projections_learn_at_a_rate_of_their_own():
+    task = TokenizerTask(TINY)
+    groups = task.parameter_groups(TINY.training)
+    fast = {p for group in groups if group.get("lr_scale") == HEAD_RATE for p in group["params"]}
+    assert fast == set(task.shipped.projections.parameters()) and HEAD_RATE > 1
+    everything = [p for group in groups for p in group["params"]]
+    assert len(everything) == len(set(everything)) == sum(p.requires_grad for p in task.model.parameters())

@@ -211,6 +211,39 @@ def test_what_a_kill_between_two_renames_left_is_no_hindrance(tmp_path):
         (left / "half").touch()
 
 
+def test_a_kill_between_two_renames_loses_nothing(tmp_path):
+    """The old state was moved away, and the new one not yet put in its place."""
+    config = dataclasses.replace(CONFIG, steps=10)
+    killed, whole = LineTask(), LineTask()
+    for task, out in ((killed, tmp_path / "killed"), (whole, tmp_path / "whole")):
+        train(LineTask(), config, out, Run(config))
+        if task is killed:
+            (out / "training" / "state").rename(out / "training" / "state.old")
+        train(task, CONFIG, out, Run(CONFIG))
+    assert len(killed.model.seen) == 20, "the first ten steps are not repeated"
+    assert float(killed.model.slope) == float(whole.model.slope)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "values.json", "manifest.json"])
+def test_a_damaged_state_is_named_and_not_taken_up(tmp_path, file):
+    config = dataclasses.replace(CONFIG, steps=10)
+    train(LineTask(), config, tmp_path, Run(config))
+    damaged = tmp_path / "training" / "state" / file
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match="damaged|cannot be read|no state of this version"):
+        train(LineTask(), CONFIG, tmp_path, Run(CONFIG))
+
+
+def test_a_state_with_pickles_is_refused_with_the_way_out(tmp_path):
+    state = tmp_path / "training" / "state"
+    state.mkdir(parents=True)
+    (state / "custom_checkpoint_0.pkl").write_bytes(b"cos\nsystem\n(S'touch gotcha'\ntR.")
+    with pytest.raises(ValueError, match="held pickles.*--start"):
+        train(LineTask(), CONFIG, tmp_path, Run(CONFIG))
+
+
 def test_the_weights_of_every_evaluation_are_kept_where_asked_for(tmp_path):
     class Worsening(LineTask):
         def evaluate(self, model, step):
