@@ -56,7 +56,7 @@ class CaptionDataset(Dataset):
         self.long_texts: list[list[int] | None] = [None] * len(tokens)
         if shape.long_words:
             self.long_start_id = captioner.start_id("long")
-            self.long_texts = [long and text.encode(long) for long in tokens.long_texts]
+            self.long_texts = [text.encode(long) if long else None for long in tokens.long_texts]
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -88,8 +88,9 @@ class CaptionDataset(Dataset):
         """Sample the texts of one draw; return the word ids and the start token of each."""
         # Drawn even where there is no long text, so that the captions of a seed do not depend on it.
         use_long_text = bool(torch.randint(2, (1,), generator=rng))
-        if use_long_text and self.long_texts[index]:
-            return [(self.long_texts[index], self.long_start_id)]
+        long_text = self.long_texts[index]
+        if use_long_text and long_text:
+            return [(long_text, self.long_start_id)]
 
         captions = self.captions[index]
         sampled = torch.randperm(len(captions), generator=rng)[: self.captions_per_image].tolist()

@@ -140,7 +140,8 @@ def decode_captions(
         ValueError: `settings.alignment` is set, but no `alignment_score` is given.
     """
     settings = settings or DecodingConfig()
-    if settings.alignment and alignment_score is None:
+    score_texts = alignment_score if settings.alignment else None
+    if settings.alignment and score_texts is None:
         raise ValueError(
             f"alignment is {settings.alignment}, but no alignment_score is given; call Pipeline.caption"
         )
@@ -151,8 +152,8 @@ def decode_captions(
     candidates = decode_word_ids(captioner, ids, settings, seeds)
     captions = to_captions(captioner, ids, candidates, settings, with_patches=with_patches)
 
-    if settings.alignment:
-        scores = alignment_score(ids, [[caption.text for caption in group] for group in captions])
+    if score_texts is not None:
+        scores = score_texts(ids, [[caption.text for caption in group] for group in captions])
         captions = [
             [replace(c, score=c.score + settings.alignment * s) for c, s in zip(group, row, strict=True)]
             for group, row in zip(captions, scores.tolist(), strict=True)
@@ -241,7 +242,9 @@ def _caption(
 ) -> Caption:
     pieces = captioner.text.pieces(words)
     probabilities = log_probs[: len(words)].exp().tolist()
-    patches = [None] * len(words) if maps is None else list(maps[: len(words)].numpy())
+    patches: list[np.ndarray | None] = [None] * len(words)
+    if maps is not None:
+        patches = list(maps[: len(words)].numpy())
 
     scored = log_probs[: len(words) + ended]
     return Caption(

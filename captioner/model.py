@@ -177,7 +177,7 @@ class Captioner(Checkpointed):
         "starts.": "start_embedding.",
     }
 
-    def __init__(self, config: CaptionerConfig, language_model: nn.Module | None = None):
+    def __init__(self, config: CaptionerConfig, language_model: Any = None):
         """Build from `config`, around the pretrained decoder `language_model` or an untrained one."""
         super().__init__()
         self.config = config
@@ -187,7 +187,7 @@ class Captioner(Checkpointed):
         # With a padding id in the config, transformers warns about the padding that its own search has made.
         self.language_model.config.pad_token_id = None
 
-        self.text: Vocabulary | None = WordVocabulary(config.words) if config.words else None
+        self._text: Vocabulary | None = WordVocabulary(config.words) if config.words else None
         dim = self.language_model.get_input_embeddings().embedding_dim
         self.image_encoder = ImageEncoder(config, dim)
 
@@ -199,6 +199,17 @@ class Captioner(Checkpointed):
         # safetensors stores no tensor twice; these hooks leave out a tied output head and restore it.
         self.register_state_dict_post_hook(_drop_tied_head)
         self.register_load_state_dict_pre_hook(_restore_tied_head)
+
+    @property
+    def text(self) -> Vocabulary:
+        """The vocabulary. That of a pretrained decoder is set once the decoder has been loaded."""
+        if self._text is None:
+            raise RuntimeError("the vocabulary of the pretrained decoder has not been loaded")
+        return self._text
+
+    @text.setter
+    def text(self, vocabulary: Vocabulary) -> None:
+        self._text = vocabulary
 
     @property
     def num_tokens(self) -> int:
@@ -288,12 +299,12 @@ class Captioner(Checkpointed):
 
     def save_pretrained(self, directory: str | Path, *, half: bool = False) -> None:
         super().save_pretrained(directory, half=half)
-        if isinstance(self.text, PretrainedVocabulary):
-            self.text.save(Path(directory) / TEXT_TOKENIZER_FOLDER)
+        if isinstance(self._text, PretrainedVocabulary):
+            self._text.save(Path(directory) / TEXT_TOKENIZER_FOLDER)
 
     def load_beside(self, directory: Path) -> None:
         """Load the sub-word tokenizer, where the vocabulary is a pretrained decoder's."""
-        if self.text is None:
+        if self._text is None:
             self.text = PretrainedVocabulary.load(directory / TEXT_TOKENIZER_FOLDER)
 
 
@@ -347,7 +358,7 @@ def packed_mask(num_tokens: int, captions: int, length: int, like: Tensor) -> Te
     return mask[None, None]
 
 
-def _untrained_language_model(config: CaptionerConfig) -> nn.Module:
+def _untrained_language_model(config: CaptionerConfig) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
     if config.decoder_config is not None:
@@ -374,7 +385,7 @@ def _untrained_language_model(config: CaptionerConfig) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _eager_attention(language_model: nn.Module) -> Iterator[None]:
+def _eager_attention(language_model: Any) -> Iterator[None]:
     """Switch to the eager attention, the only implementation that returns its weights."""
     before = language_model.config._attn_implementation
     language_model.set_attn_implementation("eager")

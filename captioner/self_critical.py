@@ -72,8 +72,8 @@ def self_critical_loss(
     rollout = sample_rollout(captioner, ids, samples, temperature)
 
     candidates = _candidates(captioner, rollout)
-    rewards = reward.scores(candidates, np.repeat(images, samples + 1))
-    rewards = torch.from_numpy(rewards).view(len(ids), samples + 1)
+    scores = reward.scores(candidates, [image for image in images for _ in range(samples + 1)])
+    rewards = torch.from_numpy(scores).view(len(ids), samples + 1)
 
     # The rollout ran without gradient, word by word. One packed pass now gives the log-probabilities with
     # gradient, of the same policy: same temperature, and no probability for words that are never sampled.
@@ -89,8 +89,8 @@ def self_critical_loss(
     loss = -(advantage * log_probs * counted).sum() / counted.sum()
 
     complete = [words for words in candidates if words[-1:] == [END]]
-    broken = [ends_in_function_word(words[:-1]) for words in complete]
-    report = {
+    broken = [float(ends_in_function_word(words[:-1])) for words in complete]
+    report: dict[str, Tensor | float] = {
         "reward": float(rewards[:, :-1].mean()),
         "greedy": float(rewards[:, -1].mean()),
         "function_word_end": float(np.mean(broken or [0.0])),
@@ -139,7 +139,7 @@ def sample_rollout(captioner: Captioner, ids: Tensor, samples: int, temperature:
     greedy = rows % group_size == samples
     alive = torch.ones_like(greedy)
     lengths = torch.zeros(len(logits), dtype=torch.long, device=ids.device)
-    words = []
+    words: list[Tensor] = []
     while alive.any() and len(words) < max_words:
         word = _sample_words(logits / temperature, greedy, text.suppressed_ids)
         alive = alive & (word != text.end_id)

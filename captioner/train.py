@@ -151,7 +151,9 @@ class CaptionerTrainer(nn.Module):
         self.reward = reward
 
     def forward(self, batch: dict[str, Tensor], step: int) -> StepOutput:
-        return self._cross_entropy(batch) if self.reward is None else self._self_critical(batch)
+        if self.reward is None:
+            return self._cross_entropy(batch)
+        return self._self_critical(batch, self.reward)
 
     def _cross_entropy(self, batch: dict[str, Tensor]) -> StepOutput:
         # The dataset pads to the maximum length; a batch is only as long as its longest caption.
@@ -166,21 +168,21 @@ class CaptionerTrainer(nn.Module):
         )
         return StepOutput(loss, {"loss": loss.detach()})
 
-    def _self_critical(self, batch: dict[str, Tensor]) -> StepOutput:
+    def _self_critical(self, batch: dict[str, Tensor], reward: CiderD) -> StepOutput:
         # No dropout: samples and gradient must belong to one policy.
         self.captioner.eval()
         return self_critical_loss(
             self.captioner,
             batch["ids"],
             batch["index"].tolist(),
-            self.reward,
+            reward,
             self.run.samples_per_image,
             self.run.baseline,
             self.run.sample_temperature,
         )
 
 
-class CaptionerTask(Task):
+class CaptionerTask(Task[CaptionerTrainer, Captioner]):
     """The captioner as the training loop sees it; the validation CIDEr decides which weights are saved."""
 
     name = "captioner"

@@ -128,7 +128,7 @@ def train_generator(run: GeneratorRun, decode: Decode | None = None, codebook: T
     train(task, run.training, run.out, task.run)
 
 
-class GeneratorTask(Task):
+class GeneratorTask(Task["GeneratorTrainer", GeneratorModel]):
     """The generator as the training loop sees it; the validation loss decides which weights are saved."""
 
     name = "generator"

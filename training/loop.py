@@ -15,9 +15,9 @@ import math
 import resource
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -96,6 +96,9 @@ def train(task: Task, config: TrainingConfig, out: Path, resolved: Any) -> None:
 class Trainer:
     """State of one run of `train`."""
 
+    log: RunLog
+    """Of the main process alone."""
+
     def __init__(self, task: Task, config: TrainingConfig, out: Path, resolved: Any):
         if config.patience and task.monitor is None:
             raise ValueError(f"the {task.name} has no score to stop early by; leave out --training.patience")
@@ -152,7 +155,8 @@ class Trainer:
                     f"{self.out} has all {self.config.steps} steps already; raise --training.steps to go on"
                 )
             return
-        self.log = RunLog(self.folder, self.state.step) if self.is_main else None
+        if self.is_main:
+            self.log = RunLog(self.folder, self.state.step)
         with StopRequest() as stop:
             self._train_steps(stop)
 
@@ -266,7 +270,7 @@ class Trainer:
     def _loader(self) -> DataLoader:
         accelerator, config = self.accelerator, self.config
         stream = ShuffledStream(
-            len(self.task.dataset),
+            len(cast(Sized, self.task.dataset)),  # torch's Dataset promises no length
             config.batch_size,
             start=self.state.step * config.accumulation_steps,
             seed=config.seed,
@@ -366,7 +370,7 @@ class Trainer:
         # parameters.
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         for name, module, optimizer in self._players():
-            tensors[name] = get_model_state_dict(module, options=options)
+            tensors[name] = cast("dict[str, Tensor]", get_model_state_dict(module, options=options))
             moments = get_optimizer_state_dict(module, optimizer.optimizer, options=options)
             tensors[f"{name}-optimizer"], values[f"{name}-optimizer"] = split_optimizer_state(moments)
         if self.accelerator.scaler is not None:
@@ -390,10 +394,11 @@ class Trainer:
         # Not strict: a parameter that never had a gradient has no moments, and starts without any again.
         lenient = StateDictOptions(full_state_dict=True, broadcast_from_rank0=several, strict=False)
         for name, module, optimizer in self._players():
-            set_model_state_dict(module, tensors.get(name, {}), options=options)
+            set_model_state_dict(module, cast("dict[str, Any]", tensors.get(name, {})), options=options)
             moments = join_optimizer_state(tensors.get(f"{name}-optimizer", {}), values[f"{name}-optimizer"])
             set_optimizer_state_dict(module, optimizer.optimizer, moments, options=lenient)
-        set_model_state_dict(self.averaged, tensors.get("averaged", {}), options=options)
+        averaged = cast("dict[str, Any]", tensors.get("averaged", {}))
+        set_model_state_dict(self.averaged, averaged, options=options)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(values["scaler"])
 

@@ -30,16 +30,16 @@ class MuonAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             for matrix in group["params"] if group.get("muon") else ():
                 if matrix.grad is not None:
-                    self._step_matrix(group, matrix)
+                    self._step_matrix(group, matrix, matrix.grad)
                     matrix.grad = None  # AdamW passes over it
         return super().step(closure)
 
-    def _step_matrix(self, group: dict[str, Any], matrix: Tensor) -> None:
+    def _step_matrix(self, group: dict[str, Any], matrix: Tensor, gradient: Tensor) -> None:
         state = self.state[matrix]
         if not state:  # named as AdamW names its own, whose state is loaded by the same code
             state["step"], state["exp_avg"] = torch.zeros(()), torch.zeros_like(matrix)
-        momentum = state["exp_avg"].lerp_(matrix.grad, 1 - MOMENTUM)
-        ahead = matrix.grad.lerp(momentum, MOMENTUM).flatten(1)
+        momentum = state["exp_avg"].lerp_(gradient, 1 - MOMENTUM)
+        ahead = gradient.lerp(momentum, MOMENTUM).flatten(1)
         rate = group["lr"] * ADAMW_RMS * max(ahead.shape) ** 0.5
         matrix.mul_(1 - group["lr"] * group["weight_decay"])
         matrix.sub_(orthogonalised(ahead).view_as(matrix), alpha=rate)

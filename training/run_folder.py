@@ -84,7 +84,7 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         self.requested, self.exit_code = False, 0
         self.before = {
-            number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)
+            int(number): signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)
         }
         return self
 

@@ -11,7 +11,7 @@ from torch.utils.data import Sampler
 from tavq.base.seeding import mixed_seed
 
 
-class ShuffledStream(Sampler[tuple[int, int]]):
+class ShuffledStream(Sampler[list[tuple[int, int]]]):
     """Endless shuffled passes over a dataset, started at any batch.
 
     Yields lists of `(index, draw_seed)`: which example, and the seed of its augmentation. Pass `p` is a

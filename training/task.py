@@ -6,7 +6,7 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,11 @@ class StepOutput:
     """Detached tensors that the discriminator's forward takes."""
 
 
-class Task(ABC):
+Trainer = TypeVar("Trainer", bound=nn.Module)
+Shipped = TypeVar("Shipped", bound=nn.Module)
+
+
+class Task(ABC, Generic[Trainer, Shipped]):
     """One of the models as the loop sees it; subclasses live beside their models.
 
     Attributes:
@@ -91,8 +95,8 @@ class Task(ABC):
     """
 
     name: str
-    model: nn.Module
-    shipped: nn.Module
+    model: Trainer
+    shipped: Shipped
     discriminator: nn.Module | None = None
     discriminator_rate: float | None = None
     muon_modules: frozenset[str] = frozenset()
@@ -126,16 +130,16 @@ class Task(ABC):
         return [group for group in groups if group["params"]]
 
     @abstractmethod
-    def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
+    def evaluate(self, model: Shipped, step: int) -> dict[str, float]:
         """Metrics of `model`, the averaged weights of `shipped` in eval mode, on the validation split."""
 
-    def finish(self, model: nn.Module) -> None:  # noqa: B027 (a hook, empty by default)
+    def finish(self, model: Shipped) -> None:
         """Change the averaged weights once after the last step, before they are evaluated and saved."""
 
-    def sample_images(self, model: nn.Module) -> dict[str, Any]:
+    def sample_images(self, model: Shipped) -> dict[str, Any]:
         """Named uint8 arrays (H, W, 3) to look at in TensorBoard; made after each evaluation."""
         return {}
 
     @abstractmethod
-    def save(self, model: nn.Module, directory: Path, card: str) -> None:
+    def save(self, model: Shipped, directory: Path, card: str) -> None:
         """Write the checkpoint that people load from the averaged weights `model`, with its model card."""
