@@ -27,7 +27,7 @@ def test_the_parts_fit_one_another_and_name_what_shaped_them(shipped):
 
 def test_reconstructions_are_nearer_to_their_photo_than_to_any_other(shipped):
     photos = [load_image(path) for path in EXAMPLES]
-    size = (shipped.tokenizer.image_size_px,) * 2
+    size = (shipped.tokenizer.decode_size_px,) * 2
     wanted = np.stack([np.asarray(photo.resize(size), dtype=float).ravel() for photo in photos])
     rebuilt = np.stack([np.asarray(r.image, dtype=float).ravel() for r in shipped.reconstruct(photos)])
     distances = np.square(rebuilt[:, None] - wanted[None]).mean(axis=-1)
