@@ -232,7 +232,7 @@ def test_a_damaged_state_is_named_and_not_taken_up(tmp_path, file):
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(bytes(content))
-    with pytest.raises(ValueError, match="damaged|cannot be read|no state of this version"):
+    with pytest.raises(ValueError, match=r"damaged|cannot be read|no state of this version"):
         train(LineTask(), CONFIG, tmp_path, Run(CONFIG))
 
 
@@ -240,7 +240,7 @@ def test_a_state_with_pickles_is_refused_with_the_way_out(tmp_path):
     state = tmp_path / "training" / "state"
     state.mkdir(parents=True)
     (state / "custom_checkpoint_0.pkl").write_bytes(b"cos\nsystem\n(S'touch gotcha'\ntR.")
-    with pytest.raises(ValueError, match="held pickles.*--start"):
+    with pytest.raises(ValueError, match=r"held pickles.*--start"):
         train(LineTask(), CONFIG, tmp_path, Run(CONFIG))
 
 
