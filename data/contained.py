@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path, PurePosixPath
+from typing import Any
 
+from .annotations import check_string
+
+MAX_NAME_BYTES = 255  # of a file or folder, in all common file systems
 FOLLOW_LINKS = "TAVQ_FOLLOW_LINKS"
 """Environment variable; 1 allows links out of a dataset."""
 
 
-def check_file_name(name: str, where: str) -> str:
+def check_file_name(name: Any, where: str) -> str:
     """Return `name` if it is a relative path without `..`.
 
     Args:
@@ -17,15 +21,16 @@ def check_file_name(name: str, where: str) -> str:
         where: the annotation, for the error.
 
     Raises:
-        ValueError: the name would lead out of the dataset, or is no string.
+        ValueError: the name would lead out of the dataset, or no file can have it.
     """
-    if not isinstance(name, str):
-        raise ValueError(f"{where} has the file name {name!r}, expected a string; correct the annotation")
+    check_string(name, where)
     path = PurePosixPath(name)
-    if path.is_absolute() or Path(name).is_absolute() or ".." in path.parts or "\0" in name:
+    if path.is_absolute() or Path(name).is_absolute() or ".." in path.parts:
         raise ValueError(
             f"{where} names {name!r}, which leads out of the dataset; expected a relative path without .."
         )
+    if "\0" in name or any(len(part.encode()) > MAX_NAME_BYTES for part in path.parts):
+        raise ValueError(f"{where} names {name!r:.80}, which no file can be called; correct the annotation")
     return name
 
 

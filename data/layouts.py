@@ -1,9 +1,9 @@
-"""Open an image-text dataset by its path; the layout is found, not named.
+"""Open an image-text dataset by its path. The layout is detected automatically.
 
 Known layouts: Karpathy json (`dataset_*.json` + `images/`), COCO captions (`annotations/captions_*.json` +
 image folders), the original Flickr8k (`Images/` + `captions.txt` or `Flickr8k.token.txt` and its split
 lists), `metadata.jsonl` (Hugging Face imagefolder), WebDataset shards (`*.tar`), a folder of images with
-`.txt` side-cars (one caption a line), and "shapes", the generated set. A dense description is taken from
+`.txt` side-cars (one caption a line), and "shapes", the generated dataset. A dense description is taken from
 `long_text.jsonl`, a ShareGPT4V json or `NAME.long.txt` where one lies beside them.
 """
 
@@ -18,8 +18,9 @@ from pathlib import Path
 
 from .contained import LinkCheck
 from .dataset import Example, ImageTextDataset
-from .layouts_folder import IMAGE_SUFFIXES, has_metadata, read_metadata, read_shards, read_sidecars
+from .layouts_folder import IMAGE_SUFFIXES, has_metadata, read_metadata, read_sidecars
 from .layouts_json import read_coco, read_karpathy, read_original_flickr8k
+from .layouts_shards import read_shards
 from .long_text import attach_long_text
 from .shapes import shapes_examples
 
@@ -31,7 +32,7 @@ _KNOWN = (
 
 
 def default_data() -> str:
-    """Return the dataset that the environment variable TAVQ_DATA names; without it one must be given."""
+    """Return the dataset that the environment variable TAVQ_DATA names, "" without it."""
     return os.environ.get("TAVQ_DATA", "")
 
 
@@ -44,38 +45,43 @@ def check_data_is_named(path: str | Path) -> None:
 def open_dataset(path: str | Path, split: str | None = None) -> ImageTextDataset:
     """Open a dataset, whatever its layout.
 
-    Where the layout knows no splits, an id goes to train (80 %), val (10 %) or test (10 %) by its SHA-256.
+    Where the layout has no splits, images are divided 80/10/10 by the SHA-256 of their ids.
 
     Args:
-        path: a directory, an annotation json in it, or "shapes" for the generated set.
+        path: a directory, an annotation json in it, or "shapes" for the generated dataset.
         split: "train", "val" or "test"; None gives all.
 
     Raises:
         FileNotFoundError: nothing lies at `path`, or annotated images are missing.
-        ValueError: no known layout, an annotation that cannot be read, or no example in `split`.
+        ValueError: the layout is unknown, an annotation cannot be read or names a file outside the dataset,
+            or `split` is empty.
     """
     check_data_is_named(path)
     if split is not None and split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
     if str(path) == "shapes":
-        wanted = SPLITS if split is None else (split,)
-        return ImageTextDataset("shapes", [example for name in wanted for example in shapes_examples(name)])
+        names = SPLITS if split is None else (split,)
+        return ImageTextDataset("shapes", [example for name in names for example in shapes_examples(name)])
+
     root = Path(path)
-    examples = [_with_split(example) for example in _find_layout(root)()]
     folder = root if root.is_dir() else root.parent
-    chosen = _choose_split(examples, split, folder)
-    _check_images(chosen, folder, LinkCheck(_root_of_images(root)))
-    return ImageTextDataset(folder.resolve().name, attach_long_text(chosen, folder))
+    links = LinkCheck(_root_of_images(root))
+    all_examples = [_with_split(example) for example in _find_reader(root)()]
+    examples = _select_split(all_examples, split, folder)
+    _check_images(examples, folder, links)
+    return ImageTextDataset(folder.resolve().name, attach_long_text(examples, folder, links))
 
 
-def _find_layout(root: Path) -> Callable[[], Iterable[Example]]:
-    """Return the reader for what lies at `root`."""
+def _find_reader(root: Path) -> Callable[[], Iterable[Example]]:
+    """Return the reader for the layout at `root`."""
     if root.is_file():
         return _json_reader(root)
     if not root.is_dir():
         raise FileNotFoundError(
             f"no dataset at {root}; expected a directory ({_KNOWN}) or 'shapes', check --data"
         )
+
+    # The order matters: a Karpathy json may lie beside the original lists, and side-cars are the last resort.
     if karpathy := _files(root, "dataset_*.json"):
         return lambda: read_karpathy(_only(karpathy), root)
     if coco := _files(root, "annotations/captions_*.json"):
@@ -92,11 +98,6 @@ def _find_layout(root: Path) -> Callable[[], Iterable[Example]]:
     raise ValueError(f"{root} {state}; expected {_KNOWN}")
 
 
-def _files(root: Path, pattern: str) -> list[Path]:
-    """Regular files alone: reading from a named pipe would wait for ever."""
-    return sorted(file for file in root.glob(pattern) if file.is_file())
-
-
 def _json_reader(file: Path) -> Callable[[], Iterable[Example]]:
     if file.match("dataset_*.json"):
         return lambda: read_karpathy(file, file.parent)
@@ -107,13 +108,17 @@ def _json_reader(file: Path) -> Callable[[], Iterable[Example]]:
     )
 
 
+def _files(root: Path, pattern: str) -> list[Path]:
+    """List regular files alone: reading from a named pipe would wait for ever."""
+    return sorted(file for file in root.glob(pattern) if file.is_file())
+
+
 def _flickr_captions(root: Path) -> Path | None:
-    places = (
-        folder / name
-        for name in ("Flickr8k.token.txt", "captions.txt")
-        for folder in (root, root / "Flickr8k_text")
-    )
-    return next((place for place in places if place.is_file()), None)
+    for name in ("Flickr8k.token.txt", "captions.txt"):
+        for folder in (root, root / "Flickr8k_text"):
+            if (folder / name).is_file():
+                return folder / name
+    return None
 
 
 def _only(files: list[Path]) -> Path:
@@ -126,34 +131,36 @@ def _only(files: list[Path]) -> Path:
 
 
 def _with_split(example: Example) -> Example:
-    """Give an example without a split its own, by the hash of its id: stable when others come or go."""
+    """Give an example without a split one by the hash of its id, so that it stays when others come or go."""
     if example.split:
         return example
-    share = int.from_bytes(hashlib.sha256(example.id.encode()).digest()[:4], "big") / 2**32
-    return replace(example, split="train" if share < 0.8 else "val" if share < 0.9 else "test")
+    position = int.from_bytes(hashlib.sha256(example.id.encode()).digest()[:4], "big") / 2**32
+    split = "train" if position < 0.8 else "val" if position < 0.9 else "test"
+    return replace(example, split=split)
 
 
-def _choose_split(examples: list[Example], split: str | None, folder: Path) -> list[Example]:
+def _select_split(examples: list[Example], split: str | None, folder: Path) -> list[Example]:
     if not examples:
         raise ValueError(f"{folder} holds no example with image and caption; expected {_KNOWN}")
-    unknown = next((example for example in examples if example.split not in SPLITS), None)
-    if unknown:
-        raise ValueError(
-            f"{folder}: {unknown.id} is in split {unknown.split!r}, expected {', '.join(SPLITS)}; rename it"
-        )
-    chosen = [example for example in examples if split in (None, example.split)]
-    if not chosen:
-        counts = ", ".join(
-            f"{name} {n}" for name, n in Counter(example.split for example in examples).items()
-        )
+    for example in examples:
+        if example.split not in SPLITS:
+            raise ValueError(
+                f"{folder}: {example.id} is in split {example.split!r}, expected {', '.join(SPLITS)}; "
+                "rename it"
+            )
+
+    selected = [example for example in examples if split in (None, example.split)]
+    if not selected:
+        sizes = Counter(example.split for example in examples)
+        counts = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise ValueError(
             f"{folder} has no example in split {split!r} (it has {counts}); choose another --split"
         )
-    return chosen
+    return selected
 
 
 def _root_of_images(root: Path) -> Path:
-    """The directory below which the images of a dataset must lie."""
+    """Return the directory below which the images of a dataset must lie."""
     if root.is_dir():
         return root
     return root.parent.parent if root.match("captions_*.json") else root.parent
