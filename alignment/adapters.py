@@ -56,7 +56,7 @@ class Adapter(nn.Module, ABC):
 
     def __init__(self, base: nn.Module, image_size_px: int, stages: tuple[str, ...] | None = None):
         super().__init__()
-        self.base = base
+        self.base: Any = base  # a class of another library, whose parts torch's types do not know
         self.image_size_px = image_size_px
         self.check()
         self.stages = self.default_stages() if stages is None else stages
@@ -131,12 +131,12 @@ class Adapter(nn.Module, ABC):
         ids, loss = self.parse_quantizer_output(outputs[self.quantizer_module])
         latents = self.to_map(outputs[self.latent_module], ids)
         maps = [self.to_map(outputs[name], ids) for name in self.stages]
+        h, w = latents.shape[-2:]
         levels = [
-            head(F.adaptive_avg_pool2d(stage, latents.shape[-2:]))
-            for head, stage in zip(self.heads, maps, strict=True)
+            head(F.adaptive_avg_pool2d(stage, (h, w))) for head, stage in zip(self.heads, maps, strict=True)
         ]
         captured.features = [self.normalize_for_lookup(level) for level in (*levels, latents)]
-        captured.ids = ids.reshape(len(latents), *latents.shape[-2:])
+        captured.ids = ids.reshape(len(latents), h, w)
         captured.quantizer_loss = latents.new_zeros(()) if loss is None else loss
         # As it came: a reshaped copy would lie beside the base's own path, and take no gradient from it.
         captured.shared_activations = (outputs[self.stages[0]],)
@@ -288,6 +288,7 @@ def adapt(base: nn.Module, image_size_px: int, stages: tuple[str, ...] | None = 
         ValueError: the base cannot be aligned as it is; the message names the setting to change.
     """
     modules = dict(base.named_modules())
+    fitting: type[Adapter]
     if any(is_vector_quantize(module) for module in modules.values()):
         fitting = VectorQuantizeAdapter
     elif "quantize.embedding" in modules and "encoder.mid_block" in modules:

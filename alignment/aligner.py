@@ -156,7 +156,8 @@ class TextAligner(nn.Module):
             text_encoder: `minilm`, or a directory or hub id of a transformers text model.
         """
         index = UnitIndex.from_captions(captions, EmbeddingCache(TextEncoder(text_encoder)))
-        aligner = cls(*adapter.codebook.shape, index.vectors.shape[1], config, method=method)
+        num_codes, code_dim = adapter.codebook.shape
+        aligner = cls(num_codes, code_dim, index.vectors.shape[1], config, method=method)
         aligner.index = index
         return aligner
 

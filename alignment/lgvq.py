@@ -137,6 +137,8 @@ class LanguageGuidance(nn.Module):
         vocabulary: (V, M) frozen token embeddings of the text encoder, tied to the prediction head.
     """
 
+    vocabulary: Tensor
+
     def __init__(self, config: LGVQConfig, code_dim: int, num_tokens: int, vocabulary: Tensor):
         super().__init__()
         self.config = config
@@ -147,15 +149,16 @@ class LanguageGuidance(nn.Module):
         self.proj_in = nn.Linear(code_dim, width)
         self.cls_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         self.positional_embedding = nn.Parameter(torch.randn(1, 1 + num_tokens, width) * 0.02)
-        self.image_blocks = nn.ModuleList(
+        image_blocks = [
             nn.TransformerEncoderLayer(
                 width, 1, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
             )
             for _ in range(config.layers)
-        )
-        for block in self.image_blocks:  # near the identity at first: the codes themselves are read
+        ]
+        for block in image_blocks:  # near the identity at first: the codes themselves are read
             nn.init.normal_(block.self_attn.out_proj.weight, std=0.02)
             nn.init.normal_(block.linear2.weight, std=0.02)
+        self.image_blocks = nn.ModuleList(image_blocks)
         self.proj_out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, text_dim))
 
         # Masked text prediction.

@@ -6,6 +6,8 @@ Shapes: S codes of an image, U text units, M text width, B batch; leading dimens
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -49,7 +51,7 @@ def sinkhorn_plan(
         return (kernel * u * (v * b)).float()
 
 
-def transport_cost(cost: Tensor, unit_mask: Tensor, **sinkhorn: float) -> Tensor:
+def transport_cost(cost: Tensor, unit_mask: Tensor, **sinkhorn: Any) -> Tensor:
     """<P, C> with the plan of `sinkhorn_plan` held constant: (..., S, U) -> (...), the mean cost of a unit.
 
     By the envelope theorem the detached plan gives the gradient of the regularised problem.

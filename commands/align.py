@@ -88,10 +88,10 @@ def _open_diffusers(path: str) -> nn.Module:
 
 def align_foreign_model(run: AlignRun, base: nn.Module) -> None:
     """Probe a model, train it with the alignment, and report both."""
-    if run.image_size_px is None:
-        run = dataclasses.replace(run, image_size_px=DEFAULT_IMAGE_SIZE_PX)
-    adapter = adapt(base, run.image_size_px, run.stages)
-    data = AlignData(run)
+    image_size_px = DEFAULT_IMAGE_SIZE_PX if run.image_size_px is None else run.image_size_px
+    run = dataclasses.replace(run, image_size_px=image_size_px)
+    adapter = adapt(base, image_size_px, run.stages)
+    data = AlignData(run, image_size_px)
     hashes = {"text_encoder": data.text_hash}
 
     probe_folder = run.out if run.probe_only else run.out / "before"
@@ -131,10 +131,10 @@ def probe_own_tokenizer(run: AlignRun, base: TAVQTokenizer) -> None:
             "a tokenizer of this project is aligned by tavq train tokenizer; add --probe-only to fit "
             "projections to its codes as they are"
         )
-    if run.image_size_px is None:
-        run = dataclasses.replace(run, image_size_px=base.image_size_px)
-    adapter = TAVQAdapter(base, run.image_size_px, run.stages)
-    data = AlignData(run)
+    image_size_px = base.image_size_px if run.image_size_px is None else run.image_size_px
+    run = dataclasses.replace(run, image_size_px=image_size_px)
+    adapter = TAVQAdapter(base, image_size_px, run.stages)
+    data = AlignData(run, image_size_px)
     config = base.config
     if data.text_dim != config.text_dim:
         raise ValueError(

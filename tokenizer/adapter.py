@@ -18,6 +18,7 @@ from .model import TAVQTokenizer
 class TAVQAdapter(Adapter):
     """This project's own tokenizer, whose encoder gives the three levels itself."""
 
+    base: TAVQTokenizer
     latent_module = "encoder"
     quantizer_module = "quantizer"
 

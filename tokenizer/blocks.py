@@ -52,8 +52,9 @@ class AttentionBlock(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         hidden = int(width * mlp_ratio)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
-        for last in (self.out, self.mlp[2]):
+        up, down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.mlp = nn.Sequential(up, nn.GELU(), down)
+        for last in (self.out, down):
             nn.init.normal_(last.weight, std=0.02)
             nn.init.zeros_(last.bias)
 

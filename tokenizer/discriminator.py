@@ -25,6 +25,8 @@ CUTOUT = 1 / 3  # of a side, the square that augmentation greys out
 class DiscriminatorHead(nn.Module):
     """Logits for the places of one feature map. (B, C, h', w') -> (B, n)."""
 
+    projection: Tensor
+
     def __init__(self, channels: int, side: int):
         super().__init__()
         # Frozen and random: a learned projection would let the head look at a few telling channels alone

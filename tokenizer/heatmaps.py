@@ -171,7 +171,7 @@ def _titled(picture: Image.Image, title: str, note: str) -> Image.Image:
     return tile
 
 
-def _shortened(title: str, font: ImageFont.FreeTypeFont, width_px: int) -> str:
+def _shortened(title: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px: int) -> str:
     """`title`, cut with an ellipsis where it is wider than `width_px`."""
     if font.getlength(title) <= width_px:
         return title

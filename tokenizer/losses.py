@@ -231,8 +231,8 @@ class GradientBalance(nn.Module):
             step: of the run; decides whether to measure.
         """
         weight = getattr(self, f"weight_{name}")
-        measurable = reference is not None and torch.is_grad_enabled() and loss.requires_grad
-        if measurable and (step % self.every == 0 or weight.isnan()):
+        due = torch.is_grad_enabled() and loss.requires_grad and (step % self.every == 0 or weight.isnan())
+        if due and reference is not None:
             ratio = self.shares[name] * _norm(reference, on) / _norm(loss, on).clamp_min(1e-8)
             ratio = ratio.to(weight.dtype)  # under autocast the norms are halves
             smoothed = torch.where(weight.isnan(), ratio, weight.lerp(ratio, 0.2))
@@ -315,8 +315,8 @@ class ReconstructionLoss(nn.Module):
         if self.network is None:
             return ReconstructionResult(loss, 0.0, None)
 
-        cropped = random_crop_alike(got, wanted)
-        fake_images, real_images = augment(*cropped, config.augmentation)
+        got_crop, wanted_crop = random_crop_alike(got, wanted)
+        fake_images, real_images = augment(got_crop, wanted_crop, config.augmentation)
         with torch.no_grad():
             real = self.network(real_images)
         fake = self.network(fake_images)

@@ -84,6 +84,9 @@ class Quantizer(nn.Module):
     arXiv:1711.00937, sec. 3.2, or the rotation trick of Fifty et al. 2024, arXiv:2410.06424, sec. 4.
     """
 
+    usage: Tensor
+    untouched: Tensor
+
     def __init__(self, config: QuantizerConfig):
         super().__init__()
         self.config = config
@@ -186,6 +189,8 @@ class ReparameterisedQuantizer(Quantizer):
     Zhu et al. 2024, arXiv:2411.02038, sec. 4.
     """
 
+    basis: Tensor
+
     def __init__(self, config: QuantizerConfig):
         super().__init__(config)
         del self.weight
@@ -235,6 +240,9 @@ class FiniteScalarQuantizer(Quantizer):
 
     Mentzer et al. 2023, arXiv:2309.15505, sec. 3. `codebook` is the fixed grid of code vectors.
     """
+
+    levels: Tensor
+    strides: Tensor
 
     def __init__(self, config: QuantizerConfig):
         super().__init__(dataclasses.replace(config, code_dim=len(config.fsq_levels)))

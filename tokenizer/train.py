@@ -157,8 +157,10 @@ class TokenizerTrainer(nn.Module):
         self.aligner = None
         self.guidance = None
         if run.align in ("ot", "gaussian"):
+            num_codes, _ = tokenizer.codebook.shape
             self.aligner = TextAligner(
-                *tokenizer.codebook.shape,
+                num_codes,
+                code_dim,
                 tokenizer.config.text_dim,
                 run.alignment,
                 method=run.align,
@@ -166,15 +168,16 @@ class TokenizerTrainer(nn.Module):
             )
         else:
             tokenizer.projections.requires_grad_(False)
-        if run.align == "lgvq":
+        if vocabulary is not None:
             h, w = tokenizer.grid_size
             self.guidance = LanguageGuidance(run.lgvq, code_dim, h * w, vocabulary)
         self.head = DistillationHead(code_dim, teacher_dim) if teacher_dim else None
 
     def forward(
-        self, batch: dict[str, Tensor], step: int, discriminator: ProjectedDiscriminator | None = None
+        self, batch: dict[str, Any], step: int, discriminator: ProjectedDiscriminator | None = None
     ) -> StepOutput:
-        run, report = self.run, {}
+        run = self.run
+        report: dict[str, Any] = {}
         decodes = step % run.losses.decode_every == 0
         window = random_window(self.tokenizer, run.losses.window_px) if decodes else None
         encoded = self.tokenizer(batch["image"], decode=decodes, window=window)
@@ -192,7 +195,7 @@ class TokenizerTrainer(nn.Module):
             loss = loss + reconstruction + result.adversarial
 
         if self.aligner is not None:
-            loss = loss + self._alignment(batch, encoded.latents, reconstruction, report, step)
+            loss = loss + self._alignment(self.aligner, batch, encoded.latents, reconstruction, report, step)
         if self.guidance is not None:
             guidance, values = self.guidance(
                 self._straight_through(encoded), MaskedCaptions(**batch["captions"])
@@ -210,6 +213,7 @@ class TokenizerTrainer(nn.Module):
 
     def _alignment(
         self,
+        aligner: TextAligner,
         batch: dict[str, Any],
         latents: tuple[Tensor, ...],
         reconstruction: Tensor | None,
@@ -218,7 +222,7 @@ class TokenizerTrainer(nn.Module):
     ) -> Tensor:
         quantizer = self.tokenizer.quantizer
         features = [quantizer.normalise(level.movedim(1, -1)).movedim(-1, 1) for level in latents]
-        alignment = self.aligner(features, quantizer.codebook, batch["texts"])
+        alignment = aligner(features, quantizer.codebook, batch["texts"])
         report |= alignment.report
         return self.loss.balance.weigh("align", alignment.loss, reconstruction, latents, step)
 
@@ -231,7 +235,7 @@ class TokenizerTrainer(nn.Module):
         return codes.movedim(-1, 1)
 
 
-class TokenizerTask(Task):
+class TokenizerTask(Task[TokenizerTrainer, TAVQTokenizer]):
     """The tokenizer as the training loop sees it."""
 
     name = "tokenizer"
@@ -256,7 +260,7 @@ class TokenizerTask(Task):
         torch.manual_seed(run.training.seed)
         self.shipped = self._new_tokenizer(encoder, earlier)
         teacher_dim = None if self.maps is None else self.maps.shape[1]
-        vocabulary = encoder.token_embeddings if run.align == "lgvq" else None
+        vocabulary = encoder.token_embeddings if encoder is not None and run.align == "lgvq" else None
         self.model = TokenizerTrainer(run, self.shipped, teacher_dim, vocabulary)
         examples = originals(self.dataset, run.losses.window_px)
         self.discriminator = self.model.loss.make_discriminator(examples)
@@ -294,7 +298,7 @@ class TokenizerTask(Task):
             provenance = dataclasses.replace(
                 provenance, text_encoder=run.text_encoder, text_encoder_hash=encoder.hash
             )
-        if self.texts is not None:
+        if self.texts is not None and encoder is not None:
             provenance = dataclasses.replace(provenance, aligned_levels=run.alignment.aligned_levels)
             decided["text_dim"] = encoder.dim
 
@@ -378,8 +382,10 @@ class TokenizerTask(Task):
         return guidance.scores(model.quantizer.lookup(ids).movedim(-1, 1), captions)
 
     def sample_images(self, model: TAVQTokenizer) -> dict[str, Any]:
-        sheet = reconstruction_sheet(model, self.val_set)
-        return {"reconstructions": sheet, "codebook_usage": usage_chart(self.codebook_monitor.usage)}
+        images = {"reconstructions": reconstruction_sheet(model, self.val_set)}
+        if self.codebook_monitor.usage is not None:
+            images["codebook_usage"] = usage_chart(self.codebook_monitor.usage)
+        return images
 
     def save(self, model: TAVQTokenizer, directory: Path, card: str) -> None:
         model.card = continued(card, self.earlier_card)

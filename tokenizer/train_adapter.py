@@ -105,8 +105,9 @@ class AlignTrainer(nn.Module):
         # A frozen codebook takes no gradient, so the soft look-up would refuse it.
         lookup = "straight-through" if frozen else run.alignment.lookup
         config = dataclasses.replace(run.alignment, lookup=lookup)
+        num_codes, code_dim = adapter.codebook.shape
         self.aligner = TextAligner(
-            *adapter.codebook.shape, text_dim, config, method=run.method, projections=adapter.projections
+            num_codes, code_dim, text_dim, config, method=run.method, projections=adapter.projections
         )
         self.perceptual = open_perceptual(run.perceptual) if run.perceptual and not frozen else None
         self.balance = GradientBalance({"align": run.losses.align})
@@ -166,10 +167,10 @@ class AlignData:
         first_caption: (n,) index of the first caption of each validation image.
     """
 
-    def __init__(self, run: AlignRun):
+    def __init__(self, run: AlignRun, image_size_px: int):
         self.train_set = open_dataset(run.data, "train")
         self.val_set = open_dataset(run.data, "val")
-        self.images = TrainingImages(self.train_set, run.image_size_px)
+        self.images = TrainingImages(self.train_set, image_size_px)
 
         encoder = EmbeddingCache(TextEncoder(run.text_encoder))
         self.text_dim = encoder.dim
@@ -183,7 +184,7 @@ class AlignData:
         self.first_caption = counts.cumsum(0) - counts
 
 
-class AlignTask(Task):
+class AlignTask(Task[AlignTrainer, AlignTrainer]):
     """One of the two stages as the training loop sees it."""
 
     name = "tokenizer"
@@ -213,8 +214,8 @@ class AlignTask(Task):
         rows: list[int] = []
         l1: list[Tensor] = []
         ratios: list[Tensor] = []
-        sizes = (self.run.image_size_px, adapter.decode_size_px)
-        for (images, targets), indices in image_batches(self.data.val_set, *sizes):
+        batches = image_batches(self.data.val_set, adapter.image_size_px, adapter.decode_size_px)
+        for (images, targets), indices in batches:
             decoded, captured = adapter.reconstruct(images.to(device))
             decoded = decoded.cpu()
             ids.append(captured.ids.cpu())

@@ -147,7 +147,7 @@ class DecoderTrainer(nn.Module):
         return StepOutput(result.reconstruction + result.adversarial, report, result.features)
 
 
-class DecoderTask(Task):
+class DecoderTask(Task[DecoderTrainer, TAVQTokenizer]):
     """The decoder as the training loop sees it."""
 
     name = "tokenizer"
