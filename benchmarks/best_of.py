@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from tavq.base.arguments import parse, run_main
 from tavq.data.layouts import default_data, open_dataset
-from tavq.eval.faithfulness import open_judge
+from tavq.eval.judge import open_judge
 from tavq.generator.sampling import SamplingConfig
 from tavq.pipeline import CHECKPOINT, Pipeline, RankBy, fit_of
 from tavq.tokenizer.retrieval import alignment_scores

@@ -71,6 +71,10 @@ class EvaluationRun:
         dataset = open_dataset(self.data, self.split).take(self.limit)
         return Pipeline(directory, choose_device(self.device)), dataset
 
+    def other_split(self, n: int) -> ImageTextDataset:
+        """The first `n` photos of a split that is not evaluated."""
+        return open_dataset(self.data, "train" if self.split != "train" else "val").take(n)
+
     def result_path(self, name: str) -> Path:
         return self.out or Path(self.checkpoint) / "results" / f"{name}.json"
 

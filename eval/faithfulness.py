@@ -25,16 +25,6 @@ PHOTOS_AT_ONCE = 20
 RANK = 10
 
 
-def open_judge(source: str, pipeline: Pipeline) -> Pipeline:
-    """Load the judge. Raises ValueError when it shares its codebook with the `pipeline` that it judges."""
-    judge = Pipeline.from_pretrained(source, str(pipeline.device))
-    if judge.tokenizer.codebook_hash == pipeline.tokenizer.codebook_hash:
-        raise ValueError(
-            f"{source} shares its codebook with what it judges; name a checkpoint trained by itself"
-        )
-    return judge
-
-
 def pictures_of(images: Tensor) -> list[Image.Image]:
     """(n, 3, S, S) uint8 -> n pictures."""
     return to_pil(images.float() / 127.5 - 1)

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from tavq.base.files import atomic_write
-from tavq.metrics.bootstrap import Interval, bootstrap_interval, paired_difference
-from tavq.metrics.captions import score_of
+from tavq.metrics import captions, spectral
+from tavq.metrics.bootstrap import Interval, Score, bootstrap_interval, paired_difference
 
 METRIC_LIBRARIES = (
     "torch-fidelity",
@@ -44,6 +44,7 @@ FREE_FIELDS = frozenset(
         "backend",
         "skipped",
         "floors",
+        "judge_shares_networks",
         "decoding.seed",
         "decoding.alignment",
         "sampling.micro_batch",
@@ -56,6 +57,9 @@ the dataset is free, its ids are not; how tokens are computed is free, as they s
 of captions, which beams never ask, and what aligned codes add to the choice, which plain ones cannot."""
 RENAMED_FIELDS = {"sampling.guidance": "sampling.guidance_scale"}
 """Protocol field in result files of earlier versions -> its name today."""
+OPTIONAL_FIELDS = ("decoding", "judge", "weave")
+"""Fields that need not be alike where one side lacks them: how somebody else's captions came about is not
+known, and without a judge or a weave one side lacks their metrics, too."""
 BOOTSTRAP: dict[str, Any] = {"resamples": 1000, "level": 0.95, "seed": 0}
 
 
@@ -106,12 +110,17 @@ def measured(value: float, n: int, **more: Any) -> dict[str, Any]:
 def with_intervals(statistics: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
     """Return the entries of metrics given as per-image statistics (n,) or (n, k), with bootstrap intervals.
 
-    A metric is the mean of its statistics, except BLEU and METEOR, which are computed from their sums.
+    A metric is the mean of its statistics, or computed from their sums: see `score_of`.
     """
     intervals = {
         name: bootstrap_interval(rows, score_of(name), **BOOTSTRAP) for name, rows in statistics.items()
     }
     return {name: dataclasses.asdict(interval) for name, interval in intervals.items()}
+
+
+def score_of(metric: str) -> Score:
+    """Return the function that turns the summed statistics of a metric into its value."""
+    return spectral.score_of(metric) or captions.score_of(metric)
 
 
 def make_protocol(*, task: str, ids: Iterable[str], started: float, **fields: Any) -> dict[str, Any]:
@@ -221,8 +230,8 @@ def read_results(path: str | Path) -> Results:
 
 def protocol_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return dotted field -> its two values, for the fields that define a protocol and differ."""
-    if "decoding" not in a or "decoding" not in b:  # how somebody else's captions came about is not known
-        a, b = ({name: value for name, value in one.items() if name != "decoding"} for one in (a, b))
+    absent = {name for name in OPTIONAL_FIELDS if not (a.get(name) and b.get(name))}
+    a, b = ({name: value for name, value in one.items() if name not in absent} for one in (a, b))
     flat_a, flat_b = dict(_flatten(a)), dict(_flatten(b))
     fields = [name for name in {**flat_a, **flat_b} if not {name, name.split(".")[0]} & FREE_FIELDS]
     return {
@@ -231,7 +240,7 @@ def protocol_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str
 
 
 def compare(a: str | Path, b: str | Path) -> list[Comparison]:
-    """Compare two result files metric by metric.
+    """Compare the metrics that two result files have in common.
 
     Raises:
         ValueError: their protocols differ; the message names each field.
@@ -250,7 +259,7 @@ def compare(a: str | Path, b: str | Path) -> list[Comparison]:
 
 
 def format_comparison(a: str | Path, b: str | Path) -> str:
-    """Return `compare` as lines of text."""
+    """Return `compare` as lines of text; a metric that one file lacks is shown as absent."""
     names = "".join(f"{Path(path).stem[:15]:>16}" for path in (a, b))
     lines = [f"{'metric':<20}{names}{'difference':>14}  95 % interval"]
     for row in compare(a, b):
@@ -259,6 +268,12 @@ def format_comparison(a: str | Path, b: str | Path) -> str:
             verdict = "" if row.interval.excludes_zero else "  (may be 0)"
             interval = f"[{row.interval.low:+.5g}, {row.interval.high:+.5g}]{verdict}"
         lines.append(f"{row.metric:<20}{row.a:>16.5g}{row.b:>16.5g}{row.difference:>+14.5g}  {interval}")
+
+    first, second = read_results(a).metrics, read_results(b).metrics
+    for name in [*first, *(name for name in second if name not in first)]:
+        if name not in first or name not in second:
+            cells = (f"{side[name]['value']:.5g}" if name in side else "absent" for side in (first, second))
+            lines.append(f"{name:<20}" + "".join(f"{cell:>16}" for cell in cells))
     return "\n".join(lines)
 
 

@@ -35,11 +35,13 @@ from tavq.eval.evaluation import (
     print_metrics,
     reference_set,
 )
-from tavq.eval.faithfulness import judged, nearest_training_images, open_judge, pictures_of
+from tavq.eval.faithfulness import judged, nearest_training_images, pictures_of
+from tavq.eval.judge import JUDGE_DISTANCE, JudgeDistance, judge_fields, open_judge
 from tavq.eval.results import format_comparison, make_protocol, measured, with_intervals, write_results
 from tavq.generator.sampling import SamplingConfig
 from tavq.metrics.features import FeatureNetwork, ImageSet
 from tavq.metrics.frechet import image_metrics
+from tavq.metrics.spectral import WEAVE_FIELDS, flat_patches, weave_statistics
 from tavq.pipeline import Pipeline, read_recipe
 
 PROMPTS_AT_ONCE = 16
@@ -62,7 +64,8 @@ class T2IEvaluation(EvaluationRun):
     """Also measure what a good and a bad set would get: real photos, shrunk photos, noise, a constant
     image."""
     judge: str | None = None
-    """Checkpoint that judges the pictures (cycle CIDEr, rank of the prompt); never the one that drew them."""
+    """Checkpoint that judges the pictures (cycle CIDEr, rank of the prompt, a second Frechet distance); never
+    the one that drew them."""
     neighbours: int = 0
     """Show the nearest training photo in token space of so many pictures, in NAME.neighbours.png (not to be
     published: it shows photos of the dataset)."""
@@ -123,9 +126,8 @@ def worst_and_best(
     size = pipeline.tokenizer.decode_size_px
     originals, _ = photos(dataset, pipeline.tokenizer.image_size_px)
     shrunk, _ = photos(dataset, size)
-    real = open_dataset(run.data, "train" if run.split != "train" else "val").take(len(reference))
     sets = {
-        "photos of another split": photos(real, REFERENCE_SIZE_PX)[0],
+        "photos of another split": photos(run.other_split(len(reference)), REFERENCE_SIZE_PX)[0],
         f"the photos at {size} px": at_reference_size(shrunk),
         "the tokenizer's reconstructions": at_reference_size(_reconstructed(pipeline, originals)),
         "a constant grey image": torch.full(
@@ -140,6 +142,20 @@ def worst_and_best(
             found = image_metrics(ImageSet(images), reference, network, **options)
             scores[f"{network.frechet_name} of {name}"] = found.values[network.frechet_name]
     return scores
+
+
+def weave_of_generated(images: Tensor, dataset: ImageTextDataset) -> dict[str, np.ndarray]:
+    """The weave of generated images (n, 3, S', S') uint8, in the patches that are flat in themselves.
+
+    Row i is compared with photo i of the dataset; a photo that cannot be read has no flat patch.
+    """
+    shrunk, indices = photos(dataset, images.shape[-1])
+    flat = flat_patches(images)
+    photos_of_rows = torch.zeros_like(images)
+    photos_of_rows[indices] = shrunk
+    flat_in_photos = torch.zeros_like(flat)
+    flat_in_photos[indices] = flat_patches(shrunk)
+    return weave_statistics(images, flat, photos_of_rows, flat_in_photos)
 
 
 def _reconstructed(pipeline: Pipeline, images: Tensor) -> Tensor:
@@ -173,22 +189,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     metrics = {
         name: over_seeds([score.values[name] for score in scores], len(prompts)) for name in scores[0].values
     }
-    per_image: dict[str, np.ndarray] = {}
+
     frames = worst_and_best(run, pipeline, dataset, network, reference) if run.floors else {}
+    per_image = weave_of_generated(drawn[0], dataset)
+    fields: dict[str, Any] = {"weave": WEAVE_FIELDS}
     if judge is not None:
-        per_image, shuffled = judged(judge, drawn[0], dataset)
-        metrics |= with_intervals(per_image)
+        distance = JudgeDistance(judge, dataset)
+        metrics[JUDGE_DISTANCE] = over_seeds([distance(images) for images in drawn], len(prompts))
+        if run.floors:
+            shrunk, _ = photos(dataset, pipeline.tokenizer.decode_size_px)
+            frames |= distance.floors(shrunk, run.other_split(len(reference)))
+
+        statistics, shuffled = judged(judge, drawn[0], dataset)
+        per_image |= statistics
         frames |= {f"{name}, prompts shuffled": value for name, value in shuffled.items()}
+        fields |= judge_fields(judge, pipeline, tuple(judge.hashes))
+    metrics |= with_intervals(per_image)
+
     protocol = make_protocol(
         task="t2i",
         ids=dataset.ids,
         started=started,
         **run.protocol_fields(pipeline, dataset),
         **network_fields(network, len(reference)),
+        **fields,
         sampling=dataclasses.asdict(run.sampling),
         seeds=list(range(run.seeds)),
         prompts="the first caption of each photo",
-        judge=judge and judge.hashes,
         floors=frames,
     )
     write_results(path, metrics, protocol, per_image=per_image, ids=dataset.ids)

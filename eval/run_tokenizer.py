@@ -1,6 +1,6 @@
 """python eval/run_tokenizer.py [--checkpoint DIR] [--data DIR] [--split test] [--features NETWORK.pt]
 
-Measure a tokenizer: reconstruction (rFID, PSNR, SSIM), use of the codebook, and retrieval through its codes.
+Measure a tokenizer: reconstruction (rFID, PSNR, SSIM, spectra), use of the codebook, retrieval by its codes.
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ from tavq.eval.evaluation import (
     reference_set,
     resized,
 )
+from tavq.eval.judge import JUDGE_DISTANCE, JudgeDistance, judge_fields, open_judge
 from tavq.eval.results import format_comparison, make_protocol, measured, with_intervals, write_results
 from tavq.metrics.features import ImageSet
 from tavq.metrics.frechet import image_metrics
 from tavq.metrics.image import psnr, ssim
+from tavq.metrics.spectral import WEAVE_FIELDS, flat_patches, octave_statistics, weave_statistics
 from tavq.pipeline import Pipeline
 from tavq.tokenizer.codebook_usage import codebook_usage
 from tavq.tokenizer.retrieval import alignment_scores, image_to_text_ranks, text_to_image_ranks
@@ -53,6 +55,8 @@ class TokenizerEvaluation(EvaluationRun):
     """TorchScript feature network (uint8 B,3,H,W -> B,D) that names the metric; Inception v3 if not given."""
     frechet: bool = True
     """Measure rFID or rFD; without it no feature network is needed."""
+    judge: str | None = None
+    """Checkpoint whose encoder measures a second Frechet distance; its codebook must be another."""
     retrieval: bool = True
     """Measure text-to-image and image-to-text recall, where the tokenizer is aligned with text."""
 
@@ -100,42 +104,68 @@ def retrieval(pipeline: Pipeline, dataset: ImageTextDataset, ids: Tensor) -> dic
     return hits
 
 
+def pixel_statistics(rebuilt: Tensor, originals: Tensor, shrunk: Tensor) -> dict[str, np.ndarray]:
+    """Statistics of each reconstruction by metric that need no network.
+
+    Args:
+        rebuilt: (n, 3, S', S') uint8.
+        originals: (n, 3, S, S) uint8, at the size that is read. PSNR and SSIM are taken there, so that
+            tokenizers that decode at another size compare.
+        shrunk: (n, 3, S', S') uint8, at the size that is decoded. Spectra are taken there.
+    """
+    small = resized(rebuilt, originals.shape[-1])
+    flat = flat_patches(shrunk)
+    return {
+        "PSNR": psnr(small, originals)[:, None],
+        "SSIM": ssim(small, originals)[:, None],
+        **octave_statistics(rebuilt, shrunk),
+        **weave_statistics(rebuilt, flat, shrunk, flat),
+    }
+
+
 @run_main
 def main(argv: Sequence[str] | None = None) -> None:
     run = parse(TokenizerEvaluation, argv, prog="python eval/run_tokenizer.py")
     started = time.monotonic()
     pipeline, dataset = run.open(("tokenizer",))
+    judge = open_judge(run.judge, pipeline) if run.judge else None
     network = open_network(run.features, pipeline.directory) if run.frechet else None
     size = pipeline.tokenizer.image_size_px
+    decode_size = pipeline.tokenizer.decode_size_px
+
     originals, indices = photos(dataset, size)
     evaluated = readable_part(dataset, indices)
+    shrunk = originals if decode_size == size else photos(evaluated, decode_size)[0]
     ids, rebuilt = reconstruct(pipeline, originals)
-    # At the size that is read, so that tokenizers that decode at another size compare.
-    small = resized(rebuilt, size)
-    per_image = {"PSNR": psnr(small, originals)[:, None], "SSIM": ssim(small, originals)[:, None]}
-    aligned = bool(pipeline.tokenizer.aligned_levels)
-    if run.retrieval and aligned:
+
+    per_image = pixel_statistics(rebuilt, originals, shrunk)
+    if run.retrieval and pipeline.tokenizer.aligned_levels:
         per_image |= retrieval(pipeline, evaluated, ids)
     metrics: dict[str, Any] = {}
-    protocol = run.protocol_fields(pipeline, evaluated) | {"image_size_px": size}
+    floors: dict[str, float] = {}
+    protocol = run.protocol_fields(pipeline, evaluated) | {"image_size_px": size, "weave": WEAVE_FIELDS}
+
     if network is not None:
         reference, _ = reference_set(evaluated)
         options = image_metric_options(len(reference), str(pipeline.device))
         rebuilt_scores = image_metrics(ImageSet(at_reference_size(rebuilt)), reference, network, **options)
-        decode_size = pipeline.tokenizer.decode_size_px
-        shrunk = originals if decode_size == size else photos(dataset, decode_size)[0]
         shrunk_scores = image_metrics(ImageSet(at_reference_size(shrunk)), reference, network, **options)
         name = network.frechet_name
         metrics[f"r{name}"] = measured(rebuilt_scores.values[name], len(ids))
-        protocol |= network_fields(network, len(reference)) | {
-            "floors": {f"{name} of photos at {decode_size} px": shrunk_scores.values[name]}
-        }
+        floors[f"{name} of photos at {decode_size} px"] = shrunk_scores.values[name]
+        protocol |= network_fields(network, len(reference))
+    if judge is not None:
+        distance = JudgeDistance(judge, evaluated)
+        metrics[f"r{JUDGE_DISTANCE}"] = measured(distance(rebuilt), len(ids))
+        floors |= distance.floors(shrunk, run.other_split(len(ids)))
+        protocol |= judge_fields(judge, pipeline, ("tokenizer",))
+
     metrics |= with_intervals(per_image) | codebook_use(ids[:, -1].cpu(), pipeline.tokenizer.num_codes)
     path = run.result_path("tokenizer")
-    result = make_protocol(task="tokenizer", ids=evaluated.ids, started=started, **protocol)
+    result = make_protocol(task="tokenizer", ids=evaluated.ids, started=started, **protocol, floors=floors)
     write_results(path, metrics, result, per_image=per_image, ids=evaluated.ids)
     print_metrics(metrics, path)
-    for floor, value in protocol.get("floors", {}).items():
+    for floor, value in floors.items():
         print(f"floor: {floor} {value:.1f}")
     if run.compare is not None:
         print(format_comparison(run.compare, path))

@@ -20,6 +20,13 @@ from tavq.eval.results import Comparison, Results, compare, protocol_differences
 TIMES_100 = ("CIDEr", "BLEU", "METEOR", "ROUGE-L", "SPICE", "cycle_CIDEr", "t2i_R@", "i2t_R@", "prompt_R@")
 DIGITS = {"PSNR": 2, "SSIM": 3, "KID": 4, "precision": 3, "recall": 3, "usage": 3, "IS": 2}
 DIGITS |= dict.fromkeys(("ends in a function word", "distinct captions"), 3)
+DIGITS |= dict.fromkeys(("power", "correlation", "weave"), 2)  # of each octave or period
+MEANINGS = {
+    "power ": "power: of the reconstruction over the photo's, by cycles an image",
+    "correlation ": "correlation: with the photo, by cycles an image",
+    "weave ": "weave: how far flat regions stand out at a period, over the same figure of photos",
+}
+"""How metrics begin -> what the line above their table says of them."""
 TITLES = {
     "tokenizer": "Tokenizer: reconstruction, codebook, retrieval",
     "t2i": "Text to image",
@@ -99,7 +106,8 @@ def group_by_protocol(results: Sequence[Results]) -> list[list[Results]]:
     """Split result files into groups that may stand in one table, in order of first appearance."""
     groups: list[list[Results]] = []
     for result in results:
-        like = (g for g in groups if not protocol_differences(g[0].protocol, result.protocol))
+        # All of a group, not its first alone: a file without a judge is like any file with one.
+        like = (g for g in groups if not any(protocol_differences(r.protocol, result.protocol) for r in g))
         group = next(like, None)
         if group is None:
             groups.append([result])
@@ -126,9 +134,11 @@ def describe(group: Sequence[Results]) -> str:
         _search(protocol["decoding"]) if "decoding" in protocol else None,
         *brackets(group),
     ]
-    hundred = [start for start in TIMES_100 if any(name.startswith(start) for name in metric_names(group))]
+    names = metric_names(group)
+    hundred = [start for start in TIMES_100 if any(name.startswith(start) for name in names)]
     if hundred:
         parts.append(", ".join(start.removesuffix("@") for start in hundred) + " times 100")
+    parts += [meaning for start, meaning in MEANINGS.items() if any(n.startswith(start) for n in names)]
     return "; ".join(part for part in parts if part) + "."
 
 
@@ -186,7 +196,7 @@ def format_difference(row: Comparison) -> str:
 
 def _scale(name: str) -> tuple[int, int]:
     """Factor and decimals with which a metric is shown."""
-    return 100 if name.startswith(TIMES_100) else 1, DIGITS.get(name, 1)
+    return 100 if name.startswith(TIMES_100) else 1, DIGITS.get(name, DIGITS.get(name.split()[0], 1))
 
 
 def checkpoint_of(result: Results) -> str:

@@ -11,11 +11,15 @@ import torch
 from PIL import Image
 
 from tavq.data.dataset import Example, ImageTextDataset
+from tavq.data.images import UnreadableImageError, from_pixels, to_uint8
+from tavq.data.layouts import open_dataset
 from tavq.eval import faithfulness, generator_curve, run_caption, run_t2i, run_tokenizer
-from tavq.eval.evaluation import EvaluationRun
+from tavq.eval.evaluation import EvaluationRun, photos
 from tavq.eval.faithfulness import cycle_cider
-from tavq.eval.results import read_results
-from tavq.pipeline import CHECKPOINT
+from tavq.eval.judge import JudgeDistance, judge_features
+from tavq.eval.results import read_results, with_intervals
+from tavq.metrics import spectral
+from tavq.pipeline import CHECKPOINT, Pipeline
 from tavq.tokenizer.model import TAVQTokenizer
 
 LIMIT = ("--data", "shapes", "--limit", "12")
@@ -59,6 +63,25 @@ def test_tokenizer_evaluation_measures_reconstruction_and_codebook(checkpoint, n
     assert read_results(out).metrics == results.metrics
 
 
+def test_spectra_are_taken_at_the_size_that_is_decoded(checkpoint, tmp_path, monkeypatch):
+    """The tiny tokenizer reads 32 px and decodes 64: octaves reach to 24 cycles an image, not to 12."""
+    monkeypatch.setattr(spectral, "MIN_FLAT_IMAGES", 1)
+    out = tmp_path / "tokenizer.json"
+    run_tokenizer.main(["--checkpoint", str(checkpoint), *LIMIT, "--no-frechet", "--out", str(out)])
+    results = read_results(out)
+    octaves = {name.removeprefix("power ") for name in results.metrics if name.startswith("power ")}
+    assert octaves == {"1-3", "3-6", "6-12", "12-24"}
+    assert {"weave 2 px", "weave 4 px", "weave 8 px"} <= set(results.metrics)
+
+    tokenizer = TAVQTokenizer.from_pretrained(checkpoint / "tokenizer")
+    dataset = open_dataset("shapes", "test").take(12)
+    small, _ = photos(dataset, 32)
+    large, _ = photos(dataset, 64)
+    decoded = [to_uint8(tokenizer.decode(tokenizer.encode(from_pixels(image[None])))) for image in small]
+    sums = spectral.octave_statistics(torch.cat(decoded), large)["power 12-24"].sum(axis=0)
+    assert results.metrics["power 12-24"]["value"] == pytest.approx(sums[0] / sums[1])
+
+
 def test_a_network_that_shaped_training_never_measures(checkpoint, network, tmp_path, capsys):
     from tavq.base.files import file_hash
 
@@ -91,6 +114,76 @@ def judge(tiny_checkpoint, tmp_path):
         config = json.loads(path.read_text()) | {"codebook_hash": tokenizer.codebook_hash}
         path.write_text(json.dumps(config))
     return folder
+
+
+def test_the_judges_features_are_its_last_trunk_block_averaged(judge):
+    pipeline = Pipeline.from_pretrained(judge)
+    encoder = pipeline.tokenizer.encoder
+    images, _ = photos(open_dataset("shapes", "test").take(3), 32)
+    outputs = []
+    handle = encoder.trunk[-1].register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    encoder(from_pixels(images))
+    handle.remove()
+    assert torch.allclose(judge_features(pipeline, images), outputs[0].mean(dim=1), atol=1e-5)
+
+
+def test_the_judges_distance_is_0_for_the_photos_and_grows_with_noise(judge):
+    dataset = open_dataset("shapes", "test").take(12)
+    distance = JudgeDistance(Pipeline.from_pretrained(judge), dataset)
+    images, _ = photos(dataset, 32)
+    noise = torch.randint(256, images.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    assert distance(images) == pytest.approx(0, abs=1e-6)
+    assert distance(noise) > 2 * distance(images // 8 * 8) > 0
+
+    larger, _ = photos(dataset, 64)
+    few = open_dataset("shapes", "train").take(5)
+    assert list(distance.floors(larger, few)) == ["FD-judge of photos at 64 px"], "fewer photos, no floor"
+
+
+def test_a_judge_measures_reconstructions(checkpoint, judge, network, tmp_path, capsys):
+    taught = {"taught_by": ["0123456789abcdef"]}
+    for folder in (checkpoint, judge):
+        path = folder / "tokenizer" / "config.json"
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps(config | {"provenance": config["provenance"] | taught}))
+    plain, out = tmp_path / "plain.json", tmp_path / "judged.json"
+    flags = ["--checkpoint", str(checkpoint), *LIMIT, "--no-frechet", "--no-retrieval"]
+    run_tokenizer.main([*flags, "--out", str(plain)])
+    capsys.readouterr()
+    run_tokenizer.main([*flags, "--judge", str(judge), "--out", str(out), "--compare", str(plain)])
+    shown = capsys.readouterr().out
+    results = read_results(out)
+    assert results.metrics["rFD-judge"]["value"] > 0
+    floors = results.protocol["floors"]
+    assert set(floors) == {"FD-judge of photos at 64 px", "FD-judge of photos of another split"}
+    assert list(results.protocol["judge"]) == ["tokenizer"]
+    assert results.protocol["judge_shares_networks"] == ["0123456789abcdef"]
+    line = next(line for line in shown.splitlines() if line.startswith("rFD-judge ") and "absent" in line)
+    assert line.split()[1] == "absent"
+
+    with pytest.raises(SystemExit):
+        run_tokenizer.main([*flags, "--judge", str(checkpoint), "--out", str(tmp_path / "x.json")])
+    assert "shares its codebook" in capsys.readouterr().err and not (tmp_path / "x.json").exists()
+
+
+def test_a_generated_image_is_measured_where_it_is_flat_itself():
+    """A photo that cannot be read has no flat patch; the grid of every image counts."""
+    rng = torch.Generator().manual_seed(0)
+    noise = (128 + 4 * torch.randn(24, 1, 64, 64, generator=rng)).round().expand(-1, 3, -1, -1)
+    grid = 3 * torch.cos(torch.pi / 2 * torch.arange(64))
+
+    def photo(index):
+        if index == 5:
+            raise UnreadableImageError("damaged")
+        return Image.fromarray(noise[index].to(torch.uint8).permute(1, 2, 0).numpy())
+
+    examples = [Example(f"{i}", functools.partial(photo, i), ("a dog",), None, "test") for i in range(24)]
+    dataset = ImageTextDataset("made up", examples)
+    with pytest.warns(UserWarning):
+        statistics = run_t2i.weave_of_generated((noise + grid).to(torch.uint8), dataset)
+    rows = statistics["weave 4 px"]
+    assert rows[5, 1] == 9 and rows[5, 3] == 0 and (rows[:5, 3] == 9).all()
+    assert with_intervals(statistics)["weave 4 px"]["low"] > 2
 
 
 def with_another_decoder(checkpoint):
@@ -168,12 +261,13 @@ def test_a_killed_t2i_evaluation_goes_on_where_it_stopped(checkpoint, judge, net
     run_t2i.main(flags)
     assert len(prompts_drawn) == 48, "another decoder draws other pictures"
     results = read_results(out)
-    assert {"FD-moments", "KID", "precision", "recall", "cycle_CIDEr"} <= set(results.metrics)
+    assert {"FD-moments", "KID", "precision", "recall", "cycle_CIDEr", "FD-judge"} <= set(results.metrics)
     assert {"FD-moments of noise", "FD-moments of a constant grey image"} <= set(results.protocol["floors"])
     assert {"cycle_CIDEr, prompts shuffled", "FD-moments of the tokenizer's reconstructions"} <= set(
         results.protocol["floors"]
     )
-    assert results.metrics["FD-moments"]["over"] == "generation seeds"
+    assert "FD-judge of photos of another split" in results.protocol["floors"]
+    assert {results.metrics[name]["over"] for name in ("FD-moments", "FD-judge")} == {"generation seeds"}
     assert (tmp_path / "t2i.neighbours.png").exists()
 
 

@@ -112,6 +112,44 @@ def test_what_may_differ(tmp_path):
         compare(first, make(tmp_path / "greedy.json", np.ones(100), decoding={"seed": 0, "beam": 1}))
 
 
+def test_what_one_side_did_not_measure_is_absent(tmp_path):
+    """A file without a judge compares with any; two judges never share a comparison, nor a table."""
+    plain = make(tmp_path / "plain.json", np.zeros(100), judge=None)
+    weights = {"a": "1" * 16, "b": "2" * 16}
+    judged = {
+        n: make(tmp_path / f"{n}.json", np.ones(100), judge={"tokenizer": h}) for n, h in weights.items()
+    }
+    content = json.loads(judged["a"].read_text())
+    content["metrics"]["rFD-judge"] = {"value": 7.5, "n": 100}
+    judged["a"].write_text(json.dumps(content))
+
+    for pair in ((plain, judged["a"]), (judged["a"], plain)):
+        line = results.format_comparison(*pair).splitlines()[-1].split()
+        assert line == ["rFD-judge", *("absent" if path == plain else "7.5" for path in pair)]
+    with pytest.raises(ValueError, match=r"differing in judge\.tokenizer "):
+        compare(judged["a"], judged["b"])
+    groups = table.group_by_protocol([read_results(path) for path in (plain, judged["a"], judged["b"])])
+    assert [len(group) for group in groups] == [2, 1]
+
+
+def test_spectral_figures_are_ratios_of_sums_over_images(tmp_path):
+    rows = {"power 3-6": np.array([[1.0, 1.0, 1.0], [3.0, 9.0, 3.0]]), "PSNR": np.array([20.0, 30.0])}
+    metrics = with_intervals(rows)
+    assert metrics["power 3-6"]["value"] == 0.4 and metrics["PSNR"]["value"] == 25
+    paths = []
+    for name, factor in (("a", 1), ("b", 2)):
+        path = tmp_path / f"{name}.json"
+        per_image = {"power 3-6": rows["power 3-6"] * [factor, 1, factor]}
+        protocol = make_protocol(task="tokenizer", ids=["1", "2"], started=time.monotonic())
+        write_results(path, with_intervals(per_image), protocol, per_image=per_image, ids=["1", "2"])
+        paths.append(path)
+    row = compare(*paths)[0]
+    assert row.difference == pytest.approx(0.4) and row.interval.low > 0.3
+    text = table.make_tables([read_results(path) for path in paths])
+    assert "| power 3-6 |" in text and "| 0.40 [0.33, 1.00] |" in text
+    assert "power: of the reconstruction over the photo's, by cycles an image." in text
+
+
 def test_killed_while_writing_leaves_the_old_file(tmp_path, pair, monkeypatch):
     before = pair[0].read_bytes()
 

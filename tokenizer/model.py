@@ -199,14 +199,17 @@ class Encoder(nn.Module):
         self.grid = config.grid_size
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        levels = self.trunk_features(images)
+        return tuple(to_map(head(x), self.grid) for head, x in zip(self.heads, levels, strict=True))
+
+    def trunk_features(self, images: Tensor) -> tuple[Tensor, ...]:
+        """What the heads of the three levels read: (B, 3, H, W) in [-1, 1] -> 3 x (B, N, D)."""
         x = to_sequence(self.stages(images)) + self.positions
         levels = []
         for block in self.trunk:
             x = block(x)
             levels.append(x)
-        return tuple(
-            to_map(head(x), self.grid) for head, x in zip(self.heads, levels[-NUM_LEVELS:], strict=True)
-        )
+        return tuple(levels[-NUM_LEVELS:])
 
 
 class Decoder(nn.Module):
