@@ -21,7 +21,7 @@ from tavq.base.arguments import parse, run_main
 from tavq.data.layouts import default_data, open_dataset
 from tavq.eval.judge import open_judge
 from tavq.generator.sampling import SamplingConfig
-from tavq.pipeline import CHECKPOINT, Pipeline, RankBy, fit_of
+from tavq.pipeline import CHECKPOINT, Pipeline, RankBy, combine_scores
 from tavq.tokenizer.retrieval import alignment_scores
 
 RANK = 10
@@ -67,7 +67,7 @@ def scores_of(judge: Pipeline, ids: Tensor, prompts: Sequence[str]) -> dict[str,
 def chosen(own: dict[str, Tensor], by: RankBy, count: int) -> Tensor:
     """The best of the first `count` candidates of each prompt, as `Pipeline.rank` finds it: indices (B,)."""
     parts = [own[name][:, :count] for name in ("likelihood", "alignment") if by in (name, "sum")]
-    return fit_of(parts).argmax(1) if count > 1 else torch.zeros(len(parts[0]), dtype=torch.int64)
+    return combine_scores(parts).argmax(1) if count > 1 else torch.zeros(len(parts[0]), dtype=torch.int64)
 
 
 def table(own: dict[str, Tensor], measured: dict[str, Tensor], counts: Sequence[int]) -> str:

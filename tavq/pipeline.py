@@ -1,9 +1,9 @@
 """Where tokenizer, generator and captioner meet: text to image, image to text, reconstruction, completion.
 
-The command line, the demo and the evaluations are thin over `Pipeline`, so that what is measured is what is
-shown.
+The command line, the demo and the evaluations all call `Pipeline`, so that what is measured is what is shown.
 
-Shapes: B images, h w token grid, N = h*w, M text width.
+Shapes: B images, H W image size in px, h w token grid, N = h*w image tokens, G captions or candidates of each
+image or prompt (a group).
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ from tavq.tokenizer.retrieval import alignment_scores, text_encoder_of
 from tavq.training.checkpoint import WEIGHTS_FILE, local_directory, shipped_checkpoint
 
 CHECKPOINT = str(shipped_checkpoint())
-RECIPE_FIELD = "tavq"  # PNG text field: the recipe as JSON
-PARAMETERS_FIELD = "parameters"  # the same for people, as other programs write and show it
+RECIPE_FIELD = "tavq"  # PNG text field that holds the recipe as JSON
+PARAMETERS_FIELD = "parameters"  # PNG text field that other programs write and show: the recipe for people
 RankBy = Literal["likelihood", "alignment", "sum"]
-UNKNOWN_GREY = 0.6  # in [-1, 1], of what a partial picture does not show yet
+UNKNOWN_GREY = 0.6  # in [-1, 1]; the part of a partial image that is not sampled yet
 
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
-    """A picture and everything that is needed to draw it again."""
+    """A generated image, and the recipe that generates it again."""
 
     image: Image.Image
     ids: Tensor
     """(h, w) int64."""
     recipe: dict[str, Any]
-    """prompt, seed, settings, checkpoint hashes, version."""
+    """Prompt, seed, settings, hashes of the checkpoints, and version."""
 
     def save(self, path: Path) -> None:
         """Write a PNG that carries its recipe in text fields."""
@@ -64,7 +64,7 @@ class Generated:
 
 @dataclasses.dataclass(frozen=True)
 class Reconstruction:
-    """An image after encoding and decoding."""
+    """An image that was encoded and decoded."""
 
     image: Image.Image
     ids: Tensor
@@ -72,17 +72,18 @@ class Reconstruction:
 
 
 class Pipeline:
-    """The whole chain, from a directory that holds `tokenizer/`, `generator/` and `captioner/`.
+    """Tokenizer, generator and captioner, from a directory that holds a checkpoint of each.
 
     Generator, captioner and text encoder are loaded when they are first needed.
 
     Args:
-        directory: of the three checkpoints; a part that is never used may be absent.
-        device: of all models.
+        directory: holds `tokenizer/`, `generator/` and `captioner/`; a part that is never used may be absent.
+        device: that all models run on.
     """
 
     def __init__(self, directory: Path, device: str = "cpu"):
-        self.directory, self.device = directory, torch.device(device)
+        self.directory = directory
+        self.device = torch.device(device)
         self.tokenizer = TAVQTokenizer.from_pretrained(directory / "tokenizer").to(self.device)
 
     @classmethod
@@ -91,7 +92,7 @@ class Pipeline:
 
         Args:
             source: a directory, or `hf:OWNER/NAME[@REVISION]`; None takes the shipped weights.
-            device: of all models.
+            device: that all models run on.
             hub: options of `base.hub.directory_of`: revision, token, cache_dir, local_files_only,
                 force_download.
 
@@ -102,42 +103,47 @@ class Pipeline:
 
     @functools.cached_property
     def generator(self) -> GeneratorModel:
+        """The generator. Raises ValueError if it was trained on ids of another codebook."""
         generator = GeneratorModel.from_pretrained(self.directory / "generator").to(self.device)
         generator.check_codebook(self.tokenizer.codebook_hash)
         return generator
 
     @functools.cached_property
     def captioner(self) -> Captioner:
+        """The captioner. Raises ValueError if it was trained on ids of another codebook."""
         captioner = Captioner.from_pretrained(self.directory / "captioner").to(self.device)
         captioner.check_codebook(self.tokenizer.codebook_hash)
         return captioner
 
     @functools.cached_property
     def text_encoder(self) -> TextEncoder:
-        """The text encoder that the generator reads."""
+        """The text encoder that the generator was trained with."""
         config = self.generator.config
         return TextEncoder.checked(config.text_encoder, config.text_encoder_hash, self.device)
 
     @functools.cached_property
     def alignment_encoder(self) -> TextEncoder:
-        """The text encoder that the codes are aligned with. Raises ValueError where they are not."""
+        """The text encoder that the codes are aligned with. Raises ValueError for a plain tokenizer."""
         check_aligned(self.tokenizer)
         return text_encoder_of(self.tokenizer)
 
     @functools.cached_property
     def hashes(self) -> dict[str, str]:
-        """First digits of the SHA-256 of the weights of each part that is there."""
+        """First digits of the SHA-256 of the weights of each part that the directory holds."""
         parts = ("tokenizer", "generator", "captioner")
         files = {part: self.directory / part / WEIGHTS_FILE for part in parts}
         return {part: file_hash(path) for part, path in files.items() if path.is_file()}
 
     def text_states(self, prompts: Sequence[str]) -> TokenStates:
-        """Token states of each prompt, encoded by itself so that no other prompt can matter.
+        """Encode prompts for the generator.
 
-        Raises ValueError for an empty prompt; warns, naming the words, when one is longer than the generator
-        reads.
+        Warns, naming the words, where a prompt is longer than the generator takes.
+
+        Raises:
+            ValueError: a prompt is empty.
         """
         check_prompts(prompts)
+        # One by one: kernels round differently by batch, and no other prompt may change an image.
         return self.text_encoder.token_states(prompts, self.generator.config.max_text_tokens, batch_size=1)
 
     def generate(
@@ -149,41 +155,49 @@ class Pipeline:
         best_of: int = 1,
         rank_by: RankBy = "sum",
     ) -> list[Generated]:
-        """Draw one picture a prompt.
+        """Generate one image per prompt.
 
-        The picture depends on its prompt, its seed and the settings alone.
+        An image depends on its prompt, its seed and the settings alone.
 
         Args:
             prompts: B texts.
             seeds: B integers, at least 0.
             settings: guidance scale, temperature, top-k and top-p; the defaults if None.
-            best_of: candidates a prompt, of which `rank` chooses one. Candidate 0 has the seed itself.
-            rank_by: what `rank` goes by.
+            best_of: candidates per prompt, of which the one that `rank` scores highest is returned.
+            rank_by: score that `rank` uses.
         """
         settings = settings or SamplingConfig()
         candidates = self.candidates(prompts, seeds, settings, best_of)
+
         results = []
         for prompt, seed, ids in zip(prompts, seeds, candidates, strict=True):
-            chosen = int(self.rank(ids, prompt, rank_by).argmax()) if best_of > 1 else 0
-            more = {"best_of": best_of} | ({"rank_by": rank_by} if best_of > 1 else {})
-            results.append(self._generated(ids[chosen], prompt, seed, settings, more))
+            best = 0
+            choice: dict[str, Any] = {"best_of": best_of}
+            if best_of > 1:
+                best = int(self.rank(ids, prompt, rank_by).argmax())
+                choice["rank_by"] = rank_by
+            results.append(self._generated(ids[best], prompt, seed, settings, choice))
         return results
 
     def candidates(
         self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingConfig, count: int
     ) -> Tensor:
-        """The ids of the pictures among which `generate` chooses: (B, count, N)."""
+        """Sample the ids of `count` candidates per prompt: (B, count, N)."""
         if count < 1:
             raise ValueError(f"best_of is {count}, expected 1 or more")
+
         texts = self.text_states(prompts)
         rows = [index for index in range(len(prompts)) for _ in range(count)]
-        own = TokenStates(texts.states[rows], texts.mask[rows])
-        drawn_seeds = [mixed_seed(seed, n) if n else seed for seed in seeds for n in range(count)]
-        return sample(self.generator, own, drawn_seeds, settings).unflatten(0, (-1, count))
+        repeated = TokenStates(texts.states[rows], texts.mask[rows])
+
+        # Candidate 0 has the seed itself: it is the image that `generate` returns with best_of=1.
+        sample_seeds = [mixed_seed(seed, n) if n else seed for seed in seeds for n in range(count)]
+        return sample(self.generator, repeated, sample_seeds, settings).unflatten(0, (-1, count))
 
     def _generated(
         self, ids: Tensor, prompt: str, seed: int, settings: SamplingConfig, more: dict[str, Any]
     ) -> Generated:
+        """Decode ids (N,), and write the recipe; `more` holds its fields that `settings` does not have."""
         recipe = {
             "prompt": prompt,
             "seed": seed,
@@ -197,26 +211,35 @@ class Pipeline:
     def stream(
         self, prompt: str, seed: int, settings: SamplingConfig | None = None, *, every_rows: int = 1
     ) -> Iterator[Generated]:
-        """Draw one picture and yield it every `every_rows` rows of tokens; stop iterating to cancel.
+        """Generate one image and yield it every `every_rows` rows of tokens; stop iterating to cancel.
 
-        What is not drawn yet is grey. The last picture equals that of `generate`.
+        The part that is not sampled yet is grey. The last image equals that of `generate`.
         """
         settings = settings or SamplingConfig()
         texts = self.text_states([prompt])
         for partial in stream(self.generator, texts, [seed], settings, every_rows=every_rows):
-            drawn = self._generated(partial.ids[0], prompt, seed, settings, {"best_of": 1})
+            generated = self._generated(partial.ids[0], prompt, seed, settings, {"best_of": 1})
             known = partial.known[0].view(1, 1, *self.tokenizer.grid_size).float().cpu()
-            yield dataclasses.replace(drawn, image=_blend(drawn.image, None, known))
+            yield dataclasses.replace(generated, image=_blend(generated.image, None, known))
 
     def rank(self, ids: Tensor, prompt: str, by: RankBy = "sum") -> Tensor:
-        """Score pictures of one prompt by the chain's own parts: (B, N) -> (B,), larger fits better.
+        """Score candidates of one prompt by how well they match it, with the models of this pipeline alone.
 
-        `likelihood` is the captioner's log-likelihood of the prompt (nats); `alignment` the score of
-        the prompt's vector against the codes (ValueError for a plain tokenizer); `sum` adds the two, each
-        standardised over the candidates.
+        Args:
+            ids: (G, N), the candidates.
+            prompt: their prompt.
+            by: `likelihood` is the captioner's log-likelihood of the prompt, in nats; `alignment` is the
+                alignment score of prompt and codes; `sum` adds both, each standardised over the candidates.
+
+        Returns:
+            (G,) float32, larger is better.
+
+        Raises:
+            ValueError: alignment is asked for, but the tokenizer is plain.
         """
         if by not in get_args(RankBy):
             raise ValueError(f"rank_by is {by!r}; choose {', '.join(get_args(RankBy))}")
+
         scores = []
         if by != "alignment":
             scores.append(log_likelihood(self.captioner, ids, [prompt] * len(ids)).float().cpu())
@@ -224,7 +247,7 @@ class Pipeline:
             check_aligned(self.tokenizer, NUM_LEVELS)
             vector = self.alignment_encoder.encode([prompt])
             scores.append(alignment_scores(self.tokenizer, ids, vector)[:, 0].float().cpu())
-        return fit_of(scores)
+        return combine_scores(scores)
 
     def caption(
         self,
@@ -233,30 +256,45 @@ class Pipeline:
         *,
         with_patches: bool = False,
     ) -> list[list[Caption]]:
-        """Describe pictures: for each, `settings.n_best` captions, the best first."""
+        """Caption images.
+
+        Args:
+            images: B images of any size.
+            settings: options for decoding; the defaults if None.
+            with_patches: give each word its attention over the image tokens (slower).
+
+        Returns:
+            For each image `settings.n_best` captions, best first.
+        """
         ids = self.encode(images)
         return decode_captions(
             self.captioner, ids, settings, with_patches=with_patches, alignment_score=self._alignment_score
         )
 
     def _alignment_score(self, ids: Tensor, texts: Sequence[Sequence[str]]) -> Tensor:
-        """How well each image's codes (B, N) fit its own C texts: (B, C) in [-2, 0]."""
+        """Score each image's ids (B, N) against its G texts: (B, G) in [-2, 0]."""
         check_aligned(self.tokenizer, NUM_LEVELS)
         vectors = self.alignment_encoder.encode([text for group in texts for text in group])
         groups = vectors.split(len(texts[0]))
-        scores = [alignment_scores(self.tokenizer, *pair) for pair in zip(ids.split(1), groups, strict=True)]
+
+        # Image by image: `alignment_scores` compares all images it is given with all texts.
+        scores = [
+            alignment_scores(self.tokenizer, image_ids, group)
+            for image_ids, group in zip(ids.split(1), groups, strict=True)
+        ]
         return torch.cat(scores).float().cpu()
 
     def reconstruct(self, images: Sequence[Image.Image]) -> list[Reconstruction]:
-        """Encode and decode pictures; they come back square, at the tokenizer's resolution."""
+        """Encode and decode images. The reconstructions are square."""
         ids = self.encode(images)
-        return [Reconstruction(*pair) for pair in zip(self.decode(ids), ids.cpu(), strict=True)]
+        decoded = self.decode(ids)
+        return [Reconstruction(image, grid) for image, grid in zip(decoded, ids.cpu(), strict=True)]
 
     def heatmaps(self, image: Image.Image, text: str) -> list[UnitMap]:
-        """Where each word, phrase and sentence of `text` lies on a picture, words first.
+        """Map each word, phrase and sentence of `text` to its place on the image, words first.
 
-        A generated picture goes in as pixels, like any other. Raises ValueError for a plain tokenizer or an
-        empty text.
+        Raises:
+            ValueError: the tokenizer is plain, or the text is empty.
         """
         return unit_maps(self.tokenizer, image, text, self.alignment_encoder.encode)
 
@@ -268,25 +306,31 @@ class Pipeline:
         seeds: Sequence[int],
         settings: SamplingConfig | None = None,
     ) -> list[Generated]:
-        """Draw the masked part of a picture anew; the tokens and the pixels outside the mask stay.
+        """Generate the masked part of an image anew (inpainting); tokens and pixels outside the mask stay.
 
         Args:
-            image: any size; squashed to the square.
-            mask: (H, W) bool, any size, True where the picture is drawn anew. A token is drawn when any of
-                its pixels is.
-            prompt: what the whole picture shows.
-            seeds: one picture each.
+            image: any size; resized to a square.
+            mask: (H, W) bool, any size, True where the image is generated anew. A token is sampled if any of
+                its pixels is masked.
+            prompt: text for the whole image.
+            seeds: one per completed image.
+            settings: options for sampling; the defaults if None.
+
+        Raises:
+            ValueError: the mask is empty.
         """
-        settings = settings or SamplingConfig()
         size = self.tokenizer.decode_size_px
+        # "area" and not "nearest": a masked stripe thinner than a pixel of the square must not get lost.
         pixels = F.interpolate(mask[None, None].float(), size=(size, size), mode="area") > 0
-        drawn = F.adaptive_max_pool2d(pixels.float(), self.tokenizer.grid_size)[0, 0] > 0
-        if not drawn.any():
-            raise ValueError("the mask is empty: nothing is to be drawn; mark the part that shall change")
-        kept = ~drawn.flatten().expand(len(seeds), -1)
-        results = self._drawn_around(image, kept, prompt, seeds, settings)
-        original = to_pil(to_tensor(image, size).unsqueeze(0))[0]
-        return [dataclasses.replace(r, image=_blend(r.image, original, pixels.float())) for r in results]
+        masked = F.adaptive_max_pool2d(pixels.float(), self.tokenizer.grid_size)[0, 0] > 0
+        if not masked.any():
+            raise ValueError("the mask is empty: nothing is to be generated; mark the part that shall change")
+
+        given = ~masked.flatten().expand(len(seeds), -1)
+        results = self._sample_around(image, given, prompt, seeds, settings or SamplingConfig())
+
+        # The given tokens come back as a reconstruction; the original's own pixels are laid over it.
+        return [dataclasses.replace(r, image=_blend(r.image, image, pixels.float())) for r in results]
 
     def vary(
         self,
@@ -296,62 +340,79 @@ class Pipeline:
         seeds: Sequence[int],
         settings: SamplingConfig | None = None,
     ) -> list[Generated]:
-        """Draw variations of a picture: a random share of its tokens stays, others for each seed.
+        """Generate variations of an image: a random fraction of its tokens stays, the others are sampled.
 
         Args:
-            image: any size; squashed to the square.
-            share: of the tokens that stay, above 0 and below 1.
-            prompt: what the pictures show.
-            seeds: one picture each.
+            image: any size; resized to a square.
+            share: fraction of the tokens that stay, above 0 and below 1.
+            prompt: text for the variations.
+            seeds: one per variation; it also decides which tokens stay.
+            settings: options for sampling; the defaults if None.
         """
-        num_tokens = self.tokenizer.grid_size[0] * self.tokenizer.grid_size[1]
+        h, w = self.tokenizer.grid_size
+        num_tokens = h * w
         count = round(share * num_tokens)
         if not 0 < count < num_tokens:
             raise ValueError(f"the share of tokens that stay is {share}, expected above 0 and below 1")
-        kept = torch.zeros(len(seeds), num_tokens, dtype=torch.bool)
-        for row, seed in zip(kept, seeds, strict=True):
-            row[torch.randperm(num_tokens, generator=torch.Generator().manual_seed(seed))[:count]] = True
-        return self._drawn_around(image, kept, prompt, seeds, settings or SamplingConfig())
 
-    def _drawn_around(
-        self, image: Image.Image, kept: Tensor, prompt: str, seeds: Sequence[int], settings: SamplingConfig
+        given = torch.zeros(len(seeds), num_tokens, dtype=torch.bool)
+        for row, seed in zip(given, seeds, strict=True):
+            rng = torch.Generator().manual_seed(seed)
+            row[torch.randperm(num_tokens, generator=rng)[:count]] = True
+        return self._sample_around(image, given, prompt, seeds, settings or SamplingConfig())
+
+    def _sample_around(
+        self, image: Image.Image, given: Tensor, prompt: str, seeds: Sequence[int], settings: SamplingConfig
     ) -> list[Generated]:
-        """Draw the tokens of `image` anew but for those `kept` (B, N); one picture a seed."""
-        texts = _repeated(self.text_states([prompt]), 0, len(seeds))
-        given = self.encode([image])[0].flatten().expand(len(seeds), -1)
-        ids = sample(
-            self.generator, texts, seeds, settings, given_ids=given, given_mask=kept.to(given.device)
+        """Keep the tokens of `image` where `given` (B, N) is True, and sample the others, B times."""
+        text = self.text_states([prompt])
+        texts = TokenStates(
+            text.states.expand(len(seeds), -1, -1),
+            text.mask.expand(len(seeds), -1),
         )
-        more = {"completed_tokens": int((~kept[0]).sum())}
-        return [self._generated(row, prompt, s, settings, more) for row, s in zip(ids, seeds, strict=True)]
+        image_ids = self.encode([image])[0].flatten().expand(len(seeds), -1)
+        ids = sample(
+            self.generator,
+            texts,
+            seeds,
+            settings,
+            given_ids=image_ids,
+            given_mask=given.to(image_ids.device),
+        )
+        more = {"completed_tokens": int((~given[0]).sum())}
+        return [
+            self._generated(row, prompt, seed, settings, more) for row, seed in zip(ids, seeds, strict=True)
+        ]
 
     def encode(self, images: Sequence[Image.Image]) -> Tensor:
-        """Pictures -> ids (B, h, w); one at a time, so that a picture's ids never depend on the others."""
+        """Encode B images of any size: -> (B, h, w) int64."""
         if not images:
             raise ValueError("no image given; name at least one")
         size = self.tokenizer.image_size_px
         tensors = (to_tensor(image, size).unsqueeze(0).to(self.device) for image in images)
+        # One by one: kernels round differently by batch, and no image may change the ids of another.
         return torch.cat([self.tokenizer.encode(tensor) for tensor in tensors])
 
     def decode(self, ids: Tensor) -> list[Image.Image]:
-        """ids (B, N) or (B, h, w) -> pictures; one at a time, for the same reason."""
+        """Decode ids (B, N) or (B, h, w), one by one as in `encode`."""
         return [to_pil(self.tokenizer.decode(row.unsqueeze(0)))[0] for row in ids]
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
-    """Raise ValueError where a prompt is empty."""
+    """Raise ValueError if a prompt is empty."""
     if not all(prompt.strip() for prompt in prompts):
-        raise ValueError("the prompt is empty; describe the picture in a few words")
+        raise ValueError("the prompt is empty; describe the image in a few words")
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Read the recipe in a PNG that `Generated.save` wrote, in this version or an earlier one.
+    """Read the recipe from a PNG that `Generated.save` wrote, in this version or an earlier one.
 
     Raises:
-        ValueError: the file carries none.
+        FileNotFoundError: there is no such file.
+        ValueError: the file carries no recipe.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no picture {path}; name a PNG that tavq generate wrote")
+        raise FileNotFoundError(f"no image {path}; name a PNG that tavq generate wrote")
     with Image.open(path) as image:
         text = getattr(image, "text", {}).get(RECIPE_FIELD)
     if text is None:
@@ -362,32 +423,36 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def recipe_line(recipe: dict[str, Any]) -> str:
-    """The recipe as one prompt line and one line of settings."""
+    """Write a recipe as one line with the prompt and one line with the settings."""
     settings = {"Seed": recipe["seed"], **recipe["settings"], "Version": f"ta-vq {recipe['version']}"}
     return recipe["prompt"] + "\n" + ", ".join(f"{name}: {value}" for name, value in settings.items())
 
 
-def _repeated(texts: TokenStates, index: int, count: int) -> TokenStates:
-    return TokenStates(
-        texts.states[index : index + 1].expand(count, -1, -1), texts.mask[index : index + 1].expand(count, -1)
-    )
+def combine_scores(scores: Sequence[Tensor]) -> Tensor:
+    """Add up several kinds of scores of the same candidates.
 
+    Args:
+        scores: one or more kinds of scores (..., G).
 
-def fit_of(scores: Sequence[Tensor]) -> Tensor:
-    """What candidates are ranked by: one kind of score (..., C), or the sum of several, each standardised
-    over the C candidates."""
+    Returns:
+        (..., G). One kind is returned as it is. Several are standardised over the candidates first, since
+        nats and alignment scores have no common unit.
+    """
     if len(scores) == 1:
         return scores[0]
-    deviations = (s.std(-1, keepdim=True).clamp_min(1e-6) for s in scores)
     total = torch.zeros_like(scores[0])
-    for s, d in zip(scores, deviations, strict=True):
-        total = total + (s - s.mean(-1, keepdim=True)) / d
+    for score in scores:
+        deviation = score.std(-1, keepdim=True).clamp_min(1e-6)
+        total = total + (score - score.mean(-1, keepdim=True)) / deviation
     return total
 
 
-def _blend(image: Image.Image, under: Image.Image | None, share: Tensor) -> Image.Image:
-    """`image` where `share` (1, 1, h, w) is 1, `under` (grey if None) where it is 0."""
+def _blend(image: Image.Image, background: Image.Image | None, weight: Tensor) -> Image.Image:
+    """Show `image` where `weight` (1, 1, h, w) is 1, and `background` (grey if None) where it is 0."""
     size = image.width
-    alpha = F.interpolate(share, size=(size, size), mode="nearest")
-    below = torch.full((1, 3, size, size), UNKNOWN_GREY) if under is None else to_tensor(under, size)[None]
-    return to_pil(alpha * to_tensor(image, size)[None] + (1 - alpha) * below)[0]
+    alpha = F.interpolate(weight, size=(size, size), mode="nearest")
+    if background is None:
+        behind = torch.full((1, 3, size, size), UNKNOWN_GREY)
+    else:
+        behind = to_tensor(background, size)[None]
+    return to_pil(alpha * to_tensor(image, size)[None] + (1 - alpha) * behind)[0]
