@@ -1,7 +1,7 @@
-"""python app/demo.py, or tavq demo: the whole chain in a browser, on 127.0.0.1:7860.
+"""python app/demo.py, or tavq demo: all tasks in a browser, on 127.0.0.1:7860.
 
-Text to image, image to text, word-to-patch maps, reconstruction and completion, over `Pipeline`; each is also
-an endpoint for `gradio_client`: /generate, /caption, /heatmaps, /reconstruct, /complete.
+Text to image, image to text, word-to-patch maps, reconstruction and completion. Each is also an endpoint for
+`gradio_client`: /generate, /caption, /heatmaps, /reconstruct, /complete.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tavq.pipeline import CHECKPOINT, Pipeline
 
 @dataclasses.dataclass(frozen=True)
 class DemoRun:
-    """Try the whole chain in a browser.
+    """Try all tasks in a browser.
 
     Example: tavq demo --port 8000
     """
@@ -28,8 +28,9 @@ class DemoRun:
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 lets other machines in."""
     port: int = 7860
+    """Port to listen on."""
     share: bool = False
-    """Also make a public link, through Gradio's servers."""
+    """Also open a public link, through Gradio's servers."""
     checkpoint: str = CHECKPOINT
     """Directory or hf:OWNER/NAME that holds tokenizer/, generator/ and captioner/."""
     device: Device = "auto"
@@ -41,8 +42,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if importlib.util.find_spec("gradio") is None:
         raise ValueError("the demo needs gradio, which is not installed; pip install 'ta-vq[app]'")
     pipeline = Pipeline.from_pretrained(run.checkpoint, choose_device(run.device))
-    # All parts are loaded here, so that a bad checkpoint fails before the page is up.
+
+    # All parts are loaded now, so that a bad checkpoint fails before the page is up.
     _ = pipeline.generator, pipeline.captioner, pipeline.text_encoder
+
+    # Gradio reads these when it is imported, which `serve` does.
     with tempfile.TemporaryDirectory(prefix="tavq-demo-") as folder:
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         os.environ["GRADIO_TEMP_DIR"] = folder

@@ -1,4 +1,4 @@
-"""The page: three tabs of components, wired to the endpoints of `Actions`."""
+"""The page of the demo: three tabs of components, connected to the endpoints of `Actions`."""
 
 from __future__ import annotations
 
@@ -23,11 +23,14 @@ PROMPTS = (
     "two children play in the water",
     "a mountain under a blue sky",
 )
-MAX_PICTURES, MAX_CANDIDATES, MAX_BEAM = 16, 16, 10
+MAX_IMAGES = 16
+MAX_CANDIDATES = 16
+MAX_BEAM = 10
 UNSURE_BELOW = 0.3
-GALLERY_PX = 650  # two rows of two
-CLEAN_EVERY_S, KEEP_FILES_S = 3600, 24 * 3600
-# One model, one job at a time: two would only slow each other down.
+GALLERY_PX = 650  # two rows of two images
+CLEAN_EVERY_S = 3600
+KEEP_FILES_S = 24 * 3600
+# One job at a time: two on one model would only slow each other down.
 QUEUED: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
 HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
@@ -46,8 +49,8 @@ def build(pipeline: Pipeline, folder: Path) -> gr.Blocks:
     """Make the page.
 
     Args:
-        pipeline: loaded.
-        folder: where pictures are written; it must lie in Gradio's own temporary folder.
+        pipeline: does the work.
+        folder: that images are written to. It must lie in Gradio's temporary folder, or they are not served.
     """
     actions = Actions(pipeline, folder)
     with gr.Blocks(
@@ -64,12 +67,13 @@ def build(pipeline: Pipeline, folder: Path) -> gr.Blocks:
 
 
 def _heading(pipeline: Pipeline) -> str:
-    tokenizer, (h, w) = pipeline.tokenizer, pipeline.tokenizer.grid_size
+    tokenizer = pipeline.tokenizer
+    h, w = tokenizer.grid_size
+    size = tokenizer.decode_size_px
     return (
         "# TA-VQ: one vocabulary for images and text\n"
-        f"Every image is {h} x {w} tokens out of {tokenizer.num_codes}, drawn at "
-        f"{tokenizer.decode_size_px} x {tokenizer.decode_size_px} px. "
-        "The codebook is aligned with language.\n"
+        f"An image is {h} x {w} tokens from a codebook of {tokenizer.num_codes} codes, which is aligned with "
+        f"language. Images are decoded at {size} x {size} px.\n"
         f"Weights: `{pipeline.directory.name}`, on {pipeline.device}."
     )
 
@@ -85,29 +89,30 @@ def _text_to_image(actions: Actions) -> None:
                 autofocus=True,
             )
             with gr.Row():
-                count = gr.Slider(1, MAX_PICTURES, 4, step=1, label="Images")
+                count = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Images")
                 seed = _seed()
             with gr.Row():
-                draw, stop = gr.Button("Draw", variant="primary"), gr.Button("Stop", variant="stop")
+                run = gr.Button("Generate", variant="primary")
+                stop = gr.Button("Stop", variant="stop")
             gr.Examples([[text] for text in PROMPTS], prompt, api_visibility="private")
             with gr.Accordion("Settings", open=False):
                 sampling = _sampling(actions.pipeline)
                 best_of = gr.Slider(
                     1, MAX_CANDIDATES, 1, step=1, label="Best of",
-                    info="Candidates a picture, of which the captioner and the alignment choose one",
+                    info="Candidates per image; captioner and alignment choose one of them",
                 )  # fmt: skip
                 live = gr.Checkbox(
                     True,
                     label="Live preview",
-                    info="Row by row, one picture after the other; where best of is 1",
+                    info="Shows each image row by row while it is generated (only with best of 1)",
                 )
         with gr.Column(scale=3):
-            gallery = _gallery("Pictures")
+            gallery = _gallery("Images")
             with gr.Row():
                 used = gr.Number(label="Seed used", precision=0, interactive=False)
                 recipe = gr.Textbox(label="Recipe", lines=2, interactive=False, scale=3, buttons=["copy"])
             files = _files()
-    gr.on([draw.click, prompt.submit], actions.start, queue=False, **HIDDEN).then(
+    gr.on([run.click, prompt.submit], actions.start, queue=False, **HIDDEN).then(
         actions.generate,
         [prompt, count, seed, *sampling, best_of, live],
         [gallery, files, used, recipe],
@@ -119,7 +124,8 @@ def _text_to_image(actions: Actions) -> None:
 
 
 def _image_to_text(actions: Actions) -> None:
-    described, chosen = gr.State(None), gr.State(0)
+    captioned = gr.State(None)
+    chosen = gr.State(0)
     with gr.Row():
         with gr.Column(scale=2):
             photo = _photo()
@@ -128,30 +134,30 @@ def _image_to_text(actions: Actions) -> None:
                 n_best = gr.Slider(1, MAX_BEAM, 3, step=1, label="N-best", info="At most the beam")
             alignment = gr.Slider(
                 0, 10, DecodingConfig().alignment, step=0.5, label="Alignment",
-                info="What the codes' own fit to a sentence counts in the choice; try 4",
+                info="Weight of the alignment score when captions are ranked; try 4",
             )  # fmt: skip
             unsure = gr.Slider(0, 1, UNSURE_BELOW, step=0.05, label="Unsure below this probability")
-            run = gr.Button("Describe", variant="primary")
+            run = gr.Button("Caption", variant="primary")
             _photo_examples(photo)
         with gr.Column(scale=3):
             best = gr.Textbox(label="Caption", interactive=False, buttons=["copy"])
             ranking = gr.Dataframe(
                 headers=["rank", "caption", "score"], datatype=["number", "str", "number"],
                 column_widths=["12%", "70%", "18%"], type="array", interactive=False, wrap=True, buttons=[],
-                label="Candidates: score is a word's mean log-probability + what alignment adds; click one",
+                label="All captions. Score: mean log-probability of the words, plus alignment. Click one.",
             )  # fmt: skip
             words = gr.HighlightedText(
-                label="Words with their probability: click one to see where the model looked",
+                label="Words with their probability. Click one to see where the model looked.",
                 color_map={SURE: "#99f6e4", UNSURE: "#fdba74"}, show_legend=True, show_inline_category=False,
             )  # fmt: skip
-            gr.Markdown("The patches behind each word: red is much, yellow is little")
+            gr.Markdown("Attention of each word to the image: red is much, yellow is little")
             patches = gr.Gallery(
                 label="Patches", show_label=False, columns=4, height=420, object_fit="contain",
                 format="png", interactive=False, buttons=["download", "fullscreen"],
             )  # fmt: skip
             text = gr.Textbox(
                 label="Where does a text lie on the photo?", placeholder="a black dog jumps over a log",
-                info="The transport plan between codes and words, phrases, sentences; no captioner is asked",
+                info="Shows the transport plan between codes and words, phrases, sentences",
                 max_length=1000,
             )  # fmt: skip
             show = gr.Button("Show")
@@ -159,29 +165,32 @@ def _image_to_text(actions: Actions) -> None:
                 label="Maps", show_label=False, columns=4, height=420, object_fit="contain",
                 format="png", interactive=False, buttons=["download", "fullscreen"],
             )  # fmt: skip
-    outputs = [best, ranking, words, patches, described, chosen]
-    asked = [photo, beam, n_best, alignment, unsure]
-    run.click(actions.caption, asked, outputs, api_name="caption", **QUEUED).then(
-        lambda caption: caption, best, text, **HIDDEN
-    )
+    run.click(
+        actions.caption,
+        [photo, beam, n_best, alignment, unsure],
+        [best, ranking, words, patches, captioned, chosen],
+        api_name="caption",
+        **QUEUED,
+    ).then(lambda caption: caption, best, text, **HIDDEN)
     gr.on([show.click, text.submit], actions.heatmaps, [photo, text], maps, api_name="heatmaps", **QUEUED)
-    ranking.select(_row, None, chosen, **HIDDEN).then(
-        actions.words, [described, chosen, unsure], [words, patches], **HIDDEN
+    ranking.select(_selected_row, None, chosen, **HIDDEN).then(
+        actions.words, [captioned, chosen, unsure], [words, patches], **HIDDEN
     )
-    unsure.release(actions.words, [described, chosen, unsure], [words, patches], **HIDDEN)
-    words.select(_word, None, patches, **HIDDEN)
+    unsure.release(actions.words, [captioned, chosen, unsure], [words, patches], **HIDDEN)
+    words.select(_gallery_at_word, None, patches, **HIDDEN)
 
 
-def _row(event: gr.SelectData) -> int:
+def _selected_row(event: gr.SelectData) -> int:
     return event.index[0]
 
 
-def _word(event: gr.SelectData) -> gr.Gallery:
+def _gallery_at_word(event: gr.SelectData) -> gr.Gallery:
     return gr.Gallery(selected_index=event.index)
 
 
 def _reconstruction(actions: Actions) -> None:
-    (h, w), size = actions.pipeline.tokenizer.grid_size, actions.pipeline.tokenizer.image_size_px
+    h, w = actions.pipeline.tokenizer.grid_size
+    size = actions.pipeline.tokenizer.image_size_px
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
             photo = _photo()
@@ -189,20 +198,21 @@ def _reconstruction(actions: Actions) -> None:
             _photo_examples(photo)
         with gr.Column(scale=5):
             with gr.Row():
-                seen = _picture(f"What the model sees: {size} x {size} px", "pixels")
-                rebuilt = _picture("Decoded from the tokens alone", "pixels")
-                tokens = _picture(f"The {h} x {w} tokens, a colour each")
+                seen = _image(f"What the model sees: {size} x {size} px", "pixels")
+                reconstruction = _image("Decoded from the tokens alone", "pixels")
+                tokens = _image(f"The {h} x {w} tokens, one colour per code")
             with gr.Accordion("The ids as numbers", open=False):
                 ids = gr.JSON(show_label=False)
-    run.click(actions.reconstruct, photo, [seen, rebuilt, tokens, ids], api_name="reconstruct", **QUEUED)
-    gr.Markdown("### Completion and variations: a part of the photo stays, the rest is drawn anew")
+    outputs = [seen, reconstruction, tokens, ids]
+    run.click(actions.reconstruct, photo, outputs, api_name="reconstruct", **QUEUED)
+    gr.Markdown("### Completion and variations: a part of the photo stays, the rest is generated")
     _completion(actions, photo)
 
 
 def _completion(actions: Actions, photo: gr.Image) -> None:
     with gr.Row():
         with gr.Column(scale=2):
-            prompt = gr.Textbox(label="What the whole picture shall show", max_length=1000)
+            prompt = gr.Textbox(label="Prompt for the whole image", max_length=1000)
             keep = gr.Radio([TOP, LEFT, BOX, SHARE], value=TOP, label="What stays")
             with gr.Group(visible=False) as box_group:
                 box = [
@@ -211,12 +221,14 @@ def _completion(actions: Actions, photo: gr.Image) -> None:
                 ]
             share = gr.Slider(5, 95, 30, step=5, label="Tokens that stay, %", visible=False)
             with gr.Row():
-                count, seed = gr.Slider(1, MAX_PICTURES, 4, step=1, label="Images"), _seed()
+                count = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Images")
+                seed = _seed()
             with gr.Accordion("Settings", open=False):
                 sampling = _sampling(actions.pipeline)
             run = gr.Button("Complete", variant="primary")
         with gr.Column(scale=3):
-            gallery, used = _gallery("Completions"), gr.Number(label="Seed used", interactive=False)
+            gallery = _gallery("Completions")
+            used = gr.Number(label="Seed used", interactive=False)
             files = _files()
     keep.change(lambda kept: gr.Group(visible=kept == BOX), keep, box_group, **HIDDEN)
     keep.change(lambda kept: gr.Slider(visible=kept == SHARE), keep, share, **HIDDEN)
@@ -236,19 +248,20 @@ def _seed() -> gr.Number:
 
 def _sampling(pipeline: Pipeline) -> Sequence[Component]:
     """The sliders of `SamplingConfig`, in the order of the endpoints' arguments."""
-    default, codes = SamplingConfig(), pipeline.tokenizer.num_codes
+    default = SamplingConfig()
+    codes = pipeline.tokenizer.num_codes
     return (
         gr.Slider(
-            0, 10, default.guidance_scale, step=0.1, label="Guidance", info="Weight of the text; 1 is none"
+            0, 10, default.guidance_scale, step=0.1, label="Guidance scale", info="1 turns guidance off"
         ),
         gr.Slider(0, 2, default.temperature, step=0.05, label="Temperature", info="0 takes the likeliest"),
-        gr.Slider(0, codes, min(default.top_k, codes), step=1, label="Top-k", info="0 means all"),
-        gr.Slider(0.01, 1, default.top_p, step=0.01, label="Top-p", info="1 means all"),
+        gr.Slider(0, codes, min(default.top_k, codes), step=1, label="Top-k", info="0 means all codes"),
+        gr.Slider(0.01, 1, default.top_p, step=0.01, label="Top-p", info="1 means all codes"),
     )
 
 
 def _gallery(label: str) -> gr.Gallery:
-    """Small pictures, enlarged without smoothing; what is downloaded from it is the file itself."""
+    """A gallery of small images, enlarged without smoothing; its download button gives the file itself."""
     return gr.Gallery(
         label=label, show_label=False, columns=2, fit_columns=False, height=GALLERY_PX, object_fit="contain",
         format="png", interactive=False, elem_classes="pixels", buttons=["download", "fullscreen"],
@@ -261,8 +274,8 @@ def _files() -> gr.File:
     )
 
 
-def _picture(caption: str, css_class: str = "") -> gr.Image:
-    """A result under its caption: a floating label would hide a part of it."""
+def _image(caption: str, css_class: str = "") -> gr.Image:
+    """An image that is a result. Its caption stands above it: a floating label would hide a part of it."""
     with gr.Column(min_width=200):
         gr.Markdown(caption)
         return gr.Image(
@@ -272,7 +285,7 @@ def _picture(caption: str, css_class: str = "") -> gr.Image:
 
 
 def _photo() -> gr.Image:
-    """An upload that reaches the endpoint as the file it is, so that `load_image` converts it."""
+    """An upload that reaches the endpoint as a file, so that `load_image` converts it as everywhere else."""
     return gr.Image(
         label="Photo", type="filepath", image_mode=None, sources=["upload", "clipboard"], height=300
     )

@@ -1,4 +1,4 @@
-"""Pictures and tables that the demo shows: token grids, heat overlays, words with their probability.
+"""Images and tables that the demo shows: token grids, attention maps, words with their probability.
 
 Shapes: h w token grid.
 """
@@ -15,9 +15,10 @@ from tavq.captioner.decoding import Caption, Word
 from tavq.tokenizer.heatmaps import UnitMap, heat_overlay
 
 SHEET_PX = 512  # longer side of a token grid or an overlay
-MIN_NUMBERED_CELL_PX = 24  # below this a number cannot be read
+MIN_NUMBERED_CELL_PX = 24  # in smaller cells a number cannot be read
 GOLDEN_RATIO = 0.618034  # its multiples, modulo 1, spread neighbouring ids over the colour circle
-SURE, UNSURE = "sure", "unsure"
+SURE = "sure"
+UNSURE = "unsure"
 
 
 def token_grid(ids: np.ndarray) -> Image.Image:
@@ -25,26 +26,31 @@ def token_grid(ids: np.ndarray) -> Image.Image:
     rows, columns = ids.shape
     cell = max(4, SHEET_PX // max(rows, columns))
     sheet = Image.new("RGB", (columns * cell, rows * cell))
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=max(8, cell // 3))
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=max(8, cell // 3))
+
     for (row, column), number in np.ndenumerate(ids):
-        x, y = column * cell, row * cell
+        x = column * cell
+        y = row * cell
         colour = code_colour(int(number))
         draw.rectangle((x, y, x + cell - 2, y + cell - 2), fill=colour)
         if cell >= MIN_NUMBERED_CELL_PX:
+            # Black on light colours, white on dark ones, by luma (ITU-R BT.601).
             ink = "black" if np.dot(colour, (0.299, 0.587, 0.114)) > 140 else "white"
             draw.text((x + cell / 2, y + cell / 2), str(number), fill=ink, font=font, anchor="mm")
     return sheet
 
 
 def code_colour(number: int) -> tuple[int, int, int]:
-    """An RGB colour for a code; neighbouring numbers get colours far apart."""
+    """Return an RGB colour for a code; neighbouring numbers get colours far apart."""
+    hue = number * GOLDEN_RATIO % 1.0
     lightness = 0.45 + 0.1 * (number % 4)
-    red, green, blue = colorsys.hls_to_rgb(number * GOLDEN_RATIO % 1.0, lightness, 0.55)
+    red, green, blue = colorsys.hls_to_rgb(hue, lightness, 0.55)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def enlarged(photo: Image.Image) -> Image.Image:
-    """The photo with its longer side as long as a sheet's."""
+    """Resize a photo until its longer side is that of a sheet."""
     scale = SHEET_PX / max(photo.size)
     return photo.resize([max(1, round(side * scale)) for side in photo.size])
 
@@ -54,7 +60,7 @@ def percent(word: Word) -> str:
 
 
 def marked_words(caption: Caption, unsure_below: float) -> list[tuple[str, str]]:
-    """Each word with its probability, and whether that lies under the threshold."""
+    """Return each word with its probability, and whether that lies below the threshold."""
     return [
         (f"{word.text} {percent(word)}", UNSURE if word.probability < unsure_below else SURE)
         for word in caption.words
@@ -62,7 +68,7 @@ def marked_words(caption: Caption, unsure_below: float) -> list[tuple[str, str]]
 
 
 def word_overlays(photo: Image.Image, caption: Caption) -> list[tuple[Image.Image, str]]:
-    """For each word the photo with the patches behind it, and the word."""
+    """Lay the attention of each word over the photo; return each overlay with its word."""
     large = enlarged(photo)
     return [
         (heat_overlay(large, word.patches), word.text) for word in caption.words if word.patches is not None
@@ -70,11 +76,11 @@ def word_overlays(photo: Image.Image, caption: Caption) -> list[tuple[Image.Imag
 
 
 def unit_overlays(photo: Image.Image, maps: Sequence[UnitMap]) -> list[tuple[Image.Image, str]]:
-    """For each word, phrase and sentence the photo with the place of it, and the unit."""
+    """Lay the map of each word, phrase and sentence over the photo; return each overlay with its text."""
     large = enlarged(photo)
-    return [(heat_overlay(large, found.map), found.unit) for found in maps]
+    return [(heat_overlay(large, unit_map.map), unit_map.unit) for unit_map in maps]
 
 
 def ranking(captions: Sequence[Caption]) -> list[list[int | str | float]]:
-    """Rows of rank, caption and score (`Caption.score`)."""
+    """Return rows of rank, caption and score (`Caption.score`)."""
     return [[rank, caption.text, round(caption.score, 3)] for rank, caption in enumerate(captions, 1)]

@@ -69,7 +69,7 @@ def client(address: str, tmp_path_factory: pytest.TempPathFactory):
 
 
 def generate(client, prompt: str = "a dog runs on the grass", **changes):
-    """Submit a job to /generate: one picture, seed 7, no live preview."""
+    """Submit a job to /generate: one image, seed 7, no live preview."""
     settings = {"num_images": 1, "seed": 7, "best_of": 1, "live": False, **SAMPLING, **changes}
     return client.submit(prompt, **settings, api_name="/generate")
 
@@ -95,7 +95,7 @@ def test_every_endpoint_has_its_name_and_no_other_is_public(client):
     assert names == {"/generate", "/caption", "/heatmaps", "/reconstruct", "/complete"}
 
 
-def test_pictures_are_those_of_the_pipeline_and_carry_their_recipe(client, tiny_pipeline: Pipeline):
+def test_images_are_those_of_the_pipeline_and_carry_their_recipe(client, tiny_pipeline: Pipeline):
     gallery, files, seed, recipe = generate(client, num_images=2).result()
     recipes = [read_recipe(Path(file)) for file in files]
     expected = tiny_pipeline.generate(["a dog runs on the grass"] * 2, [7, 8], settings_of(recipes[0]))
@@ -112,7 +112,7 @@ def settings_of(recipe: dict):
     return SamplingConfig(**recipe["settings"])
 
 
-def test_the_live_preview_grows_row_by_row_and_ends_in_the_same_picture(client, tiny_pipeline: Pipeline):
+def test_the_live_preview_grows_row_by_row_and_ends_in_the_same_image(client, tiny_pipeline: Pipeline):
     job = generate(client, live=True)
     job.result()
     steps, rows = job.outputs(), tiny_pipeline.tokenizer.grid_size[0]
@@ -120,11 +120,11 @@ def test_the_live_preview_grows_row_by_row_and_ends_in_the_same_picture(client, 
     assert [len(files) for _, files, *_ in steps] == [0] * (rows - 1) + [1]
     first, last = pixels(steps[0][0][0]["image"]), pixels(steps[-1][1][0])
     half = len(first) // 2
-    assert np.unique(first[half:]).size == 1 < np.unique(last[half:]).size  # what is not drawn yet is grey
+    assert np.unique(first[half:]).size == 1 < np.unique(last[half:]).size  # what is not sampled yet is grey
     assert np.array_equal(last, pixels(generate(client).result()[1][0]))
 
 
-def test_a_random_seed_is_shown_and_draws_the_same_picture_again(client):
+def test_a_random_seed_is_shown_and_generates_the_same_image_again(client):
     _, files, seed, _ = generate(client, seed=-1).result()
     again = generate(client, seed=seed).result()
     assert seed >= 0 and again[2] == seed and np.array_equal(pixels(files[0]), pixels(again[1][0]))
@@ -151,8 +151,8 @@ def test_the_maps_of_a_text_are_those_of_the_pipeline(client, tiny_pipeline: Pip
     own = tiny_pipeline.heatmaps(load_image(PHOTO), "a red cat")
     assert [item["caption"] for item in items] == [found.unit for found in own]
     shown = unit_overlays(load_image(PHOTO), own)
-    for item, (picture, _) in zip(items, shown, strict=True):
-        assert np.array_equal(pixels(item["image"]), np.asarray(picture))
+    for item, (overlay, _) in zip(items, shown, strict=True):
+        assert np.array_equal(pixels(item["image"]), np.asarray(overlay))
 
 
 def test_reconstruction_and_ids_are_those_of_the_pipeline(client, tiny_pipeline: Pipeline):
@@ -168,13 +168,13 @@ def test_reconstruction_and_ids_are_those_of_the_pipeline(client, tiny_pipeline:
 @pytest.mark.parametrize("keep", ["top half", "left half", "a box"])
 def test_completion_keeps_its_part_of_the_photo(client, tiny_pipeline: Pipeline, keep: str):
     box = {"box_left": 0, "box_top": 0, "box_width": 50, "box_height": 50}
-    pictures, files, seed = client.predict(
+    gallery, files, seed = client.predict(
         sent(PHOTO), "a cat", keep=keep, **box, num_images=2, seed=3, **SAMPLING, api_name="/complete"
     )
     half = tiny_pipeline.tokenizer.decode_size_px // 2
     kept = {"top half": np.s_[:half], "left half": np.s_[:, :half], "a box": np.s_[:half, :half]}[keep]
     photo = np.asarray(load_image(PHOTO).resize((2 * half, 2 * half), Image.Resampling.BICUBIC))
-    assert seed == 3 and [item["caption"] for item in pictures] == ["seed 3", "seed 4"]
+    assert seed == 3 and [item["caption"] for item in gallery] == ["seed 3", "seed 4"]
     first, second = map(pixels, files)
     assert np.array_equal(first[kept], photo[kept]) and np.array_equal(second[kept], photo[kept])
     assert not np.array_equal(first, second) and not np.array_equal(first, photo)
@@ -221,15 +221,17 @@ def test_a_prompt_longer_than_the_generator_reads_is_warned_of_on_the_page(
         assert len(last[1]) == 1 and "barks" in shown.pop() and not shown
 
 
-def test_stop_ends_the_drawing_of_its_own_tab_after_the_row_in_hand(tiny_pipeline: Pipeline, tmp_path: Path):
+def test_stop_ends_the_generation_of_its_own_tab_after_the_current_row(
+    tiny_pipeline: Pipeline, tmp_path: Path
+):
     from tavq.app.actions import Actions, gr
 
     actions, own, other = Actions(tiny_pipeline, tmp_path), gr.Request(session_hash="1"), gr.Request()
     settings = {"num_images": 2, "seed": 0, "best_of": 1, "live": True, **SAMPLING}
-    drawing = actions.generate("a dog", request=own, **settings)
-    pictures, files, *_ = next(drawing)
+    generation = actions.generate("a dog", request=own, **settings)
+    gallery, files, *_ = next(generation)
     actions.stop(own)
-    assert len(pictures) == 1 and not files and list(drawing) == []
+    assert len(gallery) == 1 and not files and list(generation) == []
     assert len([*actions.generate("a dog", request=other, **settings)][-1][1]) == 2
     actions.start(own)
     assert len([*actions.generate("a dog", request=own, **settings)][-1][1]) == 2
@@ -253,7 +255,7 @@ def test_a_taken_port_and_a_missing_checkpoint_are_one_line_with_exit_code_2(
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
-def test_a_browser_draws_captions_and_reconstructs(address: str):
+def test_a_browser_generates_captions_and_reconstructs(address: str):
     from playwright.sync_api import sync_playwright
 
     foreign: list[str] = []
@@ -265,15 +267,15 @@ def test_a_browser_draws_captions_and_reconstructs(address: str):
         page.on("request", lambda r: None if r.url.startswith(local) else foreign.append(r.url))
         page.goto(address)
         page.get_by_label("Prompt").fill("a dog runs on the grass")
-        page.get_by_role("button", name="Draw", exact=True).click()
+        page.get_by_role("button", name="Generate", exact=True).click()
         panel = page.locator("[role=tabpanel]:visible")
         drawn = panel.get_by_text(re.compile(r"^seed \d+$"))
         drawn.nth(3).wait_for()
         assert f"seed {page.get_by_label('Seed used').first.input_value()}" == drawn.first.inner_text()
-        assert all(picture_is_loaded(image) for image in panel.locator(".pixels img").all())
+        assert all(image_is_loaded(image) for image in panel.locator(".pixels img").all())
 
         panel.locator("input[type=number]").first.fill("16")
-        page.get_by_role("button", name="Draw", exact=True).click()
+        page.get_by_role("button", name="Generate", exact=True).click()
         drawn.nth(4).wait_for()
         page.get_by_role("button", name="Stop").click()
         page.wait_for_timeout(1500)
@@ -284,7 +286,7 @@ def test_a_browser_draws_captions_and_reconstructs(address: str):
         page.get_by_role("tab", name="Image to text").click()
         panel.locator("input[type=file]").first.set_input_files(PHOTO)
         panel.locator(f"img[src*='{PHOTO.stem}']").first.wait_for()
-        page.get_by_role("button", name="Describe").click()
+        page.get_by_role("button", name="Caption", exact=True).click()
         word = panel.get_by_text(re.compile(r"^\w+ \d+ %$")).nth(1)
         word.click()
         panel.locator(".preview img").first.wait_for()  # the word's patches, enlarged
@@ -296,12 +298,12 @@ def test_a_browser_draws_captions_and_reconstructs(address: str):
         page.get_by_role("button", name="Reconstruct", exact=True).click()
         results = panel.locator("[data-testid=image] img, .pixels img")
         results.nth(2).wait_for()
-        assert all(picture_is_loaded(image) for image in panel.locator(".pixels img").all())
+        assert all(image_is_loaded(image) for image in panel.locator(".pixels img").all())
         browser.close()
     assert not foreign  # the page works without any other network
 
 
-def picture_is_loaded(image) -> bool:
+def image_is_loaded(image) -> bool:
     return image.evaluate("image => image.decode().then(() => image.naturalWidth > 0)")
 
 
