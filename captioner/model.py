@@ -316,7 +316,7 @@ def create_captioner(config: CaptionerConfig) -> Captioner:
         ValueError: it holds no language model in safetensors.
     """
     if config.shape.decoder is None:
-        return Captioner(config)
+        return Captioner.from_config(config)
 
     from transformers import AutoModelForCausalLM
 

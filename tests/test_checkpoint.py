@@ -9,11 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 
+from tavq.commands.train_captioner import main as train_captioner
+from tavq.commands.train_generator import main as train_generator
+from tavq.commands.train_tokenizer import main as train_tokenizer
 from tavq.data.text_encoder import TextEncoder
+from tavq.data.tokens import TokenMeta, TokenRecord, write_tokens
 from tavq.generator.model import GeneratorModel
 from tavq.pipeline import Pipeline
 from tavq.tokenizer.model import PRESETS, TAVQTokenizer
@@ -167,3 +172,23 @@ def test_a_model_that_cannot_be_trained_here_is_refused_before_it_is_built():
         GeneratorModel.from_config(config)
     tiny = GeneratorModel.config_class(width=32, num_layers=2, num_heads=2, hidden_width=64)
     assert next(GeneratorModel.from_config(tiny).parameters()).device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("main", "flags"),
+    [
+        (train_tokenizer, ["--model.quantizer.num-codes", 2**24, "--model.quantizer.code-dim", 2**14]),
+        (train_generator, ["--model.width", 2**15, "--model.num-layers", 1000]),
+        (train_captioner, ["--model.width", 2**14, "--model.decoder-layers", 1000]),
+    ],
+)
+def test_a_training_that_this_machine_has_no_memory_for_ends_in_one_line(main, flags, tmp_path, capsys):
+    records = [TokenRecord(s, s, np.zeros((1, 8, 8), int), ("A dog.",)) for s in ("train", "val")]
+    write_tokens(tmp_path / "tokens", records, TokenMeta(8, (8, 8), "codebook", "tokenizer", "made up", 32))
+    data = ["--tokens", tmp_path / "tokens"]
+    if main is train_tokenizer:
+        data = ["--data", "shapes", "--align", "none"]
+    with pytest.raises(SystemExit) as stopped:
+        main([str(word) for word in ("--preset", "tiny", *data, *flags, "--out", tmp_path / "run")])
+    assert stopped.value.code == 2
+    assert "error: training it needs more than this machine's" in capsys.readouterr().err

@@ -302,7 +302,8 @@ class TokenizerTask(Task[TokenizerTrainer, TAVQTokenizer]):
             provenance = dataclasses.replace(provenance, aligned_levels=run.alignment.aligned_levels)
             decided["text_dim"] = encoder.dim
 
-        tokenizer = TAVQTokenizer(TokenizerConfig.of(run.model, provenance=provenance, **decided))
+        config = TokenizerConfig.of(run.model, provenance=provenance, **decided)
+        tokenizer = TAVQTokenizer.from_config(config)
         if earlier is not None:
             if tokenizer.config.text_dim != earlier.config.text_dim:
                 raise ValueError(
