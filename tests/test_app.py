@@ -27,6 +27,8 @@ CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first
 CHROMIUM_FLAGS += ["--disable-background-networking", "--disable-component-update"]
 SAMPLING = {"guidance_scale": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
+pytestmark = pytest.mark.slow  # a server and a browser
+
 
 @pytest.fixture(scope="module")
 def address(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:

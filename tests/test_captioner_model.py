@@ -170,6 +170,7 @@ def test_long_style_has_its_own_start_and_length():
         captioner_of().prefix_embeddings(ids, "long")
 
 
+@pytest.mark.slow
 def test_ten_images_are_learned_by_heart():
     captioner = captioner_of(dropout=0.0, token_dropout=0.0, width=64, decoder_layers=2)
     captioner = Captioner(captioner.config).train()  # without the sharpening

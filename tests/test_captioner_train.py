@@ -49,6 +49,7 @@ def trained_dir(tokens_dir: Path) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_cross_entropy_learns_to_read_the_tokens(trained_dir: Path, tokens_dir: Path):
     captioner, val = Captioner.from_pretrained(trained_dir), open_tokens(tokens_dir, "val")
     assert captioner.config.codebook_hash == "abc"
@@ -158,6 +159,7 @@ def test_examples_hold_a_variant_and_every_caption(tokens_dir: Path):
     assert texts == {tuple(ids) for ids in dataset.captions[3]}
 
 
+@pytest.mark.slow
 def test_long_text_is_a_style_of_its_own(tmp_path: Path):
     dense = "a dog sits in the snow and looks at a red ball that lies before it on the white ground"
     ids = np.arange(8).reshape(1, 2, 4)

@@ -45,6 +45,7 @@ def checkpoint(tiny_checkpoint, tmp_path):
     return shutil.copytree(tiny_checkpoint, tmp_path / "tiny")
 
 
+@pytest.mark.slow
 def test_tokenizer_evaluation_measures_reconstruction_and_codebook(checkpoint, network, tmp_path, capsys):
     out = tmp_path / "tokenizer.json"
     flags = ["--checkpoint", str(checkpoint), *LIMIT, "--features", str(network), "--out", str(out)]
@@ -231,6 +232,7 @@ def test_what_drew_the_pictures_never_judges_them(checkpoint, network, tmp_path,
     assert stopped.value.code == 2 and "shares its codebook" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_killed_t2i_evaluation_goes_on_where_it_stopped(checkpoint, judge, network, tmp_path, monkeypatch):
     out = tmp_path / "t2i.json"
     flags = ["--checkpoint", str(checkpoint), *LIMIT, "--features", str(network), "--out", str(out)]
@@ -271,6 +273,7 @@ def test_a_killed_t2i_evaluation_goes_on_where_it_stopped(checkpoint, judge, net
     assert (tmp_path / "t2i.neighbours.png").exists()
 
 
+@pytest.mark.slow
 def test_the_curve_of_a_generator_is_drawn_from_the_weights_of_its_evaluations(
     checkpoint, network, tmp_path, capsys
 ):

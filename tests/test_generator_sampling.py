@@ -49,6 +49,7 @@ def part(texts: TokenStates, rows: slice | list[int]) -> TokenStates:
     return TokenStates(texts.states[rows], texts.mask[rows])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [SETTINGS, SamplingConfig(), SamplingConfig(guidance_scale=1.0, micro_batch=4, top_k=20, top_p=0.9)],
@@ -151,6 +152,7 @@ def test_guidance_follows_its_schedule(model, texts, schedule, draft_tokens):
     assert torch.equal((null + scale[:, None] * (text - null)).argmax(-1), ids)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
 def test_compiled_decoding_gives_the_tokens_of_plain_decoding(model, texts):
     plain = dataclasses.replace(SETTINGS, micro_batch=1)

@@ -70,6 +70,7 @@ def test_packed_states_are_those_of_the_encoder_and_come_from_the_cache(tmp_path
         pack_states(encoder, SUBJECTS[:2], 12, tmp_path)
 
 
+@pytest.mark.slow
 def test_training_learns_to_follow_the_text(tokens, tmp_path):
     shown = []
 
@@ -116,6 +117,7 @@ def test_a_foreign_codebook_is_refused(tokens):
         GeneratorTask(run, codebook=CODEBOOK.flip(0))
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_generator_whose_tokenizer_was_trained_further(tokens, tmp_path):
     run = dataclasses.replace(RUN_PRESETS["tiny"], tokens=tokens)
     before = GeneratorTask(run).model.generator

@@ -167,6 +167,7 @@ def test_another_fault_of_torchvision_is_left_alone(clone):
     assert not (clone.answers / "torchvision_operators.pth").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hooked", [False, True])
 def test_the_hook_declares_the_operators_before_torchvision_is_imported(tmp_path, hooked):
     """A stand-in asks for the operator as torchvision does, beside a library that cannot be loaded."""

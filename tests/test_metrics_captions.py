@@ -28,6 +28,7 @@ def captions() -> tuple[dict[str, str], dict[str, list[str]]]:
     return {str(item["image_id"]): item["caption"] for item in FIXTURE["results"]}, references
 
 
+@pytest.mark.slow
 @needs_java
 def test_java_equals_pycocoevalcap(captions):
     scores = caption_metrics(*captions, backend="java")

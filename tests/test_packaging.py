@@ -170,6 +170,7 @@ def test_help_is_quick_and_does_not_load_torch(tmp_path):
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1  # whatever else runs here
 
 
+@pytest.mark.slow
 def test_importing_every_module_does_nothing_else(tmp_path):
     home, cwd = tmp_path / "home", tmp_path / "cwd"
     home.mkdir(), cwd.mkdir()
@@ -194,6 +195,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(folder.glob("ta_vq-*.whl"))
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_file_of_the_packages_and_the_weights_without_results(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     packed = {name for name in names if ".dist-info/" not in name}
@@ -235,6 +237,7 @@ def stranger(tmp_path: Path) -> dict[str, Any]:
     return {"cwd": tmp_path / "here", "env": environment, "text": True}
 
 
+@pytest.mark.slow
 def test_the_installed_wheel_generates_and_captions_from_an_empty_folder(installed, stranger):
     run = functools.partial(subprocess.run, capture_output=True, **stranger)
     code = "import tavq.data, tavq.pipeline; print(tavq.data.__file__, tavq.pipeline.CHECKPOINT)"
@@ -249,6 +252,7 @@ def test_the_installed_wheel_generates_and_captions_from_an_empty_folder(install
     assert captioned.returncode == 0 and len(captioned.stdout.split()) > 4, captioned.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_the_demo_of_the_installed_wheel_starts_in_an_empty_folder(installed, stranger):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

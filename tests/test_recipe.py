@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import pytest
 import torch
 
 from tavq.eval.results import measured, read_results, write_results
@@ -34,6 +35,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_the_recipe_trains_and_measures_everything_once(tmp_path):
     first = recipe(tmp_path)
     steps = [line for line in first.splitlines() if line.startswith("== ")]
@@ -102,6 +104,7 @@ def test_the_comparison_of_captions_shows_each_seed_with_its_interval(tmp_path):
     assert sum(line.startswith("| aligned - plain |") for line in lines) == 1
 
 
+@pytest.mark.slow
 def test_the_networks_of_the_recipes_teach_and_measure(tmp_path):
     load("networks").main(["--out", str(tmp_path), "--no-pretrained"])
     perceptual = PerceptualNetwork(tmp_path / "squeezenet_layers.pt")

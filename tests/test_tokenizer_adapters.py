@@ -188,6 +188,7 @@ def made_up_texts(batch: int = 4):
     )
 
 
+@pytest.mark.slow
 def test_what_is_heard_is_what_the_look_up_sees_and_the_base_stays_as_it_was(base):
     base.eval()
     keys = list(base.state_dict())
@@ -276,6 +277,7 @@ def test_the_saved_file_is_the_one_that_the_base_library_reads(name, file, key, 
     assert torch.equal(fresh(images())[0], base(images())[0])
 
 
+@pytest.mark.slow
 def test_the_fifteen_lines_of_the_readme_align_a_foreign_model():
     readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
     section = readme.split("## Your own VQ model")[1]
@@ -308,6 +310,7 @@ SHORT = ["--image-size-px", str(SIZE), "--probe-steps", "8", "--alignment.sample
 SHORT += ["--training.batch-size", "8", "--training.log-every", "1", "--training.ema-decay", "0.5"]
 
 
+@pytest.mark.slow
 def test_an_aligned_diffusers_model_loads_again_in_diffusers_and_its_codes_fit_their_texts(
     tmp_path, few_shapes, capsys
 ):
@@ -331,6 +334,7 @@ def test_an_aligned_diffusers_model_loads_again_in_diffusers_and_its_codes_fit_t
     assert "before     after" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_probe_learns_to_read_a_tokenizer_of_ours_and_changes_no_code(
     tmp_path, few_shapes, tiny_checkpoint
 ):

@@ -221,6 +221,7 @@ def shapes_batch():
     return images, UnitIndex.build(dataset, TextEncoder())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ot", "gaussian"])
 def test_matched_pairs_cost_less_than_shuffled_ones_after_training_on_shapes(method, shapes_batch):
     images, index = shapes_batch
@@ -249,6 +250,7 @@ def test_matched_pairs_cost_less_than_shuffled_ones_after_training_on_shapes(met
         assert matched.report[f"align/{level}_cost"] < 0.99 * shuffled.report[f"align/{level}_cost"]
 
 
+@pytest.mark.slow
 def test_the_way_to_text_is_fitted_to_codes_that_stay():
     dataset, encoder = open_dataset("shapes", "train").take(40), TextEncoder()
     torch.manual_seed(0)

@@ -72,6 +72,7 @@ def test_a_collapse_is_warned_of_and_ends_the_run_where_a_limit_is_set():
         CodebookMonitor(min_usage=0.3).update(ids, book, 7)
 
 
+@pytest.mark.slow
 def test_training_logs_the_health_and_stops_below_the_limit(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "open_dataset", lambda path, split: open_dataset(path, split).take(24))
     flags = ["--preset", "tiny", "--training.steps", "4", "--training.evaluate-every", "2"]
@@ -173,6 +174,7 @@ def test_near_words_are_those_of_the_code_and_not_those_near_all():
     assert found == {5: [1], 9: [2]}
 
 
+@pytest.mark.slow
 def test_the_command_draws_a_sheet_and_prints_the_use(aligned_folder, tmp_path, capsys):
     flags = ["--data", "shapes", "--codes", "2", "--random-codes", "1", "--patches", "3"]
     codebook.main([str(aligned_folder), *flags, "--out", str(tmp_path / "sheet.png")])

@@ -68,6 +68,7 @@ def test_the_discriminator_is_silent_before_its_start(perceptual_network):
     assert late.adversarial.requires_grad and "adversarial" in report
 
 
+@pytest.mark.slow
 def test_it_learns_to_tell_decoded_images_from_originals(perceptual_network):
     torch.manual_seed(0)
     network = PerceptualNetwork(perceptual_network)
@@ -192,6 +193,7 @@ def uncaptioned(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_more_images_are_decoded_and_distilled_but_only_captioned_ones_are_aligned(
     uncaptioned, perceptual_network
 ):

@@ -122,6 +122,7 @@ def test_colour_lies_where_the_mass_is_and_an_even_map_has_none():
     assert (even == 90).all()
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_picture_a_unit(aligned_folder, tmp_path, capsys):
     photo = str(aligned_folder / "photo.png")
     main([photo, TEXT, "--out", str(tmp_path), "--checkpoint", str(aligned_folder), "--device", "cpu"])

@@ -131,6 +131,7 @@ def test_the_gradient_goes_to_the_encoder_and_not_to_the_codebook():
     assert trainee.tokenizer.encoder.positions.grad.norm() > 0
 
 
+@pytest.mark.slow
 def test_guidance_learns_to_find_images_and_hidden_words():
     torch.manual_seed(0)
     guidance = LanguageGuidance(CONFIG, 4, 9, 3 * torch.randn(VOCABULARY, 4))
@@ -151,6 +152,7 @@ def test_guidance_learns_to_find_images_and_hidden_words():
     assert scores.argmax(dim=1).tolist() == [0, 1]
 
 
+@pytest.mark.slow
 def test_the_command_trains_it_and_its_heads_stay_out_of_the_checkpoint(tmp_path):
     flags = ["--preset", "tiny", "--align", "lgvq", "--lgvq.width", "16", "--lgvq.layers", "1"]
     flags += ["--training.steps", "4", "--training.log-every", "1", "--out", str(tmp_path)]

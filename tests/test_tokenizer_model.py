@@ -38,6 +38,7 @@ def test_the_last_level_of_all_levels_is_what_encode_gives(tiny_tokenizer, image
     assert torch.equal(levels[:, -1], tiny_tokenizer.encode(images))
 
 
+@pytest.mark.slow
 def test_no_text_encoder_is_loaded_to_encode_or_decode(images, tmp_path):
     import subprocess
 

@@ -48,6 +48,7 @@ def teacher(request, tmp_path):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("align", ["ot", "lgvq"])
 def test_no_id_and_no_text_of_the_other_splits_is_trained_on(align):
     task = TokenizerTask(dataclasses.replace(TINY, align=align))
@@ -70,6 +71,7 @@ def test_the_teachers_maps_are_standardised_and_read_back(teacher, monkeypatch):
         teacher_maps(FrozenNetwork(teacher), dataset.take(39), (4, 4))
 
 
+@pytest.mark.slow
 def test_distillation_moves_the_encoder_and_is_recorded(teacher, tmp_path):
     task = TokenizerTask(dataclasses.replace(TINY, distill=teacher, align="none"))
     items = [

@@ -15,6 +15,8 @@ from tavq.data.tokens import TokenMeta, TokenRecord, write_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 
+pytestmark = pytest.mark.slow  # every test starts processes that train
+
 
 @pytest.fixture(scope="module")
 def tokens_dir(tmp_path_factory):
