@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tavq.data.tokens import TokenSet, open_tokens
-from tavq.training.card import continued
 from tavq.training.loop import train
 from tavq.training.provenance import TokenProvenance
 from tavq.training.task import StepOutput, Task, TrainingConfig
@@ -237,7 +236,7 @@ class CaptionerTask(Task[CaptionerTrainer, Captioner]):
         }
 
     def save(self, model: Captioner, directory: Path, card: str) -> None:
-        model.card = continued(card, self.earlier_card)
+        model.card = card
         model.save_pretrained(directory)
 
 

@@ -24,7 +24,6 @@ from tavq.base.seeding import mixed_seed
 from tavq.data.images import grid, to_pil
 from tavq.data.text_encoder import TextEncoder
 from tavq.data.tokens import TokenMeta, TokenSet, open_tokens
-from tavq.training.card import continued
 from tavq.training.checkpoint import tensor_hash
 from tavq.training.loop import train
 from tavq.training.provenance import TokenProvenance
@@ -200,7 +199,7 @@ class GeneratorTask(Task["GeneratorTrainer", GeneratorModel]):
         return {"samples": np.asarray(grid(to_pil(images), columns=8))}
 
     def save(self, model: GeneratorModel, directory: Path, card: str) -> None:
-        model.card = continued(card, self.earlier_card)
+        model.card = card
         model.save_pretrained(directory)
 
 

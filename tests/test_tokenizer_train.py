@@ -21,6 +21,7 @@ from tavq.tokenizer.model import TAVQTokenizer, TokenizerConfig
 from tavq.tokenizer.provenance import TokenizerProvenance, migrate_provenance
 from tavq.tokenizer.train import HEAD_RATE, RUN_PRESETS, TokenizerTask
 from tavq.tokenizer.training_images import WHOLE, TrainingImages
+from tavq.training.card import earlier_runs, model_card
 
 TINY = RUN_PRESETS["tiny"]
 
@@ -150,10 +151,7 @@ def test_training_goes_on_from_a_tokenizer_and_remembers_its_teachers(teacher, t
     )
     provenance = task.model.tokenizer.config.provenance
     assert set(provenance.taught_by) == {"abc", "def", file_hash(teacher)}
-    task.save(task.shipped, tmp_path / "after", "---\n---\n# The second\n")
-    assert (
-        "# What it went on from: The first training" in TAVQTokenizer.from_pretrained(tmp_path / "after").card
-    )
+    assert task.earlier_card == before.card
 
 
 def test_a_text_encoder_of_another_width_decides_the_width_of_the_way_to_text(tmp_path):
@@ -180,7 +178,7 @@ def test_a_discriminator_is_refused_where_the_network_gives_no_maps(tmp_path, ca
 def test_training_the_decoder_further_leaves_the_ids_alone(perceptual_network, tmp_path):
     shuffling = dataclasses.replace(TINY.model, upsample_channels=())  # as weights of before 0.2 end
     before, after = TAVQTokenizer(shuffling), tmp_path / "after"
-    before.card = "---\nlicense: apache-2.0\n---\n# The first training\n"
+    before.card = model_card("tokenizer", {"data": "the first photos"}, [], 0, 0.0)
     before.save_pretrained(tmp_path / "before")
     flags = [
         "--preset",
@@ -200,7 +198,7 @@ def test_training_the_decoder_further_leaves_the_ids_alone(perceptual_network, t
     assert changed == {f"decoder.{name}" for name, _ in before.decoder.named_parameters()}
     assert (before.decode_size_px, after.decode_size_px) == (32, 64)
     assert after.config.provenance.taught_by == (file_hash(perceptual_network),)
-    assert "# What it went on from: The first training" in after.card
+    assert [run["data"] for run in earlier_runs(after.card)] == ["the first photos", "shapes"]
 
 
 def test_alignment_and_distillation_are_part_of_the_loss(teacher):

@@ -23,7 +23,6 @@ from tavq.data.embedding_cache import EmbeddingCache
 from tavq.data.image_folder import with_more_images
 from tavq.data.layouts import open_dataset
 from tavq.data.text_encoder import TextEncoder
-from tavq.training.card import continued
 from tavq.training.task import StepOutput, Task, TrainingConfig
 
 from .codebook_usage import CodebookMonitor, level_costs, level_ids, perplexity, usage_chart
@@ -389,5 +388,5 @@ class TokenizerTask(Task[TokenizerTrainer, TAVQTokenizer]):
         return images
 
     def save(self, model: TAVQTokenizer, directory: Path, card: str) -> None:
-        model.card = continued(card, self.earlier_card)
+        model.card = card
         model.save_pretrained(directory)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from tavq.data.image_folder import with_more_images
 from tavq.data.layouts import open_dataset
-from tavq.training.card import continued
 from tavq.training.task import StepOutput, Task, TrainingConfig
 
 from .blocks import to_map
@@ -196,5 +195,5 @@ class DecoderTask(Task[DecoderTrainer, TAVQTokenizer]):
         return {"reconstructions": reconstruction_sheet(model, self.val_set)}
 
     def save(self, model: TAVQTokenizer, directory: Path, card: str) -> None:
-        model.card = continued(card, self.earlier_card)
+        model.card = card
         model.save_pretrained(directory)

@@ -339,7 +339,9 @@ class Trainer:
             self.log.board.add_image(title, image, state.step, dataformats="HWC")
 
         seen = state.step * self._examples_per_step
-        card = model_card(task.name, to_plain(self.resolved), self.log.lines, seen, state.seconds)
+        card = model_card(
+            task.name, to_plain(self.resolved), self.log.lines, seen, state.seconds, task.earlier_card
+        )
         if self.config.keep_evaluated:
             task.save(model, self.folder / EVALUATED_FOLDER / f"step-{state.step:06d}", card)
         if self._is_best(metrics):

@@ -83,6 +83,7 @@ class Task(ABC, Generic[Trainer, Shipped]):
         name: what is trained, as the model card calls it: "tokenizer", "generator" or "captioner".
         model: called as `model(batch, step)`, or `model(batch, step, discriminator)` where there is one;
             returns StepOutput. It holds the losses too.
+        earlier_card: model card of the weights that training starts from; "" from scratch.
         shipped: the part of `model` that is averaged, evaluated and saved.
         discriminator: optional second player, called as `discriminator(output.for_discriminator, step)`,
             returns StepOutput.
@@ -95,6 +96,7 @@ class Task(ABC, Generic[Trainer, Shipped]):
     """
 
     name: str
+    earlier_card: str = ""
     model: Trainer
     shipped: Shipped
     discriminator: nn.Module | None = None
