@@ -17,8 +17,9 @@ from tyro.conf import Positional
 
 from tavq.base.arguments import parse, run_main
 from tavq.base.files import atomic_write
+from tavq.eval.cells import format_metric
 from tavq.eval.results import Results, read_results
-from tavq.eval.table import checkpoint_of, describe, format_metric, group_by_protocol, metric_names, title
+from tavq.eval.table import checkpoint_of, describe, group_by_protocol, metric_names, title
 
 TEMPLATE = Path(__file__).with_name("report_page.html")
 HEALTH = ("usage", "perplexity")

@@ -1,13 +1,14 @@
 """tavq table results/*.json [--readme README.md] [--check]
 
-Make the tables of results between the two marker lines of the README, from the result files, never by hand.
-Files whose protocols differ never share a table.
+Make the tables between the marker lines of a Markdown file from result files, never by hand. The markers say
+what belongs there: `<!-- results: begin -->` and `<!-- results: end -->` all metrics, one table a protocol;
+`summary` the main metrics with their reference points; `models` the weights that ship.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +16,41 @@ from tyro.conf import Positional
 
 from tavq.base.arguments import parse, run_main
 from tavq.base.files import atomic_write
-from tavq.eval.results import Comparison, Results, compare, protocol_differences, read_results
+from tavq.eval.cells import TIMES_100, format_difference, format_metric, markdown_row
+from tavq.eval.results import Results, compare, protocol_differences, read_results
+from tavq.eval.summary import BASELINES, make_models, make_summary
+from tavq.training.checkpoint import shipped_checkpoint
 
-TIMES_100 = ("CIDEr", "BLEU", "METEOR", "ROUGE-L", "SPICE", "cycle_CIDEr", "t2i_R@", "i2t_R@", "prompt_R@")
-DIGITS = {"PSNR": 2, "SSIM": 3, "KID": 4, "precision": 3, "recall": 3, "usage": 3, "IS": 2}
-DIGITS |= dict.fromkeys(("ends in a function word", "distinct captions"), 3)
-DIGITS |= dict.fromkeys(("power", "correlation", "weave"), 2)  # of each octave or period
 MEANINGS = {
     "power ": "power: of the reconstruction over the photo's, by cycles an image",
     "correlation ": "correlation: with the photo, by cycles an image",
     "weave ": "weave: how far flat regions stand out at a period, over the same figure of photos",
 }
 """How metrics begin -> what the line above their table says of them."""
+MAX_COLUMNS = 4  # of a table whose rows are metrics; with more results, the rows are results
 TITLES = {
     "tokenizer": "Tokenizer: reconstruction, codebook, retrieval",
     "t2i": "Text to image",
     "captions": "Captions",
     "images": "Image sets",
+    BASELINES: "Captions without a captioner",
 }
 
 
 @dataclass(frozen=True)
 class Table:
-    """Make the README's tables of results; files of one protocol are compared with the first."""
+    """Make the tables of a Markdown file from result files.
+
+    Example: tavq table checkpoints/flickr8k/results/*.json --readme docs/results.md
+    """
 
     results: Positional[tuple[Path, ...]]
-    """The result files, one row each."""
+    """The result files. Files of one protocol share a table and are compared with the first."""
     readme: Path = Path("README.md")
-    """The file that holds the two marker lines."""
+    """The file with the marker lines of `results` (all metrics), `summary` (main metrics and reference
+    points) or `models` (sizes of the weights)."""
+    models: tuple[Path, ...] = field(default_factory=lambda: (shipped_checkpoint(),))
+    """Checkpoints that the block `models` lists."""
     check: bool = False
     """Change nothing; exit 2 if the tables are stale."""
 
@@ -55,13 +63,38 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError("no result files given; name at least one, such as results/*.json")
     if not config.readme.is_file():
         raise FileNotFoundError(f"no file {config.readme}; name one with --readme")
-    tables = make_tables([read_results(path) for path in config.results])
-    if config.check:
-        if with_block(config.readme, "results", tables) != config.readme.read_text(encoding="utf-8"):
+
+    results = [read_results(path) for path in config.results]
+    makers: dict[str, Callable[[], str]] = {
+        "results": lambda: make_tables(results),
+        "summary": lambda: make_summary(results),
+        "models": lambda: make_models(config.models),
+    }
+    text = config.readme.read_text(encoding="utf-8")
+    blocks = [name for name in makers if begin_marker(name) in text]
+    if not blocks:
+        raise ValueError(
+            f"{config.readme} has no marker line; put {begin_marker('results')} and below it "
+            f"{end_marker('results')} where the tables belong"
+        )
+
+    for name in blocks:
+        if not config.check:
+            write_block(config.readme, name, makers[name]())
+        elif with_block(config.readme, name, makers[name]()) != text:
             raise ValueError(f"the tables in {config.readme} are stale; run tavq table without --check")
+    if config.check:
         print(f"{config.readme}: up to date")
-    else:
-        write_block(config.readme, "results", tables)
+
+
+def begin_marker(name: str) -> str:
+    """Return the line that begins a block."""
+    return f"<!-- {name}: begin -->"
+
+
+def end_marker(name: str) -> str:
+    """Return the line that ends a block."""
+    return f"<!-- {name}: end -->"
 
 
 def with_block(path: Path, name: str, block: str) -> str:
@@ -73,7 +106,8 @@ def with_block(path: Path, name: str, block: str) -> str:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path} to write the {name} table into")
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    begin = begin_marker(name)
+    end = end_marker(name)
     text = path.read_text(encoding="utf-8")
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(
@@ -168,37 +202,6 @@ def metric_names(group: Sequence[Results]) -> list[str]:
     return list(dict.fromkeys(name for result in group for name in result.metrics))
 
 
-def format_metric(name: str, entry: dict[str, Any] | None) -> str:
-    """Return one cell: the value, its interval in brackets, or its deviation; "-" if not measured."""
-    if entry is None:
-        return "-"
-    factor, digits = _scale(name)
-    value, low, high = (
-        None if entry.get(key) is None else entry[key] * factor for key in ("value", "low", "high")
-    )
-    if low is not None:
-        return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-    if "deviation" in entry:
-        return f"{value:.{digits}f} ± {entry['deviation'] * factor:.{digits}f}"
-    return f"{value:.{digits}f}"
-
-
-def format_difference(row: Comparison) -> str:
-    """Return one cell: the second minus the first with its paired-bootstrap interval, bold where it
-    excludes 0."""
-    factor, digits = _scale(row.metric)
-    text = f"{row.difference * factor:+.{digits}f}"
-    if row.interval is None:
-        return text
-    text += f" [{row.interval.low * factor:+.{digits}f}, {row.interval.high * factor:+.{digits}f}]"
-    return f"**{text}**" if row.interval.excludes_zero else text
-
-
-def _scale(name: str) -> tuple[int, int]:
-    """Factor and decimals with which a metric is shown."""
-    return 100 if name.startswith(TIMES_100) else 1, DIGITS.get(name, DIGITS.get(name.split()[0], 1))
-
-
 def checkpoint_of(result: Results) -> str:
     """Return the short hashes of the checkpoints that a result file names."""
     checkpoints = result.protocol.get("checkpoints") or {}
@@ -207,27 +210,22 @@ def checkpoint_of(result: Results) -> str:
 
 def _markdown(group: Sequence[Results], differences: bool) -> str:
     names = metric_names(group)
-    with_checkpoint = any(result.protocol.get("checkpoints") for result in group)
-    head = ["", *names, *(["checkpoint"] if with_checkpoint else [])]
-    lines = [
-        f"**{title(group)}**: {describe(group)}",
-        "",
-        _row(head),
-        _row(["---"] + ["---:"] * len(head[1:])),
-    ]
+    lines = [["", *names, "checkpoint"]]
     for result in group:
         cells = [format_metric(name, result.metrics.get(name)) for name in names]
-        lines.append(_row([result.label, *cells, *([checkpoint_of(result)] if with_checkpoint else [])]))
+        lines.append([result.label, *cells, checkpoint_of(result)])
     for result in group[1:] if differences else ():
-        found = {row.metric: format_difference(row) for row in compare(group[0].path, result.path)}
-        cells = [found.get(name, "-") for name in names]
-        label = f"{result.label} - {group[0].label}"
-        lines.append(_row([label, *cells, *([""] if with_checkpoint else [])]))
-    return "\n".join(lines)
+        compared = {row.metric: format_difference(row) for row in compare(group[0].path, result.path)}
+        cells = [compared.get(name, "-") for name in names]
+        lines.append([f"{result.label} - {group[0].label}", *cells, ""])
 
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    if not any(result.protocol.get("checkpoints") for result in group):
+        lines = [line[:-1] for line in lines]
+    if len(lines) <= MAX_COLUMNS:  # few results: one row a metric fits a page
+        lines = [list(column) for column in zip(*lines, strict=True)]
+    rule = ["---"] + ["---:"] * (len(lines[0]) - 1)
+    rows = [lines[0], rule, *lines[1:]]
+    return "\n".join([f"**{title(group)}**: {describe(group)}", "", *map(markdown_row, rows)])
 
 
 if __name__ == "__main__":

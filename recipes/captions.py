@@ -17,8 +17,9 @@ from pathlib import Path
 
 from tavq.base.arguments import parse, run_main
 from tavq.data.layouts import check_data_is_named, default_data
+from tavq.eval.cells import format_difference
 from tavq.eval.results import compare, read_results
-from tavq.eval.table import format_difference, make_tables
+from tavq.eval.table import make_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 CODEBOOKS = {"none": "plain", "ot": "aligned"}
@@ -106,10 +107,10 @@ def document(run: CaptionComparison) -> str:
 TEXT = """# Captions from aligned and from plain codes
 
 Written by `python recipes/captions.py` from result files; do not edit. Tokenizers and captioners are those of
-the ablation (docs/ablation.md), seeds {seeds}; each pair saw the same images in the same order.
-"Self-critical" goes on from "cross-entropy" with the preset `{preset}-self-critical`. First
-the differences with their 95 % paired-bootstrap interval, bold where it excludes 0; CIDEr, BLEU, METEOR and
-ROUGE-L times 100.
+the [ablation](ablation.md), seeds {seeds}. Both sides of a pair saw the same images in the same order.
+"Self-critical" goes on from "cross-entropy" with the preset `{preset}-self-critical`. The first table shows
+differences with their 95 % paired-bootstrap intervals, in bold where the interval excludes 0. CIDEr, BLEU,
+METEOR and ROUGE-L are multiplied by 100.
 
 {tables}
 """

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tavq.eval import report, results, score, table
+from tavq.eval import cells, report, results, score, table
 from tavq.eval.results import compare, make_protocol, measured, read_results, with_intervals, write_results
 
 FIXTURE = Path(__file__).parent / "fixtures/coco_captions.json"
@@ -300,8 +300,10 @@ def test_unlike_protocols_never_share_a_table(tmp_path, pair):
     other = make(tmp_path / "val.json", np.ones(100), split="val")
     tables = table.make_tables([read_results(path) for path in (*pair, other)])
     assert tables.count("| --- |") == 2
-    difference = next(line for line in tables.splitlines() if line.startswith("| ours - "))
-    assert "| **+0.49 [" in difference and "| +0.0 |" in difference
+    lines = tables.splitlines()
+    assert lines.count("|  | a | ours | ours - a |") == 1, "few results: one row a metric"
+    assert any(line.startswith("| PSNR |") and "| **+0.49 [" in line for line in lines)
+    assert any(line.startswith("| rFD-net |") and line.endswith("| +0.0 |") for line in lines)
     assert tables.count(f" - {read_results(pair[0]).label} |") == 1
     three = [read_results(path) for path in (*pair, pair[0])]
     assert table.make_tables(three).count(f" - {three[0].label} |") == 2
@@ -310,12 +312,12 @@ def test_unlike_protocols_never_share_a_table(tmp_path, pair):
 
 def test_cells():
     assert (
-        table.format_metric("CIDEr", {"value": 0.59979, "low": 0.564, "high": 0.637}) == "60.0 [56.4, 63.7]"
+        cells.format_metric("CIDEr", {"value": 0.59979, "low": 0.564, "high": 0.637}) == "60.0 [56.4, 63.7]"
     )
-    assert table.format_metric("KID", {"value": 0.00347, "deviation": 0.0006}) == "0.0035 ± 0.0006"
-    assert table.format_metric("t2i_R@10", {"value": 0.2041}) == "20.4"
-    assert table.format_metric("recall", {"value": 0.76}) == "0.760"
-    assert table.format_metric("METEOR", None) == "-"
+    assert cells.format_metric("KID", {"value": 0.00347, "deviation": 0.0006}) == "0.0035 ± 0.0006"
+    assert cells.format_metric("t2i_R@10", {"value": 0.2041}) == "20.4"
+    assert cells.format_metric("recall", {"value": 0.76}) == "0.760"
+    assert cells.format_metric("METEOR", None) == "-"
 
 
 def test_report(tmp_path, pair):
@@ -336,3 +338,58 @@ def test_report_without_results(tmp_path, capsys):
         report.main([str(tmp_path), "--out", str(tmp_path / "report.html")])
     assert "holds no result file" in capsys.readouterr().err
     assert not (tmp_path / "report.html").exists()
+
+
+MARKERS = "<!-- summary: begin -->\n<!-- summary: end -->\n<!-- models: begin -->\n<!-- models: end -->\n"
+
+
+def test_the_summary_sets_each_result_among_its_reference_points_from_best_to_worst(tmp_path):
+    common = {"split": "test", "data": "flickr8k", "n": 200, "ids_sha256": "abc"}
+    captions = {"floors": {"CIDEr of human captions": 0.7, "CIDEr of the next image's captions": 0.04}}
+    write_results(
+        tmp_path / "caption.json",
+        {"CIDEr": {"value": 0.39, "low": 0.36, "high": 0.42, "n": 200}, "PSNR": {"value": 18.0, "n": 200}},
+        {"task": "captions", "label": "mine", **common, **captions},
+    )
+    write_results(
+        tmp_path / "baselines.json",
+        {"CIDEr of the consensus": {"value": 0.37, "n": 200}},
+        {"task": "baselines", **common},
+    )
+    write_results(
+        tmp_path / "t2i.json",
+        {"FD-moments": {"value": 400.0, "n": 200}, "t2i_R@10": {"value": 0.3, "n": 200}},
+        {"task": "t2i", "label": "mine", **common, "floors": {"FD-moments of noise": 1000.0}},
+    )
+    readme = tmp_path / "README.md"
+    readme.write_text(MARKERS)
+    files = [str(tmp_path / f"{name}.json") for name in ("caption", "baselines", "t2i")]
+    table.main([*files, "--readme", str(readme)])
+    rows = readme.read_text().splitlines()
+    start = next(number for number, row in enumerate(rows) if row.startswith("| **Captions: CIDEr**"))
+    assert rows[start - 2] == "| flickr8k, test split, n = 200 | score |"
+    assert rows[start + 1 : start + 5] == [
+        "| human captions | 70.0 |",
+        "| **weights `mine`** | **39.0 [36.0, 42.0]** |",
+        "| consensus | 37.0 |",
+        "| next image's captions | 4.0 |",
+    ]
+    start = next(
+        number for number, row in enumerate(rows) if row.startswith("| **Text to image: FD-moments**")
+    )
+    assert rows[start + 1 : start + 3] == ["| **weights `mine`** | **400.0** |", "| noise | 1000.0 |"]
+    assert rows.index("| **weights `mine`** | **30.0** |") + 1 == rows.index("| chance | 5.0 |")
+    assert any(re.match(r"\| `flickr8k/tokenizer` \| image <-> ids \| \d\.\d M \|", row) for row in rows)
+    table.main([*files, "--readme", str(readme), "--check"])
+
+
+def test_a_summary_of_different_images_and_a_file_without_markers_are_refused(tmp_path, capsys):
+    for number in range(2):
+        protocol = {"task": "captions", "split": "test", "data": "d", "n": 2, "ids_sha256": str(number)}
+        write_results(tmp_path / f"{number}.json", {"CIDEr": {"value": 0.4, "n": 2}}, protocol)
+    readme = tmp_path / "README.md"
+    for text, words in ((MARKERS, "different images"), ("# Title\n", "has no marker line")):
+        readme.write_text(text)
+        with pytest.raises(SystemExit):
+            table.main([str(tmp_path / "0.json"), str(tmp_path / "1.json"), "--readme", str(readme)])
+        assert words in capsys.readouterr().err and readme.read_text() == text
