@@ -1,4 +1,4 @@
-"""python benchmarks/alignment.py [--data DIR] [--preset flickr8k] [--into README.md]
+"""python benchmarks/alignment.py [--data DIR] [--preset flickr8k] [--into docs/speed.md]
 
 Seconds and memory that the alignment adds to a training step of the tokenizer: none, Gaussian, sampled
 transport, and the full problem (every code against every unit), batched by us and solved pair by pair by POT.

@@ -89,9 +89,10 @@ def table(own: dict[str, Tensor], measured: dict[str, Tensor], counts: Sequence[
 
 TEXT = """# Choosing among candidates
 
-Written by `python benchmarks/best_of.py`: {prompts} prompts of {split}, {seconds:.2f} s a candidate.
-The best of so many pictures of a prompt, chosen by the captioner's likelihood of the prompt, by the alignment
-score, or by their sum; measured by {measured}. Lower nats: the captioner finds the prompt likelier.
+Written by `python benchmarks/best_of.py`: {prompts} prompts of the {split} split, {seconds:.2f} s per
+candidate. For each prompt, the best of so many images is chosen by the captioner's likelihood of the prompt,
+by the alignment score, or by their sum. The result is measured by {measured}.
+Fewer nats mean that the captioner finds the prompt more likely.
 
 {table}
 """
@@ -120,9 +121,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         prompts=len(prompts),
         split=run.split,
         seconds=seconds,
-        measured="another checkpoint, which drew and chose nothing"
+        measured="another checkpoint, which generated and chose nothing"
         if judge is not pipeline
-        else "the checkpoint itself: a score that chose also measures itself, in brackets",
+        else "the checkpoint itself, so a score that chose also measures itself (in brackets)",
     )
     print(text)
     if run.out:

@@ -42,7 +42,7 @@ TUNING: dict[str, tuple[str, ...]] = {
 """One for each method beside its default; of the first seed alone."""
 METHODS = ("none", "lgvq", "gaussian", "ot")
 COLUMNS: dict[str, tuple[str, str, float, int]] = {
-    "R@10, own heads": ("tokenizer", "t2i_R@10", 100, 1),
+    "R@10, own projections": ("tokenizer", "t2i_R@10", 100, 1),
     "R@10, probe": ("probed", "t2i_R@10", 100, 1),
     "image to text": ("probed", "i2t_R@10", 100, 1),
     "rFD": ("tokenizer", "rFD", 1, 1),
@@ -171,7 +171,7 @@ def document(run: Ablation) -> str:
             rows[name] = f"| {name} | {len(found)} | " + " | ".join(cells) + " |"
     header = "| variant | seeds | " + " | ".join(COLUMNS) + " |"
     table = "\n".join([header, "| --- | ---: |" + " ---: |" * len(COLUMNS), *rows.values()])
-    tuned = f"tuning run, of the first seed ({len(rows.keys() & TUNING.keys())} of {len(TUNING)} done)."
+    tuned = f"tuning run with the first seed ({len(rows.keys() & TUNING.keys())} of {len(TUNING)} done)."
     return f"{settings}\nBeside its default setting, each method gets {tuning_runs()} {tuned}\n\n{table}"
 
 
@@ -214,9 +214,9 @@ EMPTY = """# Ablation of the alignment
 <!-- ablation: end -->
 """
 SETTINGS = """Made by `python recipes/ablation.py`: validation split of {dataset}, {image_size_px} px,
-{channels[0]} and {channels[1]} channels, {images} images a tokenizer in batches of {batch_size},
-{perceptual}, no discriminator, nothing distilled. A captioner of {captioner_steps} steps reads
-the tokens of each. "Own heads" are those trained with the codes; the probe is trained for
+{channels[0]} and {channels[1]} channels, {images} images per tokenizer in batches of {batch_size},
+{perceptual}, no discriminator, no distillation. A captioner of {captioner_steps} steps is trained on
+the tokens of each. "Own projections" were trained with the codes. The probe is trained for
 {probe_steps} steps on frozen codes, alike for all. Recall in per cent (chance 1 %), CIDEr times 100
 (greedy). Mean over seeds, and the range."""
 
