@@ -31,7 +31,7 @@ from tavq.data.layouts import default_data, open_dataset
 from tavq.eval.evaluation import RESIZE, print_metrics, reference_set
 from tavq.eval.results import caption_fields, make_protocol, with_intervals, write_results
 from tavq.metrics.captions import caption_metrics
-from tavq.metrics.features import extract_features, load_network
+from tavq.metrics.features import FeatureNetwork, extract_features, load_network
 from tavq.metrics.ptb import tokenize
 
 
@@ -72,17 +72,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         open_dataset(run.data, split).take(run.limit) for split in ("train", "val", run.split)
     )
     network = load_network(run.features)
-    layer = network.layers["fid"]
     device = choose_device(run.device)
 
-    features = []
-    for dataset in (train, test):
-        images, readable = reference_set(dataset)
-        if len(readable) < len(dataset):
-            raise ValueError(f"{len(dataset) - len(readable)} images cannot be read; remove them")
-        options = {"cache_dir": cache_directory("image_features"), "device": device}
-        features.append(extract_features(images, network, **options)[layer])
-    nearest = nearest_rows(*features, run.neighbours)
+    gallery, queries = (features_of(dataset, network, device) for dataset in (train, test))
+    nearest = nearest_rows(gallery, queries, run.neighbours)
 
     rng = torch.Generator().manual_seed(run.seed)
     captions = {
@@ -119,6 +112,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     write_results(run.out, metrics, protocol)
     print_metrics(metrics, run.out)
+
+
+def features_of(dataset: ImageTextDataset, network: FeatureNetwork, device: str) -> Tensor:
+    """Return the features (n, D) of the images of a split, all of which must be readable."""
+    images, readable = reference_set(dataset)
+    if len(readable) < len(dataset):
+        raise ValueError(f"{len(dataset) - len(readable)} images cannot be read; remove them")
+    layers = extract_features(images, network, device=device, cache_dir=cache_directory("image_features"))
+    return layers[network.layers["fid"]]
 
 
 def nearest_rows(gallery: Tensor, queries: Tensor, count: int) -> Tensor:

@@ -73,8 +73,8 @@ def model_card(
     }
     runs = [*earlier_runs(earlier), run]
     sources = list(dict.fromkeys(source for row in runs for source in row["data"].split(", ")))
-    front, notice = _licence(sources)
-    front = {**front, "library_name": "ta-vq", "datasets": sources, RUNS_KEY: runs}
+    licence, notice = _licence(sources)
+    front = {**licence, "library_name": "ta-vq", "datasets": sources, RUNS_KEY: runs}
 
     scores = next((line for line in reversed(lines) if any(key.startswith("val/") for key in line)), {})
     metrics = "\n".join(f"| {key[4:]} | {value:.4f} |" for key, value in scores.items() if key != "step")
