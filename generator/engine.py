@@ -1,6 +1,6 @@
 """The engine: decode image ids with a KV cache, one token per forward pass or several.
 
-`Engine` is a `GeneratorModel` laid out for decoding. `prefill` reads the texts into the KV cache,
+`Engine` is a `GeneratorModel` laid out for decoding. `prefill` fills the KV cache with the texts,
 `decode_one_token` computes the logits of one token, `decode_window` those of several drafted tokens at once.
 
 Speculative decoding lives here: `speculative_decode` drafts J tokens ahead and verifies them in one pass of
@@ -10,7 +10,7 @@ logits, argmax(logits + noise), and its logits are a function of the tokens befo
 stands if all drafts before it stand and argmax(logits + noise), computed anew, is still that token. The ids
 are those of `autoregressive_decode` at every temperature, up to the rounding of kernels.
 
-This module computes logits and keeps the books of what is decoded. How logits become ids is decided by the
+This module computes logits and decides which tokens are final. How logits become ids is decided by the
 `SampleTokens` that is handed in (see `sampling.py`).
 
 Shapes: B images decoded together, R rows of a forward pass (B, or 2B with classifier-free guidance), J tokens
@@ -71,16 +71,16 @@ class Engine:
         self.window = window
         self.guidance_scale_N = None if guidance_scale_N is None else guidance_scale_N.to(self.device)
         self.cfg_branches = 1 if guidance_scale_N is None else 2
-        rows = batch_size * self.cfg_branches
+        self.rows = batch_size * self.cfg_branches
 
         # A window may begin at the last token and then runs past the end of the sequence.
         num_slots = config.sequence_length + window
-        self.attention_bias = torch.zeros(rows, 1, num_slots, device=self.device, dtype=self.dtype)
+        self.attention_bias = torch.zeros(self.rows, 1, num_slots, device=self.device, dtype=self.dtype)
         self.kv_caches = [
-            KVCache(config, rows, num_slots, self.dtype, self.device) for _ in range(config.num_layers)
+            KVCache(config, self.rows, num_slots, self.dtype, self.device) for _ in range(config.num_layers)
         ]
 
-        self.row_R1 = torch.arange(rows, device=self.device)[:, None]
+        self.row_R1 = torch.arange(self.rows, device=self.device)[:, None]
         self.offset_J = torch.arange(window, device=self.device)
         self.slot_L = torch.arange(num_slots, device=self.device)
 
@@ -91,12 +91,15 @@ class Engine:
         head_width = config.width // config.num_heads
         self.rope_cache = torch.view_as_complex(model.rope_cache) * head_width**0.5
 
+        # Layers that are laid out for the number of inputs they get in one pass.
+        num_inputs = self.rows * window
         self.blocks = []
         for block, kv_cache in zip(model.blocks, self.kv_caches, strict=True):
             assert isinstance(block, Block)
-            self.blocks.append(DecodeBlock(block, kv_cache, rows * window, precision, compiled=compiled))
-        head = model.head.weight.detach() * config.width**0.5
-        self.head = prepared_linear(head, rows * window, precision, compiled=compiled)
+            self.blocks.append(DecodeBlock(block, kv_cache, num_inputs, precision, compiled=compiled))
+        head_weight = model.head.weight.detach() * config.width**0.5
+        self.head = prepared_linear(head_weight, num_inputs, precision, compiled=compiled)
+
         self._forward_window = self._window_logits
         if compiled:
             self._forward_window = torch.compile(self._window_logits, dynamic=False)
@@ -104,10 +107,10 @@ class Engine:
     def prefill(self, texts: TokenStates) -> None:
         """Fill the KV cache with B texts and, with guidance, as many null texts; the next token is the first.
 
-        Each text goes through alone and at its own length. In one padded batch, kernels would round by the
-        longest text, and an image would depend on the prompts of others.
+        Each text goes through alone, so that no other prompt matters, and at its own length, to save time.
         """
-        states, mask = texts.states.to(self.device), texts.mask.to(self.device)
+        states = texts.states.to(self.device)
+        mask = texts.mask.to(self.device)
         if self.cfg_branches == 2:
             states = torch.cat([states, torch.zeros_like(states)])
             mask = torch.cat([mask, torch.zeros_like(mask)])
@@ -132,15 +135,17 @@ class Engine:
             position: in raster order; all positions before it have been decoded.
         """
         if ids_B is None:
-            previous_RD = self.bos_embedding.expand(len(self.attention_bias), -1)
+            previous_RD = self.bos_embedding.expand(self.rows, -1)
         else:
             previous_RD = F.embedding(ids_B.repeat(self.cfg_branches), self.token_embedding)
         x_RD = previous_RD + self.position_embedding[position]
 
         slot = self.config.max_text_tokens + position
-        rope, bias = self.rope_cache[slot], self.attention_bias[..., : slot + 1]
+        rope = self.rope_cache[slot]
+        seen = slice(slot + 1)
+        bias_R1L = self.attention_bias[..., seen]
         for block in self.blocks:
-            x_RD = block(x_RD, rope, bias, (slice(None), slice(slot, slot + 1)), slice(slot + 1))
+            x_RD = block(x_RD, rope, bias_R1L, (slice(None), slice(slot, slot + 1)), seen)
 
         logits_RK = self.head(l2_normalize(x_RD)).float()
         if self.guidance_scale_N is None:
@@ -157,7 +162,8 @@ class Engine:
             ids_BJ: ids of the token before each of these; drafts, but for the first.
             first_B: first position of each image's window. Logits of positions past the end mean nothing.
         """
-        ids_RJ, first_R = ids_BJ.repeat(self.cfg_branches, 1), first_B.repeat(self.cfg_branches)
+        ids_RJ = ids_BJ.repeat(self.cfg_branches, 1)
+        first_R = first_B.repeat(self.cfg_branches)
         logits_RJK = self._forward_window(ids_RJ, first_R)
         if self.guidance_scale_N is None:
             return logits_RJK
@@ -186,7 +192,8 @@ class KVCache:
     """Keys and values of one attention layer, for a fixed number of rows and slots.
 
     Attributes:
-        keys, values: (R, L, heads, d).
+        keys: (R, L, heads, d).
+        values: likewise.
     """
 
     def __init__(
@@ -284,7 +291,9 @@ def speculative_decode(
 
     The module's docstring says why this is exact. Arguments and results are those of `autoregressive_decode`.
     """
-    (h, w), window, num_tokens = engine.config.grid_size, engine.window, engine.config.num_tokens
+    h, w = engine.config.grid_size
+    num_tokens = engine.config.num_tokens
+    window = engine.window
     # An image that is finished early goes on past its end until the others are done.
     draft_BN = F.pad(ids_BN, (0, 2 * window))
     known_BN = F.pad(known_BN, (0, 2 * window))
@@ -302,13 +311,13 @@ def speculative_decode(
         logits_BJK = engine.decode_window(previous_BJ, num_decoded_B)
         sampled_BJ = sample_unknown(logits_BJK, position_BJ)
 
-        # The first token of a window has only decoded ones before it: it is right. Each next one is right if
+        # The first token of a window has only right ones before it, so it is right. Each next one is right if
         # every draft before it was sampled as it stood.
         stands_BJ = (sampled_BJ == draft_BN[image_B1, position_BJ])[:, :-1].cumprod(1)
         num_right_B = 1 + stands_BJ.sum(1)
 
-        # All of the window are drafts again, the wrong ones as better guesses. The positions after it have
-        # seen no logits yet; the last ones of the window are a first guess.
+        # What was sampled replaces the drafts; behind a wrong draft it is a better guess, no more. The
+        # positions behind the window have no logits yet, so its last logits give their first guess.
         draft_BN[image_B1, position_BJ] = sampled_BJ
         draft_BN[image_B1, position_BJ + window] = sample_unknown(logits_BJK[:, -1:], position_BJ + window)
 

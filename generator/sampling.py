@@ -147,7 +147,7 @@ def stream(
             "the generator is in training mode, where dropout disturbs every token; call model.eval()"
         )
     ids, known = _given(model, len(seeds), given_ids, given_mask)
-    num_tokens, num_columns = model.config.num_tokens, model.config.grid_size[1]
+    num_rows, num_columns = model.config.grid_size
 
     engine = _open_engine(model, config)
     # A compiled engine has one graph, that of a window, if only of one token.
@@ -162,10 +162,11 @@ def stream(
 
         batch_ids = ids[padded]
         for row in decode(engine, sampler, batch_ids, known[padded]):
-            end = (row + 1) * num_columns
+            num_done = row + 1
+            end = num_done * num_columns
             ids[images, :end] = batch_ids[: len(images), :end]
             known[images, :end] = True
-            if end == num_tokens or (every_rows is not None and (row + 1) % every_rows == 0):
+            if num_done == num_rows or (every_rows is not None and num_done % every_rows == 0):
                 yield Partial(ids.clone(), known.clone())
 
 

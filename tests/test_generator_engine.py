@@ -150,6 +150,22 @@ def test_predictable_tokens_are_accepted_a_whole_window_at_a_time(model, texts, 
 
 
 @torch.inference_mode()
+def test_positions_behind_the_window_are_guessed_from_its_last_logits(model, texts):
+    engine = Engine(model, 3, window=4)
+    engine.prefill(texts)
+    calls = []
+
+    def sample_tokens(logits, position):
+        calls.append((logits, position))
+        return logits.argmax(-1).expand_as(position)
+
+    ids, known = torch.zeros(3, N, dtype=torch.int64), torch.zeros(3, N, dtype=torch.bool)
+    list(speculative_decode(engine, sample_tokens, ids, known))
+    for (logits, position), (guess_logits, guessed) in zip(calls[::2], calls[1::2], strict=True):
+        assert torch.equal(guess_logits, logits[:, -1:]) and torch.equal(guessed, position + 4)
+
+
+@torch.inference_mode()
 def test_a_draft_is_rejected_with_all_drafts_after_it(model, texts):
     """A token says its position and the token before it, so any draft after a wrong one is wrong as well."""
     engine = Engine(model, 3, window=6)

@@ -197,6 +197,12 @@ def test_top_k_with_ties_keeps_k():
     assert kept.tolist() == [[False, True, True, False, False], [True, True, False, False, False]]
 
 
+def test_among_many_equals_the_lower_codes_stay():
+    logits = torch.randint(3, (1, 5000), generator=torch.Generator().manual_seed(0)).float()
+    kept = top_k_top_p_filtering(logits, top_k=100, top_p=1.0).isfinite()[0]
+    assert torch.equal(kept.nonzero().flatten(), (logits[0] == 2).nonzero().flatten()[:100])
+
+
 def test_top_p_keeps_the_fewest_that_hold_p():
     logits = torch.tensor([[0.2, 0.5, 0.1, 0.2]]).log()
     assert top_k_top_p_filtering(logits, 0, 0.45).isfinite().tolist() == [[False, True, False, False]]

@@ -17,6 +17,7 @@ from tavq.generator.sampling import SamplingConfig, sample
 from tavq.generator.text_states import pack_states
 from tavq.generator.train import RUN_PRESETS, GeneratorTask, TokenExamples, train_generator
 from tavq.training.checkpoint import tensor_hash
+from tavq.training.loop import EVALUATED_FOLDER
 from tavq.training.provenance import TokenProvenance
 from tavq.training.run_folder import read_log
 
@@ -121,6 +122,8 @@ def test_a_foreign_codebook_is_refused(tokens):
 def test_training_goes_on_from_a_generator_whose_tokenizer_was_trained_further(tokens, tmp_path):
     run = dataclasses.replace(RUN_PRESETS["tiny"], tokens=tokens)
     before = GeneratorTask(run).model.generator
+    for parameter in before.parameters():
+        torch.nn.init.normal_(parameter)
     before.config = dataclasses.replace(before.config, codebook_hash="before")
     before.card = "---\n---\n# The first training\n"
     before.save_pretrained(tmp_path / "before")
@@ -131,10 +134,44 @@ def test_training_goes_on_from_a_generator_whose_tokenizer_was_trained_further(t
     generator.check_codebook(tensor_hash(CODEBOOK))
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), generator.parameters(), strict=True))
     assert task.earlier_card == before.card
-    other = dataclasses.replace(before.config, grid_size=(2, 2))
-    GeneratorModel(other).save_pretrained(tmp_path / "before")
-    with pytest.raises(ValueError, match=r"has grid_size \(2, 2\), .* needs \(4, 4\)"):
-        GeneratorTask(dataclasses.replace(run, start=tmp_path / "before"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grid_size": (2, 2)}, r"has grid_size \(2, 2\), .* needs \(4, 4\)"),
+        ({"num_codes": 32}, "has num_codes 32, .* needs 64"),
+        ({"text_encoder_hash": "another"}, "has text_encoder_hash another, .* needs"),
+    ],
+)
+def test_a_start_that_does_not_fit_the_tokens_is_refused(tokens, tmp_path, change, message):
+    run = dataclasses.replace(RUN_PRESETS["tiny"], tokens=tokens)
+    fitting = GeneratorTask(run).shipped.config
+    GeneratorModel(dataclasses.replace(fitting, **change)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        GeneratorTask(dataclasses.replace(run, start=tmp_path))
+
+
+def test_the_first_weights_come_from_the_seed_of_the_run(tokens):
+    run = dataclasses.replace(RUN_PRESETS["tiny"], tokens=tokens)
+    torch.manual_seed(1)
+    first = GeneratorTask(run).shipped.token_embedding.weight
+    torch.manual_seed(2)
+    assert torch.equal(GeneratorTask(run).shipped.token_embedding.weight, first)
+    other = dataclasses.replace(run, training=dataclasses.replace(run.training, seed=1))
+    assert not torch.equal(GeneratorTask(other).shipped.token_embedding.weight, first)
+
+
+def test_the_weights_with_the_lowest_validation_loss_are_saved(tokens, tmp_path, monkeypatch):
+    losses = iter([2.0, 1.0, 3.0])
+    monkeypatch.setattr(GeneratorTask, "evaluate", lambda *_: {"loss": next(losses)})
+    training = dataclasses.replace(
+        RUN_PRESETS["tiny"].training, steps=3, evaluate_every=1, batch_size=2, keep_evaluated=True
+    )
+    train_generator(dataclasses.replace(RUN_PRESETS["tiny"], tokens=tokens, out=tmp_path, training=training))
+    evaluated = sorted((tmp_path / "training" / EVALUATED_FOLDER).glob("*/model.safetensors"))
+    saved = (tmp_path / "model.safetensors").read_bytes()
+    assert [path.read_bytes() == saved for path in evaluated] == [False, True, False]
 
 
 def test_the_loss_is_smoothed_and_the_report_is_not(tokens):
