@@ -28,11 +28,13 @@ COMMANDS = {
     "units": "show the words, phrases and sentences of a text",
     "cache": "show what is kept on disk to save time, or clear it",
     "export": "copy a checkpoint for sharing, in half precision",
+    "blind": "lay reconstructions by two tokenizers side by side, in secret order",
     "score": "score anybody's captions or images",
     "table": "make the README's tables from result files",
     "report": "one page of results, curves and images",
 }
-ROOMS = {"demo": "app", "score": "eval", "table": "eval", "report": "eval"}  # the others lie in commands/
+EVALUATION = ("blind", "score", "table", "report")
+ROOMS = {"demo": "app"} | dict.fromkeys(EVALUATION, "eval")  # the others lie in commands/
 
 
 def main(argv: Sequence[str] | None = None) -> None:
