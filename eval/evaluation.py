@@ -1,4 +1,7 @@
-"""What the three evaluations share: their flags, the evaluated photos, and which networks may measure."""
+"""What the three evaluations share: their flags, the evaluated images, and which networks may measure.
+
+Shapes: n images, H W image size in px.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from tavq.base.cache import cache_directory
@@ -35,26 +39,28 @@ class EvaluationRun:
     data: str = dataclasses.field(default_factory=default_data)
     """Dataset: a directory in any known layout, or `shapes`. By default the one that TAVQ_DATA names."""
     split: str = "test"
-    """Choices are made on val; test is run once, on the frozen recipe."""
+    """Split to measure. Choices are made on val; test is run once, on the frozen recipe."""
     limit: int | None = None
-    """Only the first so many photos of the split; the protocol records it."""
+    """Number of images, from the first of the split on; all by default. The result file records it."""
     out: Path | None = None
-    """JSON to write; by default CHECKPOINT/results/NAME.json."""
+    """Result file to write. By default CHECKPOINT/results/NAME.json."""
     label: str | None = None
-    """What tables call this row; the checkpoint's name if not given."""
+    """Name of this result in tables. By default the name of the checkpoint."""
     device: Device = "auto"
+    """Device to run on."""
     compare: Path | None = None
-    """Another result file: print both with the difference and its interval; unlike protocols are refused."""
+    """Another result file to compare with: prints both with the difference and its interval. Results of
+    different protocols are refused."""
 
     def __post_init__(self) -> None:
         if self.compare is not None and not self.compare.is_file():
             raise FileNotFoundError(f"no result file {self.compare} to compare with; check --compare")
 
     def open(self, needs: tuple[str, ...]) -> tuple[Pipeline, ImageTextDataset]:
-        """The checkpoint and the evaluated photos.
+        """Open the checkpoint and the evaluated images.
 
         Args:
-            needs: parts of the checkpoint that must be there, such as ("tokenizer", "captioner").
+            needs: parts that the checkpoint must have, such as ("tokenizer", "captioner").
         """
         directory = local_directory(self.checkpoint)
         libraries = Path(sysconfig.get_path("purelib"))
@@ -62,24 +68,27 @@ class EvaluationRun:
             raise ValueError(
                 f"results cannot lie beside the weights of {self.checkpoint}; say with --out where to write"
             )
+
         absent = [part for part in needs if not (directory / part / CONFIG_FILE).is_file()]
         if absent:
             raise FileNotFoundError(
                 f"{directory} has no {absent[0]}/{CONFIG_FILE}; expected a directory that holds "
                 f"{', '.join(f'{part}/' for part in needs)}"
             )
+
         dataset = open_dataset(self.data, self.split).take(self.limit)
         return Pipeline(directory, choose_device(self.device)), dataset
 
     def other_split(self, n: int) -> ImageTextDataset:
-        """The first `n` photos of a split that is not evaluated."""
+        """Return the first `n` examples of a split that is not evaluated."""
         return open_dataset(self.data, "train" if self.split != "train" else "val").take(n)
 
     def result_path(self, name: str) -> Path:
+        """Return the result file of the evaluation called `name`."""
         return self.out or Path(self.checkpoint) / "results" / f"{name}.json"
 
     def protocol_fields(self, pipeline: Pipeline, dataset: ImageTextDataset) -> dict[str, Any]:
-        """The fields of the protocol that every evaluation records."""
+        """Return the fields of the protocol that every evaluation records."""
         return {
             "label": self.label or Path(self.checkpoint).name,
             "data": dataset.name,
@@ -89,32 +98,45 @@ class EvaluationRun:
         }
 
 
-def photos(dataset: ImageTextDataset, size_px: int) -> tuple[Tensor, list[int]]:
-    """The photos of a split, squashed to the square: (n, 3, size, size) uint8, and their indices."""
-    pairs = [(to_pixels(image, size_px), index) for index, image in readable_images(dataset)]
-    return torch.stack([pixels for pixels, _ in pairs]), [index for _, index in pairs]
+def squashed_images(dataset: ImageTextDataset, size_px: int) -> tuple[Tensor, list[int]]:
+    """Return the readable images, squashed to the square: (n, 3, size, size) uint8, and their indices."""
+    pixels: list[Tensor] = []
+    indices: list[int] = []
+    for index, image in readable_images(dataset):
+        pixels.append(to_pixels(image, size_px))
+        indices.append(index)
+    return torch.stack(pixels), indices
 
 
 def at_reference_size(images: Tensor) -> Tensor:
-    """(n, 3, H, W) uint8 -> (n, 3, 224, 224) uint8, as every image is measured."""
+    """Resize (n, 3, H, W) uint8 to (n, 3, 224, 224) uint8, the size at which all images are measured."""
     return resized(images, REFERENCE_SIZE_PX)
 
 
 def resized(images: Tensor, size_px: int) -> Tensor:
-    """(n, 3, H, W) uint8 -> (n, 3, size_px, size_px) uint8, antialiased bicubic (Pillow)."""
-    pictures = (to_pil(image[None].float() / 127.5 - 1)[0] for image in images)
-    return torch.stack([to_pixels(picture, size_px) for picture in pictures])
+    """Resize (n, 3, H, W) uint8 to (n, 3, size_px, size_px) uint8, antialiased bicubic (Pillow)."""
+    # One at a time: as float32 all images of a split would take four times the memory.
+    return torch.stack([to_pixels(uint8_to_pil(image[None])[0], size_px) for image in images])
+
+
+def uint8_to_pil(images: Tensor) -> list[Image.Image]:
+    """Turn (n, 3, H, W) uint8 into n RGB images."""
+    return to_pil(images.float() / 127.5 - 1)
 
 
 def open_network(features: Path | None, directory: Path) -> FeatureNetwork:
-    """The feature network, refused when it shaped the checkpoint in `directory`."""
+    """Load the feature network.
+
+    Raises:
+        ValueError: it took part in training the checkpoint in `directory`, so its distances would flatter it.
+    """
     network = load_network(features)
     refuse_training_network(network, training_networks(directory))
     return network
 
 
 def training_networks(directory: Path) -> dict[str, str]:
-    """Networks that shaped any part of a checkpoint: what for -> hash."""
+    """Return the networks that took part in training a checkpoint: what for -> hash."""
     networks: dict[str, str] = {}
     for path in sorted(directory.glob(f"*/{CONFIG_FILE}")):
         provenance = migrate_provenance(json.loads(path.read_text()).get("provenance", {}))
@@ -124,17 +146,17 @@ def training_networks(directory: Path) -> dict[str, str]:
 
 
 def kid_options(n: int) -> dict[str, int]:
-    """KID averages over 100 subsets of 250 images; of all images where there are fewer."""
+    """Return the options of KID over n images: 100 subsets of 250 images, or of all if there are fewer."""
     return {"kid_subsets": 100, "kid_subset_size": min(250, n)}
 
 
 def image_metric_options(n: int, device: str = "cpu") -> dict[str, Any]:
-    """The options of `image_metrics` over n images; the features of the reference are cached."""
+    """Return the options of `image_metrics` over n images; features of the reference are cached."""
     return {"cache_dir": cache_directory("image_features"), "device": device, **kid_options(n)}
 
 
 def network_fields(network: FeatureNetwork, n: int) -> dict[str, Any]:
-    """The protocol's fields of image metrics over n images."""
+    """Return the fields of the protocol that describe image metrics over n images."""
     return {
         "feature_network": {"name": network.name, "sha256": network.sha256},
         "resize": RESIZE,
@@ -143,13 +165,13 @@ def network_fields(network: FeatureNetwork, n: int) -> dict[str, Any]:
 
 
 def reference_set(dataset: ImageTextDataset) -> tuple[ImageSet, list[int]]:
-    """The photos at the size at which everything is measured."""
-    images, indices = photos(dataset, REFERENCE_SIZE_PX)
+    """Return the readable images at the size at which all images are measured, and their indices."""
+    images, indices = squashed_images(dataset, REFERENCE_SIZE_PX)
     return ImageSet(images), indices
 
 
 def print_metrics(metrics: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """One line a metric, then where the file lies."""
+    """Print one line per metric, then the path of the result file."""
     for name, entry in metrics.items():
         interval = f"  [{entry['low']:.4f}, {entry['high']:.4f}]" if "low" in entry else ""
         print(f"{name:<24}{entry['value']:>10.4f}{interval}  n={entry['n']}")

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from tavq.data.dataset import ImageTextDataset
 from tavq.data.images import from_pixels
-from tavq.eval.evaluation import photos, resized, training_networks
+from tavq.eval.evaluation import resized, squashed_images, training_networks
 from tavq.metrics.frechet import frechet_distance
 from tavq.pipeline import Pipeline
 
@@ -106,5 +106,5 @@ class JudgeDistance:
         return values
 
     def _photo_features(self, dataset: ImageTextDataset) -> Tensor:
-        images, _ = photos(dataset, self.judge.tokenizer.image_size_px)
+        images, _ = squashed_images(dataset, self.judge.tokenizer.image_size_px)
         return judge_features(self.judge, images)

@@ -27,14 +27,17 @@ HEALTH = ("usage", "perplexity")
 
 @dataclass(frozen=True)
 class Report:
-    """Write one page of all results in a folder."""
+    """Write one page of all results in a folder.
+
+    Example: tavq report results/ --out report.html --runs runs/mine/tokenizer/training
+    """
 
     results: Positional[Path]
     """Folder with result files (*.json) and sample grids (*.png)."""
     out: Path
-    """The HTML file to write."""
+    """HTML file to write."""
     runs: tuple[Path, ...] = ()
-    """Folders of training runs, each with a log.jsonl, whose curves are drawn."""
+    """Folders of training runs, each with a log.jsonl, whose curves are shown."""
 
 
 @run_main

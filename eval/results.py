@@ -25,12 +25,10 @@ from tavq.base.files import atomic_write
 from tavq.metrics import captions, spectral
 from tavq.metrics.bootstrap import Interval, Score, bootstrap_interval, paired_difference
 
-METRIC_LIBRARIES = (
-    "torch-fidelity",
-    "pycocoevalcap",
-    "pillow",
-)  # the protocol: they compute, decode or resize
-OTHER_LIBRARIES = ("ta-vq", "torch", "numpy", "transformers")  # recorded, free to differ
+METRIC_LIBRARIES = ("torch-fidelity", "pycocoevalcap", "pillow")
+"""Libraries that compute, decode or resize; their versions are a part of the protocol."""
+OTHER_LIBRARIES = ("ta-vq", "torch", "numpy", "transformers")
+"""Libraries whose versions are recorded, but may differ between results that are compared."""
 FREE_FIELDS = frozenset(
     [
         "label",
@@ -52,14 +50,17 @@ FREE_FIELDS = frozenset(
         "sampling.compile",
     ]
 )
-"""Protocol fields that say what was measured, where and when, not how; all others must be alike. The name of
-the dataset is free, its ids are not; how tokens are computed is free, as they stay the same; so is the seed
-of captions, which beams never ask, and what aligned codes add to the choice, which plain ones cannot."""
+"""Protocol fields that say what was measured, where and when, but not how. All other fields must be equal.
+
+The name of the dataset is free, its ids are not. Settings of speed are free, because the tokens stay the
+same. So are the seed of captions, which beam search does not use, and the weight of alignment in choosing a
+caption, which a plain codebook cannot have.
+"""
 RENAMED_FIELDS = {"sampling.guidance": "sampling.guidance_scale"}
 """Protocol field in result files of earlier versions -> its name today."""
 OPTIONAL_FIELDS = ("decoding", "judge", "weave")
-"""Fields that need not be alike where one side lacks them: how somebody else's captions came about is not
-known, and without a judge or a weave one side lacks their metrics, too."""
+"""Protocol fields that are compared only where both files have them. How somebody else's captions were
+decoded is not known, and a file without a judge or a weave lacks their metrics, too."""
 BOOTSTRAP: dict[str, Any] = {"resamples": 1000, "level": 0.95, "seed": 0}
 
 
@@ -73,11 +74,11 @@ class Results:
 
     @property
     def label(self) -> str:
-        """What tables call it: the protocol's label, else the file's name."""
+        """Name in tables: the protocol's label, else the name of the file."""
         return self.protocol.get("label") or self.path.stem
 
     def per_image(self) -> dict[str, np.ndarray]:
-        """The arrays stored beside it: "ids" and per-image statistics by metric; empty if there are none."""
+        """Read the arrays beside the file: "ids" and statistics by metric; empty if there are none."""
         beside = per_image_path(self.path)
         if not beside.is_file():
             return {}
@@ -100,11 +101,8 @@ class Comparison:
 
 def measured(value: float, n: int, **more: Any) -> dict[str, Any]:
     """Return the entry of one metric; `more` may hold low, high, over (what those two span), deviation."""
-    return {
-        "value": float(value),
-        "n": int(n),
-        **{key: entry for key, entry in more.items() if entry is not None},
-    }
+    known = {key: entry for key, entry in more.items() if entry is not None}
+    return {"value": float(value), "n": int(n), **known}
 
 
 def with_intervals(statistics: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
@@ -205,13 +203,16 @@ def write_results(
     for name, entry in metrics.items():
         if not {"value", "n"} <= entry.keys() or not np.isfinite(entry["value"]):
             raise ValueError(f"metric {name} is {dict(entry)}; expected a finite value and n")
+
     text = json.dumps({"metrics": dict(metrics), "protocol": dict(protocol)}, indent=2, ensure_ascii=False)
     if per_image:
         with atomic_write(per_image_path(path)) as temporary, temporary.open("wb") as file:
             arrays: dict[str, Any] = {"ids": np.array(list(ids), dtype=str), **per_image}
             np.savez_compressed(file, **arrays)
     else:
-        per_image_path(path).unlink(missing_ok=True)  # those of an earlier run of this name
+        per_image_path(path).unlink(missing_ok=True)  # it would belong to an earlier run of this name
+
+    # Last, so that a killed evaluation leaves nothing that looks complete.
     with atomic_write(path) as temporary:
         temporary.write_text(text + "\n")
 
@@ -230,13 +231,17 @@ def read_results(path: str | Path) -> Results:
 
 def protocol_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return dotted field -> its two values, for the fields that define a protocol and differ."""
-    absent = {name for name in OPTIONAL_FIELDS if not (a.get(name) and b.get(name))}
-    a, b = ({name: value for name, value in one.items() if name not in absent} for one in (a, b))
-    flat_a, flat_b = dict(_flatten(a)), dict(_flatten(b))
-    fields = [name for name in {**flat_a, **flat_b} if not {name, name.split(".")[0]} & FREE_FIELDS]
-    return {
-        name: (flat_a.get(name), flat_b.get(name)) for name in fields if flat_a.get(name) != flat_b.get(name)
-    }
+    flat_a = dict(_flatten(a))
+    flat_b = dict(_flatten(b))
+    free = FREE_FIELDS | {name for name in OPTIONAL_FIELDS if not (a.get(name) and b.get(name))}
+
+    differences: dict[str, tuple[Any, Any]] = {}
+    for name in {**flat_a, **flat_b}:
+        if name in free or name.split(".")[0] in free:
+            continue
+        if flat_a.get(name) != flat_b.get(name):
+            differences[name] = (flat_a.get(name), flat_b.get(name))
+    return differences
 
 
 def compare(a: str | Path, b: str | Path) -> list[Comparison]:
@@ -245,7 +250,8 @@ def compare(a: str | Path, b: str | Path) -> list[Comparison]:
     Raises:
         ValueError: their protocols differ; the message names each field.
     """
-    first, second = read_results(a), read_results(b)
+    first = read_results(a)
+    second = read_results(b)
     differences = protocol_differences(first.protocol, second.protocol)
     if differences:
         field, (value_a, value_b) = next(iter(differences.items()))
@@ -253,7 +259,9 @@ def compare(a: str | Path, b: str | Path) -> list[Comparison]:
             f"unlike protocols, differing in {', '.join(differences)} ({field}: {value_a!r} in "
             f"{first.path.name}, {value_b!r} in {second.path.name}); measure both alike"
         )
-    rows_a, rows_b = first.per_image(), second.per_image()
+
+    rows_a = first.per_image()
+    rows_b = second.per_image()
     common = [name for name in first.metrics if name in second.metrics]
     return [_compared(name, first.metrics[name], second.metrics[name], rows_a, rows_b) for name in common]
 
@@ -269,7 +277,8 @@ def format_comparison(a: str | Path, b: str | Path) -> str:
             interval = f"[{row.interval.low:+.5g}, {row.interval.high:+.5g}]{verdict}"
         lines.append(f"{row.metric:<20}{row.a:>16.5g}{row.b:>16.5g}{row.difference:>+14.5g}  {interval}")
 
-    first, second = read_results(a).metrics, read_results(b).metrics
+    first = read_results(a).metrics
+    second = read_results(b).metrics
     for name in [*first, *(name for name in second if name not in first)]:
         if name not in first or name not in second:
             cells = (f"{side[name]['value']:.5g}" if name in side else "absent" for side in (first, second))
@@ -285,7 +294,7 @@ def _compared(name: str, a: Mapping, b: Mapping, rows_a: Mapping, rows_b: Mappin
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """Yield dotted field and value, under the field's name of today."""
+    """Yield dotted field and value, with the field's name of today."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from _flatten(value, f"{prefix}{key}.")

@@ -6,7 +6,6 @@ Score other people's output with the same code and the same protocol block as ou
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 import warnings
@@ -21,6 +20,7 @@ from tavq.base.arguments import parse, run_main
 from tavq.base.cache import cache_directory
 from tavq.base.device import Device, choose_device
 from tavq.base.files import file_sha256
+from tavq.data.annotations import check_string, parse_json, read_text
 from tavq.eval.results import (
     caption_fields,
     format_comparison,
@@ -36,52 +36,58 @@ KARPATHY_IDS = ("cocoid", "imgid", "filename", "stem")
 
 @dataclass(frozen=True)
 class ScoreCaptions:
-    """Score captions in COCO's result format against human captions."""
+    """Score captions in COCO's result format against human captions.
+
+    Example: tavq score captions results.json dataset_flickr8k.json --out scores.json
+    """
 
     results: Positional[Path]
-    """JSON: [{"image_id": ..., "caption": ...}, ...], one caption an image."""
+    """JSON file [{"image_id": ..., "caption": ...}, ...] with one caption per image."""
     references: Positional[Path]
-    """JSON with the human captions: COCO annotations, or the Karpathy layout."""
+    """JSON file with the human captions: COCO annotations, or the Karpathy layout."""
     out: Path
-    """The JSON to write."""
+    """Result file to write."""
     split: str = "test"
-    """Which split of a Karpathy file; COCO annotations have none."""
+    """Split of a Karpathy file; COCO annotations have none."""
     backend: Backend = "auto"
-    """Who tokenises; the tokens are the same. METEOR and SPICE need Java."""
+    """PTB tokenizer: java, python (the tokens are the same), or auto. METEOR and SPICE need Java."""
     timeout_s: float = 600.0
-    """The longest a Java process may take."""
+    """Time limit of a Java process, in seconds."""
     label: str | None = None
-    """What tables call this row; the name of the results file if not given."""
+    """Name of this result in tables. By default the name of the file with the captions."""
     compare: Path | None = None
-    """Another result file: print both with the difference and its interval."""
+    """Another result file to compare with: prints both with the difference and its interval."""
 
 
 @dataclass(frozen=True)
 class ScoreImages:
-    """Compare a folder of generated images with a folder of reference images."""
+    """Compare a folder of generated images with a folder of reference images.
+
+    Example: tavq score images generated/ real/ --features mobilenet_v2_features.pt --out scores.json
+    """
 
     generated: Positional[Path]
     """Folder with png or jpg images."""
     reference: Positional[Path]
-    """Folder with the real ones; as many as generated, best."""
+    """Folder with the real images, best as many as generated ones."""
     out: Path
-    """The JSON to write."""
+    """Result file to write."""
     features: Path | None = None
-    """TorchScript feature network (uint8 B,3,H,W -> B,D); Inception v3 if not given."""
+    """TorchScript feature network (uint8 B,3,H,W -> B,D). By default Inception v3."""
     image_size_px: int | None = None
-    """Squash every image to this square first (antialiased bicubic); needed where sizes differ."""
+    """Side that every image is squashed to first (antialiased bicubic). Needed where sizes differ."""
     kid_subsets: int = 100
-    """KID averages over so many random subsets."""
+    """Number of random subsets that KID averages over."""
     kid_subset_size: int = 250
-    """Images in each of them."""
+    """Images in each subset."""
     seed: int = 2020
-    """Seed of KID's subsets and of IS's shuffle."""
+    """Seed for the subsets of KID and the shuffle of IS."""
     device: Device = "auto"
-    """Where the feature network runs."""
+    """Device that the feature network runs on."""
     label: str | None = None
-    """What tables call this row; the name of the folder if not given."""
+    """Name of this result in tables. By default the name of the folder."""
     compare: Path | None = None
-    """Another result file: print both with the difference."""
+    """Another result file to compare with: prints both with the difference."""
 
 
 @run_main
@@ -97,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if not argv or argv[0] not in kinds:
         raise ValueError(f"{' '.join(argv[:1]) or 'nothing'} to score; choose one of: captions, images")
+
     config_class, run = kinds[argv[0]]
     config: Any = parse(config_class, argv[1:], prog=f"tavq score {argv[0]}")
     if config.compare is not None and not config.compare.is_file():
@@ -170,18 +177,18 @@ def score_images(config: ScoreImages) -> None:
 
 
 def read_caption_results(path: Path) -> dict[str, str]:
-    """Read COCO-format results as image id -> caption."""
-    items = _read_json(path)
-    try:
-        pairs = [(str(item["image_id"]), str(item["caption"])) for item in items]
-    except (TypeError, KeyError) as error:
-        raise ValueError(
-            f'{path} is no caption file ({error}); expected [{{"image_id", "caption"}}, ...]'
-        ) from error
-    captions = dict(pairs)
-    if len(captions) != len(pairs):
-        twice = next(i for i, _ in pairs if sum(i == other for other, _ in pairs) > 1)
-        raise ValueError(f"{path} has several captions for image {twice}; give one an image")
+    """Read captions in COCO's result format as image id -> caption."""
+    rows = _read_json(path)
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and {"image_id", "caption"} <= row.keys() for row in rows
+    ):
+        raise ValueError(f'{path} is no caption file; expected [{{"image_id", "caption"}}, ...]')
+    captions: dict[str, str] = {}
+    for row in rows:
+        image = str(row["image_id"])
+        if image in captions:
+            raise ValueError(f"{path} has several captions for image {image}; give one an image")
+        captions[image] = check_string(row["caption"], f"{path}, image {image}")
     if not captions:
         raise ValueError(f"{path} holds no caption; give one an image")
     return captions
@@ -190,25 +197,37 @@ def read_caption_results(path: Path) -> dict[str, str]:
 def read_references(path: Path, split: str, wanted: dict[str, str]) -> dict[str, list[str]]:
     """Read the human captions of the `wanted` image ids, from COCO annotations or a Karpathy file.
 
-    As COCO's own evaluation does, images without a caption to score are left out; the count is warned about.
+    As in COCO's own evaluation, images without a caption to score are left out, with a warning.
     """
     content = _read_json(path)
-    if isinstance(content, dict) and "annotations" in content:
-        candidates = [_coco_references(content["annotations"])]
-    elif isinstance(content, dict) and "images" in content:
-        candidates = [_karpathy_references(content["images"], split, key) for key in KARPATHY_IDS]
-    else:
+    if not isinstance(content, dict) or not {"annotations", "images"} & content.keys():
         raise ValueError(f"{path} holds no references; expected COCO annotations or a Karpathy file")
-    known = max(candidates, key=lambda references: len(references.keys() & wanted.keys()))
-    missing = [i for i in wanted if i not in known]
+    try:
+        if "annotations" in content:
+            candidates = [_coco_references(content["annotations"])]
+        else:
+            # The ids of a Karpathy file have several names; those that most results carry are meant.
+            candidates = [_karpathy_references(content["images"], split, key) for key in KARPATHY_IDS]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error!r}); expected COCO annotations or a Karpathy file"
+        ) from error
+
+    references = max(candidates, key=lambda candidate: len(candidate.keys() & wanted.keys()))
+    missing = [image for image in wanted if image not in references]
     if missing:
         raise ValueError(
             f"{path} has no captions for {len(missing)} of {len(wanted)} images (first: {missing[0]}); "
             "check the ids and --split"
         )
-    if len(known) > len(wanted):
-        warnings.warn(f"{len(wanted)} of the {len(known)} images in {path.name} are scored", stacklevel=2)
-    return {i: known[i] for i in wanted}
+    if len(references) > len(wanted):
+        warnings.warn(
+            f"{len(wanted)} of the {len(references)} images in {path.name} are scored", stacklevel=2
+        )
+    return {
+        image: [check_string(caption, f"{path}, image {image}") for caption in references[image]]
+        for image in wanted
+    }
 
 
 def _coco_references(annotations: list[dict[str, Any]]) -> dict[str, list[str]]:
@@ -219,18 +238,18 @@ def _coco_references(annotations: list[dict[str, Any]]) -> dict[str, list[str]]:
 
 
 def _karpathy_references(images: list[dict[str, Any]], split: str, key: str) -> dict[str, list[str]]:
-    images = [image | {"stem": Path(image.get("filename", "")).stem} for image in images]
-    chosen = [image for image in images if image.get("split") == split and key in image]
-    return {str(image[key]): [sentence["raw"] for sentence in image["sentences"]] for image in chosen}
+    references: dict[str, list[str]] = {}
+    for image in images:
+        entry = image | {"stem": Path(image.get("filename", "")).stem}
+        if entry.get("split") == split and key in entry:
+            references[str(entry[key])] = [sentence["raw"] for sentence in entry["sentences"]]
+    return references
 
 
 def _read_json(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; expected a JSON of captions")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); expected captions in COCO's format") from error
+    return parse_json(read_text(path), str(path))
 
 
 def _print_metrics(metrics: dict[str, dict[str, Any]], skipped: dict[str, str]) -> None:

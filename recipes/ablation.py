@@ -1,9 +1,10 @@
 """python recipes/ablation.py --data DIR --teacher NETWORK.pt --features NETWORK.pt [--seeds 0 1]
 
-Which part of the alignment does what: the same small tokenizer with each `--align`, with and without levels,
-each read by the same probe and by a small captioner, measured on val. A run that is done is skipped, a
-stopped one goes on; the table in docs/ablation.md is made again after each from the result files, and rows
-that were made elsewhere, with the same settings and more seeds than are here, stay as they are.
+Which part of the alignment does what: the same small tokenizer is trained with each `--align`, with and
+without levels, and measured on val by the same probe and by a small captioner.
+
+A finished run is skipped and a stopped one is resumed. After each run the table in docs/ablation.md is made
+again from the result files. Rows made elsewhere with the same settings and more seeds stay as they are.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ TUNING: dict[str, tuple[str, ...]] = {
     "gaussian, twice the share": (*VARIANTS["gaussian"], "--losses.align", f"{2 * LossConfig.align}"),
     "ot, twice the share": (*VARIANTS["ot"], "--losses.align", f"{2 * LossConfig.align}"),
 }
-"""One for each method beside its default; of the first seed alone."""
+"""One further setting for each method, of the first seed alone."""
 METHODS = ("none", "lgvq", "gaussian", "ot")
 COLUMNS: dict[str, tuple[str, str, float, int]] = {
     "R@10, own projections": ("tokenizer", "t2i_R@10", 100, 1),
@@ -53,30 +54,46 @@ COLUMNS: dict[str, tuple[str, str, float, int]] = {
 """Title -> result file, metric, factor, digits."""
 
 
+RESULTS = ("tokenizer", "probed", "caption")
+"""Names of the result files of a run."""
+TINY_IMAGE_SIZE_PX = 32
+
+
 @dataclasses.dataclass(frozen=True)
 class Ablation:
-    """Train and measure every variant with the same budget."""
+    """Train and measure every variant with the same budget.
+
+    Example: python recipes/ablation.py --data flickr8k/ --teacher squeezenet_layers.pt --seeds 0 1 2
+    """
 
     data: str = dataclasses.field(default_factory=default_data)
     """Dataset: a directory in any known layout, or `shapes`. By default the one that TAVQ_DATA names."""
     teacher: Path | None = None
-    """TorchScript network of the perceptual loss; nothing is distilled here."""
+    """TorchScript network of the perceptual loss. Nothing is distilled here."""
     features: Path | None = None
-    """TorchScript network that measures rFD; without it rFD is left out."""
+    """TorchScript network that measures rFD. Without it rFD is left out."""
     seeds: tuple[int, ...] = (0, 1)
+    """Seeds of training."""
     only: tuple[str, ...] = ()
-    """Variants to run; all if none is named."""
+    """Variants to train; all of them by default."""
     images: int = 30_000
-    """Seen by each tokenizer in training."""
+    """Images that each tokenizer sees in training."""
     batch_size: int = 16
+    """Batch size of tokenizers and probes."""
     image_size_px: int = 64
+    """Side that images are squashed to."""
     channels: tuple[int, int] = (64, 128)
-    """Side of the tokenizer's images: two thirds of the preset's, which halves the time."""
+    """Channels of the tokenizer: two thirds of the preset's, which halves the time."""
     captioner_steps: int = 600
+    """Training steps of the captioner."""
     probe_steps: int = 500
+    """Training steps of the probe."""
     preset: str = "flickr8k"
+    """Preset of tokenizer and captioner: flickr8k or tiny."""
     runs: Path = Path("runs/ablation")
+    """Directory for the runs."""
     out: Path = Path("docs/ablation.md")
+    """File for the table."""
 
     def __post_init__(self) -> None:
         check_data_is_named(self.data)
@@ -91,57 +108,80 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = parse(Ablation, argv, prog="python recipes/ablation.py")
     (run.runs / "settings").mkdir(parents=True, exist_ok=True)
     claim_folder(run.runs / "settings", dataclasses.replace(run, seeds=(), only=(), out=Path()), is_main=True)
+    # All variants with the first seed before any with the second: an early table has every row.
     queue = [(name, flags, seed) for seed in run.seeds for name, flags in VARIANTS.items()]
     queue += [(name, flags, run.seeds[0]) for name, flags in TUNING.items()]
     for name, flags, seed in queue:
-        if not run.only or name in run.only:
-            carry_out(run, name, flags, seed)
-            if not run.out.exists():
-                run.out.parent.mkdir(parents=True, exist_ok=True)
-                run.out.write_text(EMPTY)
-            write_block(run.out, "ablation", document(run))
+        if run.only and name not in run.only:
+            continue
+        train_and_measure(run, name, flags, seed)
+        if not run.out.exists():
+            run.out.parent.mkdir(parents=True, exist_ok=True)
+            run.out.write_text(EMPTY)
+        write_block(run.out, "ablation", document(run))
     print(run.out)
 
 
-def carry_out(run: Ablation, name: str, flags: Sequence[str], seed: int) -> None:
+def train_and_measure(run: Ablation, name: str, flags: Sequence[str], seed: int) -> None:
     """Train tokenizer, probe and captioner of one variant, and measure them."""
     folder = folder_of(run, name, seed)
-    if all((folder / "results" / f"{part}.json").exists() for part in ("tokenizer", "probed", "caption")):
+    if all((folder / "results" / f"{part}.json").exists() for part in RESULTS):
         print(f"== {name}, seed {seed}: done before", flush=True)
         return
     print(f"== {name}, seed {seed}", flush=True)
-    data, common = ["--data", run.data], ["--training.seed", seed, "--training.batch-size", run.batch_size]
-    size, steps = ["image-size-px", run.image_size_px], run.images // run.batch_size
-    perceptual = ["--perceptual", run.teacher] if run.teacher else []
-    tokenizer, probed = folder / "tokenizer", folder / "probed" / "tokenizer"
-    shape = ["--model.num-heads", 4, "--model.channels", *run.channels, f"--model.{size[0]}", size[1]]
-    tavq(
-        *("train", "tokenizer", "--preset", run.preset, *data, "--out", tokenizer, *flags, *common),
-        *(() if run.preset == "tiny" else shape),
-        *(*perceptual, "--losses.adversarial", 0, "--training.steps", steps),
-        *("--training.evaluate-every", max(1, steps // 2)),
-    )
-    edge = 32 if run.preset == "tiny" else size[1]
-    tavq(
-        *("align", "--base", f"tavq:{tokenizer}", "--probe-only", *data, "--out", probed, *common),
-        *(f"--{size[0]}", edge, "--probe-steps", run.probe_steps),
-    )
-    tavq("tokenize", *data, "--checkpoint", tokenizer, "--out", folder / "tokens", "--crops", 0)
-    tavq(
-        *("train", "captioner", "--preset", run.preset, "--tokens", folder / "tokens", "--out"),
-        *(folder / "captioner", "--tokenizer", tokenizer, "--training.seed", seed),
-        *("--training.steps", run.captioner_steps, "--training.evaluate-every", run.captioner_steps),
-    )
-    measured = ["--data", run.data, "--split", "val", "--label", name]
+    train_tokenizer(run, folder, flags, seed)
+    train_probe(run, folder, seed)
+    train_captioner(run, folder, seed)
+    measure(run, folder, name)
+
+
+def train_tokenizer(run: Ablation, folder: Path, flags: Sequence[str], seed: int) -> None:
+    steps = run.images // run.batch_size
+    arguments: list[object] = ["--preset", run.preset, "--data", run.data, "--out", folder / "tokenizer"]
+    arguments += [*flags, "--training.seed", seed, "--training.batch-size", run.batch_size]
+    if run.preset != "tiny":
+        arguments += ["--model.num-heads", 4, "--model.channels", *run.channels]
+        arguments += ["--model.image-size-px", run.image_size_px]
+    if run.teacher:
+        arguments += ["--perceptual", run.teacher]
+    arguments += ["--losses.adversarial", 0, "--training.steps", steps]
+    arguments += ["--training.evaluate-every", max(1, steps // 2)]
+    tavq("train", "tokenizer", *arguments)
+
+
+def train_probe(run: Ablation, folder: Path, seed: int) -> None:
+    """Fit projections to the codes as they are, with the same method and steps for every variant."""
+    image_size = TINY_IMAGE_SIZE_PX if run.preset == "tiny" else run.image_size_px
+    arguments: list[object] = ["--base", f"tavq:{folder / 'tokenizer'}", "--probe-only"]
+    arguments += ["--data", run.data, "--out", folder / "probed" / "tokenizer"]
+    arguments += ["--training.seed", seed, "--training.batch-size", run.batch_size]
+    arguments += ["--image-size-px", image_size, "--probe-steps", run.probe_steps]
+    tavq("align", *arguments)
+
+
+def train_captioner(run: Ablation, folder: Path, seed: int) -> None:
+    tokens = folder / "tokens"
+    tavq("tokenize", "--data", run.data, "--checkpoint", folder / "tokenizer", "--out", tokens, "--crops", 0)
+    arguments: list[object] = ["--preset", run.preset, "--tokens", tokens, "--out", folder / "captioner"]
+    arguments += ["--tokenizer", folder / "tokenizer", "--training.seed", seed]
+    arguments += ["--training.steps", run.captioner_steps]
+    arguments += ["--training.evaluate-every", run.captioner_steps]
+    tavq("train", "captioner", *arguments)
+
+
+def measure(run: Ablation, folder: Path, name: str) -> None:
     results = folder / "results"
-    network = ["--features", run.features] if run.features else ["--no-frechet"]
-    script("run_caption", "--checkpoint", folder, *measured, "--beam", 1, "--out", results / "caption.json")
-    script("run_tokenizer", "--checkpoint", folder, *measured, *network, "--out", results / "tokenizer.json")
-    probe = ["--checkpoint", folder / "probed", *measured, "--no-frechet"]
-    script("run_tokenizer", *probe, "--out", results / "probed.json")
+    common: list[object] = ["--data", run.data, "--split", "val", "--label", name]
+    network: list[object] = ["--features", run.features] if run.features else ["--no-frechet"]
+    own = ["--checkpoint", folder, *common]
+    probed = ["--checkpoint", folder / "probed", *common]
+    evaluation("run_caption", *own, "--beam", 1, "--out", results / "caption.json")
+    evaluation("run_tokenizer", *own, *network, "--out", results / "tokenizer.json")
+    evaluation("run_tokenizer", *probed, "--no-frechet", "--out", results / "probed.json")
 
 
 def folder_of(run: Ablation, name: str, seed: int) -> Path:
+    """Return the directory of one variant and seed."""
     return run.runs / f"{name.replace(', ', '-').replace(' ', '-')}-seed{seed}"
 
 
@@ -149,26 +189,28 @@ def tavq(*arguments: object) -> None:
     subprocess.run([sys.executable, "-m", "tavq", *map(str, arguments)], check=True)
 
 
-def script(name: str, *arguments: object) -> None:
+def evaluation(name: str, *arguments: object) -> None:
     subprocess.run([sys.executable, ROOT / "eval" / f"{name}.py", *map(str, arguments)], check=True)
 
 
 def document(run: Ablation) -> str:
-    """The block of docs/ablation.md, from the result files that are there."""
+    """Return the block of docs/ablation.md, from the result files that exist."""
     fields = dataclasses.asdict(run) | {"dataset": Path(run.data).name}
     fields["perceptual"] = "perceptual loss" if run.teacher else "no perceptual loss"
     settings = SETTINGS.format(**fields)
-    written = run.out.read_text(encoding="utf-8") if run.out.is_file() else ""
-    rows = {}
+    earlier = run.out.read_text(encoding="utf-8") if run.out.is_file() else ""
+
+    rows: dict[str, str] = {}
     for name in [*VARIANTS, *TUNING]:
-        found = [results_of(run, name, seed) for seed in run.seeds]
-        found = [results for results in found if results]
-        cells = [cell(found, *column) for column in COLUMNS.values()]
-        there = next((line for line in written.splitlines() if line.startswith(f"| {name} |")), "")
-        if there and settings in written and int(there.split("|")[2]) > len(found):
-            rows[name] = there  # made on another machine, perhaps
-        elif found:
-            rows[name] = f"| {name} | {len(found)} | " + " | ".join(cells) + " |"
+        results = [results_of(run, name, seed) for seed in run.seeds]
+        results = [parts for parts in results if parts]
+        old_row = next((line for line in earlier.splitlines() if line.startswith(f"| {name} |")), "")
+        if old_row and settings in earlier and int(old_row.split("|")[2]) > len(results):
+            rows[name] = old_row  # made elsewhere, with more seeds than there are here
+        elif results:
+            cells = [cell(results, *column) for column in COLUMNS.values()]
+            rows[name] = f"| {name} | {len(results)} | " + " | ".join(cells) + " |"
+
     header = "| variant | seeds | " + " | ".join(COLUMNS) + " |"
     table = "\n".join([header, "| --- | ---: |" + " ---: |" * len(COLUMNS), *rows.values()])
     tuned = f"tuning run with the first seed ({len(rows.keys() & TUNING.keys())} of {len(TUNING)} done)."
@@ -176,7 +218,7 @@ def document(run: Ablation) -> str:
 
 
 def tuning_runs() -> int:
-    """Tuning runs of each method; the same for all, or the comparison is not fair."""
+    """Return the number of tuning runs of each method; it must be the same for all, to be fair."""
     counts = {sum(name.startswith(f"{method},") for name in TUNING) for method in METHODS}
     if len(counts) != 1:
         raise ValueError(f"methods have {sorted(counts)} tuning runs, expected equally many")
@@ -184,24 +226,20 @@ def tuning_runs() -> int:
 
 
 def results_of(run: Ablation, name: str, seed: int) -> dict[str, Results]:
-    """The three result files of a run; empty where one is missing."""
-    paths = {
-        part: folder_of(run, name, seed) / "results" / f"{part}.json"
-        for part in ("tokenizer", "probed", "caption")
-    }
-    return (
-        {part: read_results(p) for part, p in paths.items()}
-        if all(p.exists() for p in paths.values())
-        else {}
-    )
+    """Return the three result files of a run; empty where one is missing."""
+    paths = {part: folder_of(run, name, seed) / "results" / f"{part}.json" for part in RESULTS}
+    if not all(path.exists() for path in paths.values()):
+        return {}
+    return {part: read_results(path) for part, path in paths.items()}
 
 
-def cell(found: list[dict[str, Results]], part: str, metric: str, factor: float, digits: int) -> str:
-    """Mean over seeds, with the range where there are several."""
-    values = []
-    for results in found:
-        named = [n for n in results[part].metrics if n == metric or n.startswith(f"{metric}-")]
-        values += [factor * results[part].metrics[n]["value"] for n in named]
+def cell(results: list[dict[str, Results]], part: str, metric: str, factor: float, digits: int) -> str:
+    """Return the mean of a metric over seeds, with the range where there are several."""
+    values: list[float] = []
+    for parts in results:
+        for name, entry in parts[part].metrics.items():
+            if name == metric or name.startswith(f"{metric}-"):  # rFD-NETWORK
+                values.append(factor * entry["value"])
     if not values:
         return ""
     mean = f"{sum(values) / len(values):.{digits}f}"

@@ -1,9 +1,10 @@
 """python recipes/captions.py --data DIR [--runs runs/ablation] [--seeds 0 1 2]
 
-Captions from the aligned codebook against those from a plain one of the same size and budget, after
-`python recipes/ablation.py --only none ot --seeds 0 1 2`: the captioners of that ablation are trained on
-self-critically, and all are measured on the test split, greedy and with beam 5. What is done is skipped;
-docs/captions.md is written from the result files.
+Compare captions from the aligned codebook with those from a plain one of the same size and budget.
+
+Run it after `python recipes/ablation.py --only none ot --seeds 0 1 2`. The captioners of that ablation are
+trained further self-critically, and all of them are measured on the test split, greedy and with beam 5.
+What is done is skipped. docs/captions.md is written from the result files.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from tavq.base.arguments import parse, run_main
 from tavq.data.layouts import check_data_is_named, default_data
 from tavq.eval.cells import format_difference
-from tavq.eval.results import compare, read_results
+from tavq.eval.results import Results, compare, read_results
 from tavq.eval.table import make_tables
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,16 +31,23 @@ SHOWN = ("CIDEr", "BLEU-4", "METEOR", "ROUGE-L")
 
 @dataclasses.dataclass(frozen=True)
 class CaptionComparison:
-    """Train self-critically what the ablation left, measure all, and write the tables."""
+    """Train the captioners of the ablation self-critically, measure them, and write the tables.
+
+    Example: python recipes/captions.py --data flickr8k/ --seeds 0 1 2
+    """
 
     data: str = dataclasses.field(default_factory=default_data)
     """Dataset: a directory in any known layout, or `shapes`. By default the one that TAVQ_DATA names."""
     runs: Path = Path("runs/ablation")
-    """Where the ablation's runs lie."""
+    """Directory with the runs of the ablation."""
     seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the ablation."""
     preset: str = "flickr8k"
+    """Preset of the ablation's captioners."""
     split: str = "test"
+    """Split to measure on."""
     out: Path = Path("docs/captions.md")
+    """File for the tables."""
 
 
 @run_main
@@ -48,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_data_is_named(run.data)
     for seed in run.seeds:
         for codebook in CODEBOOKS:
-            train_on(run, run.runs / f"{codebook}-seed{seed}", seed)
+            train_self_critically(run, run.runs / f"{codebook}-seed{seed}", seed)
             for stage in STAGES:
                 for beam in BEAMS:
                     measure(run, codebook, seed, stage, beam)
@@ -57,18 +65,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(run.out)
 
 
-def train_on(run: CaptionComparison, folder: Path, seed: int) -> None:
-    """Self-critical training from the captioner of `folder`; beside it, so that the pair can be loaded."""
-    after = folder / "self-critical"
-    after.mkdir(exist_ok=True)
-    if not (after / "tokenizer").is_symlink():
-        os.symlink("../tokenizer", after / "tokenizer")
-    flags = ["--preset", f"{run.preset}-self-critical", "--training.seed", seed]
-    flags += ["--tokens", folder / "tokens", "--start", folder / "captioner", "--out", after / "captioner"]
-    execute("-m", "tavq", "train", "captioner", *flags)
+def train_self_critically(run: CaptionComparison, folder: Path, seed: int) -> None:
+    """Train the captioner in `folder` further, into a folder that has the same tokenizer beside it."""
+    out = folder / "self-critical"
+    out.mkdir(exist_ok=True)
+    if not (out / "tokenizer").is_symlink():
+        os.symlink("../tokenizer", out / "tokenizer")
+    arguments: list[object] = ["--preset", f"{run.preset}-self-critical", "--training.seed", seed]
+    arguments += ["--tokens", folder / "tokens", "--start", folder / "captioner"]
+    execute("-m", "tavq", "train", "captioner", *arguments, "--out", out / "captioner")
 
 
 def result_of(run: CaptionComparison, codebook: str, seed: int, stage: str, beam: int) -> Path:
+    """Return the path of a result file."""
     return run.runs / f"{codebook}-seed{seed}" / "results" / f"{run.split}-{stage}-beam{beam}.json"
 
 
@@ -78,8 +87,9 @@ def measure(run: CaptionComparison, codebook: str, seed: int, stage: str, beam: 
         return
     checkpoint = (run.runs / f"{codebook}-seed{seed}" / STAGES[stage]).parent
     label = f"{CODEBOOKS[codebook]}, seed {seed}, {stage}"
-    flags = ["--checkpoint", checkpoint, "--data", run.data, "--split", run.split, "--beam", beam]
-    execute(ROOT / "eval" / "run_caption.py", *flags, "--label", label, "--out", out)
+    arguments: list[object] = ["--checkpoint", checkpoint, "--data", run.data, "--split", run.split]
+    arguments += ["--beam", beam, "--label", label, "--out", out]
+    execute(ROOT / "eval" / "run_caption.py", *arguments)
 
 
 def execute(*arguments: object) -> None:
@@ -87,18 +97,16 @@ def execute(*arguments: object) -> None:
 
 
 def document(run: CaptionComparison) -> str:
-    """docs/captions.md: what alignment changes, seed by seed, and below it the tables of all results."""
-    chains = [
-        (c, seed, stage, beam) for beam in BEAMS for stage in STAGES for seed in run.seeds for c in CODEBOOKS
-    ]
-    results = [read_results(result_of(run, *chain)) for chain in chains]
+    """Return docs/captions.md: what alignment changes, seed by seed, and the tables of all results."""
     lines = ["| aligned - plain | " + " | ".join(SHOWN) + " |", "| --- |" + " ---: |" * len(SHOWN)]
+    results: list[Results] = []
     for beam, search in BEAMS.items():
         for stage in STAGES:
             for seed in run.seeds:
                 pair = [result_of(run, codebook, seed, stage, beam) for codebook in CODEBOOKS]
-                found = {row.metric: row for row in compare(*pair)}
-                cells = [format_difference(found[name]) if name in found else "-" for name in SHOWN]
+                results += [read_results(path) for path in pair]
+                rows = {row.metric: row for row in compare(*pair)}
+                cells = [format_difference(rows[name]) if name in rows else "-" for name in SHOWN]
                 lines.append(f"| {search}, {stage}, seed {seed} | " + " | ".join(cells) + " |")
     lines += ["", make_tables(results, differences=False)]
     return TEXT.format(tables="\n".join(lines), **dataclasses.asdict(run))

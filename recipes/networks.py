@@ -1,8 +1,8 @@
 """python recipes/networks.py [--out networks/]
 
-Write the two networks that the recipes take, from torchvision's ImageNet weights (downloaded once, 19 MB):
-squeezenet_layers.pt for --perceptual and --distill, mobilenet_v2_features.pt for --features. Any TorchScript
-file of the same inputs and outputs serves as well.
+Write the two networks that the recipes need, from torchvision's ImageNet weights (downloaded once, 19 MB):
+squeezenet_layers.pt for --perceptual and --distill, and mobilenet_v2_features.pt for --features. Any
+TorchScript file with the same inputs and outputs can be used instead.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from tavq.base.arguments import parse, run_main
 from tavq.base.files import atomic_write
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for pixels in [0, 1]
-PARTS = ((0, 2), (2, 5), (5, 8), (8, 10), (10, 11), (11, 12), (12, 13))  # of SqueezeNet, as LPIPS cuts it
+PARTS = ((0, 2), (2, 5), (5, 8), (8, 10), (10, 11), (11, 12), (12, 13))
+"""Layers of SqueezeNet between the feature maps that LPIPS compares."""
 
 
 class _OnImageNet(nn.Module):
@@ -34,7 +35,8 @@ class TeacherMaps(_OnImageNet):
     """Images (B, 3, H, W) in [-1, 1] -> seven feature maps, differentiable."""
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        x, maps = ((images + 1) / 2 - self.mean) / self.deviation, []
+        x = ((images + 1) / 2 - self.mean) / self.deviation
+        maps = []
         for part in self.layers:
             x = part(x)
             maps.append(x)
@@ -51,11 +53,15 @@ class Features(_OnImageNet):
 
 @dataclasses.dataclass(frozen=True)
 class NetworksRun:
-    """Write the teacher and the feature network."""
+    """Write the teacher and the feature network.
+
+    Example: python recipes/networks.py --out networks/
+    """
 
     out: Path = Path("networks")
+    """Directory for the two files."""
     pretrained: bool = True
-    """Without it the weights are random: to try the recipes where nothing can be downloaded."""
+    """Download ImageNet weights. Without them the weights are random, which is enough to try the recipes."""
 
 
 @run_main

@@ -14,7 +14,7 @@ from tavq.data.dataset import Example, ImageTextDataset
 from tavq.data.images import UnreadableImageError, from_pixels, to_uint8
 from tavq.data.layouts import open_dataset
 from tavq.eval import faithfulness, generator_curve, run_caption, run_t2i, run_tokenizer
-from tavq.eval.evaluation import EvaluationRun, photos
+from tavq.eval.evaluation import EvaluationRun, squashed_images
 from tavq.eval.faithfulness import cycle_cider
 from tavq.eval.judge import JudgeDistance, judge_features
 from tavq.eval.results import read_results, with_intervals
@@ -76,8 +76,8 @@ def test_spectra_are_taken_at_the_size_that_is_decoded(checkpoint, tmp_path, mon
 
     tokenizer = TAVQTokenizer.from_pretrained(checkpoint / "tokenizer")
     dataset = open_dataset("shapes", "test").take(12)
-    small, _ = photos(dataset, 32)
-    large, _ = photos(dataset, 64)
+    small, _ = squashed_images(dataset, 32)
+    large, _ = squashed_images(dataset, 64)
     decoded = [to_uint8(tokenizer.decode(tokenizer.encode(from_pixels(image[None])))) for image in small]
     sums = spectral.octave_statistics(torch.cat(decoded), large)["power 12-24"].sum(axis=0)
     assert results.metrics["power 12-24"]["value"] == pytest.approx(sums[0] / sums[1])
@@ -120,7 +120,7 @@ def judge(tiny_checkpoint, tmp_path):
 def test_the_judges_features_are_its_last_trunk_block_averaged(judge):
     pipeline = Pipeline.from_pretrained(judge)
     encoder = pipeline.tokenizer.encoder
-    images, _ = photos(open_dataset("shapes", "test").take(3), 32)
+    images, _ = squashed_images(open_dataset("shapes", "test").take(3), 32)
     outputs = []
     handle = encoder.trunk[-1].register_forward_hook(lambda module, inputs, output: outputs.append(output))
     encoder(from_pixels(images))
@@ -131,12 +131,12 @@ def test_the_judges_features_are_its_last_trunk_block_averaged(judge):
 def test_the_judges_distance_is_0_for_the_photos_and_grows_with_noise(judge):
     dataset = open_dataset("shapes", "test").take(12)
     distance = JudgeDistance(Pipeline.from_pretrained(judge), dataset)
-    images, _ = photos(dataset, 32)
+    images, _ = squashed_images(dataset, 32)
     noise = torch.randint(256, images.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     assert distance(images) == pytest.approx(0, abs=1e-6)
     assert distance(noise) > 2 * distance(images // 8 * 8) > 0
 
-    larger, _ = photos(dataset, 64)
+    larger, _ = squashed_images(dataset, 64)
     few = open_dataset("shapes", "train").take(5)
     assert list(distance.floors(larger, few)) == ["FD-judge of photos at 64 px"], "fewer photos, no floor"
 
@@ -218,7 +218,7 @@ def test_the_judges_floor_gives_every_image_another_prompt(monkeypatch):
 
     monkeypatch.setattr(faithfulness, "cycle_captions", captions_of)
     monkeypatch.setattr(faithfulness, "prompt_hits", hits_of)
-    scores, shuffled = faithfulness.judged(None, images, ImageTextDataset("made up", examples))
+    scores, shuffled = faithfulness.judge_images(None, images, ImageTextDataset("made up", examples))
     assert scores["cycle_CIDEr"].min() > 9 and shuffled["cycle_CIDEr"] == 0
     assert scores["prompt_R@10"].tolist() == [[1], [1], [1]] and shuffled["prompt_R@10"] == 0
 
