@@ -46,6 +46,7 @@ SMALLER = {
     "train decoder": f"--preset tiny {TRAIN_TINY}",
     "train generator": f"--preset tiny {TRAIN_TINY}",
     "train captioner": f"--preset tiny {TRAIN_TINY} --min-word-count 1",
+    "score images": "--kid-subset-size 4",
     "align": f"{TRAIN_TINY} --image-size-px 32 --probe-steps 2 --alignment.samples 8",
     "eval/run_tokenizer.py": "--limit 6",
     "eval/run_t2i.py": "--limit 6 --seeds 1",
@@ -59,6 +60,7 @@ ELSEWHERE = {
     "python3.11 install.py ": "tests/test_install.py",
     "bash recipes/flickr8k.sh": "tests/test_recipe.py",
     "accelerate launch ": "tests/test_two_processes.py",
+    "source .venv/bin/activate": "tests/test_install.py",
     "tavq demo": "tests/test_app.py",
     "from gradio_client": "tests/test_app.py",
     "from tavq.alignment": "tests/test_tokenizer_adapters.py",
@@ -186,15 +188,12 @@ def run(command: str) -> None:
         path for word in shlex.split(command, comments=True) for path in sorted(glob.glob(word)) or [word]
     ]
     if words[0] == "tavq":
-        name = command_of(words[1:])
-        arguments = words[1 + len(name.split()) :]
-        main([*name.split(), *with_flags(arguments, SMALLER.get(name, ""))])
+        main(made_small(words[1:]))
     elif words[0] == "python" and words[1].startswith("eval/"):
         module = importlib.import_module(f"tavq.{words[1].removesuffix('.py').replace('/', '.')}")
-        module.main(with_flags(words[2:], SMALLER[words[1]]))
+        module.main(made_small(words[1:])[1:])
     elif words[0] == "python":
-        arguments = with_flags(words[2:], SMALLER.get(words[1], ""))
-        subprocess.run([sys.executable, words[1], *arguments], check=True)
+        subprocess.run([sys.executable, *made_small(words[1:])], check=True)
     else:
         raise AssertionError(f"no test knows how to run {command!r}; see ELSEWHERE")
 
@@ -206,12 +205,14 @@ def command_of(words: list[str]) -> str:
     return name
 
 
-def with_flags(arguments: list[str], flags: str) -> list[str]:
-    """Return `arguments` with `flags` in the place of those of the same names."""
-    added = flags.split()
-    if "flickr8k-self-critical" in arguments:
+def made_small(words: list[str]) -> list[str]:
+    """Return a command with the flags of `SMALLER` in the place of those of the same names."""
+    added = next(
+        (f.split() for start, f in SMALLER.items() if words[: len(start.split())] == start.split()), []
+    )
+    if "flickr8k-self-critical" in words:
         added[added.index("tiny")] = "tiny-self-critical"
-    kept = list(arguments)
+    kept = list(words)
     for flag in (word for word in added if word.startswith("--") and word in kept):
         at = kept.index(flag)
         del kept[at : at + 2]
