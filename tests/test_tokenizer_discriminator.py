@@ -169,6 +169,36 @@ def test_a_grown_decoder_keeps_ids_and_what_it_had_learnt():
         with_decoder_shape(after, (24, 16), decoder_blocks=1)
 
 
+def test_noise_starts_without_effect_and_changes_texture_once_its_strength_is_learnt():
+    before = TAVQTokenizer(PRESETS["tiny"]).eval()
+    after = with_decoder_shape(before, (24, 16, 16), decoder_blocks=1, decoder_noise=True).eval()
+    ids = before.encode(noise_images(3, 32))
+    assert torch.equal(before.decode(ids), after.decode(ids))
+
+    for stage in after.decoder.upsample:
+        torch.nn.init.constant_(stage.noise.strength, 0.5)
+    noisy = after.decode(ids)
+    assert not torch.allclose(noisy, before.decode(ids), atol=0.01)
+    assert torch.equal(after.decode(ids), noisy)
+    assert torch.allclose(after.decode(ids[1:2]), noisy[1:2], atol=1e-5)  # alone as in company
+    copy = TAVQTokenizer(after.config)
+    copy.load_state_dict(after.state_dict())
+    assert torch.equal(copy.eval().decode(ids), noisy)
+    kept = with_decoder_shape(after, (24, 16, 16), decoder_blocks=1)
+    assert torch.equal(kept.eval().decode(ids), noisy)
+
+
+def test_noise_is_new_in_each_training_step_and_its_strength_learns():
+    tokenizer = TAVQTokenizer(dataclasses.replace(PRESETS["tiny"], decoder_noise=True)).train()
+    noise = tokenizer.decoder.upsample[0].noise
+    torch.nn.init.constant_(noise.strength, 0.5)
+    images = noise_images(2, 32)
+    first = tokenizer(images).images
+    assert not torch.allclose(tokenizer(images).images, first, atol=0.01)
+    first.square().mean().backward()
+    assert float(noise.strength.grad.norm()) > 0
+
+
 def test_views_are_the_same_few_for_an_image_and_both_sizes_show_the_same_part():
     images = TrainingImages(open_dataset("shapes", "train").take(3), 32, 64, views=4)
     seen = {images[(0, draw)]["draw"] for draw in range(200)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -32,15 +33,44 @@ class UpsampleBlock(nn.Module):
 
     Nearest neighbour and a convolution leave no checkerboard, as strided deconvolutions and pixel shuffles do
     (Odena et al. 2016, https://distill.pub/2016/deconv-checkerboard).
+
+    Args:
+        noise_size: side of the map that this block gives for a whole image, to add noise to it; 0 adds none.
     """
 
-    def __init__(self, channels: int, out_channels: int):
+    def __init__(self, channels: int, out_channels: int, noise_size: int = 0):
         super().__init__()
         self.conv = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.noise = NoiseInjection(out_channels, noise_size) if noise_size else nn.Identity()
         self.block = ResidualBlock(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.block(self.conv(F.interpolate(x, scale_factor=2)))
+        return self.block(self.noise(self.conv(F.interpolate(x, scale_factor=2))))
+
+
+class NoiseInjection(nn.Module):
+    """Add one map of noise to all channels, each with a learned strength. (B, C, H, W) -> (B, C, H, W).
+
+    StyleGAN's noise inputs (Karras et al. 2019, arXiv:1812.04948, sec. 3.2). Without them a decoder that must
+    invent texture can make it from positions alone, and those are periodic: ridges on sand and water. In
+    training the noise is new in each step; in eval mode it is one fixed map, so that the same ids always give
+    the same image, alone and in a batch.
+    """
+
+    fixed: Tensor
+
+    def __init__(self, channels: int, size: int):
+        super().__init__()
+        self.strength = nn.Parameter(torch.zeros(channels, 1, 1))
+        noise = torch.randn(1, 1, size, size, generator=torch.Generator().manual_seed(size))
+        self.register_buffer("fixed", noise, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            noise = torch.randn(len(x), 1, *x.shape[-2:], dtype=x.dtype, device=x.device)
+        else:
+            noise = self.fixed[..., : x.shape[-2], : x.shape[-1]]
+        return x + self.strength * noise
 
 
 class AttentionBlock(nn.Module):

@@ -49,6 +49,8 @@ class TokenizerShape:
     upsample_channels: tuple[int, ...] = ()
     """Width of each decoder stage behind those that mirror the encoder; each doubles the resolution. Empty:
     one pixel shuffle back to `image_size_px`, as weights of before 0.2 have it."""
+    decoder_noise: bool = False
+    """Add noise to the map of each of these stages, from which fine texture can be made."""
     quantizer: QuantizerConfig = QuantizerConfig()
 
     def __post_init__(self) -> None:
@@ -242,7 +244,12 @@ class Decoder(nn.Module):
         self.pixels_per_cell = config.decode_size_px // config.stage_size
         if config.upsample_channels:
             widths = itertools.pairwise((channels[-1], *config.upsample_channels))
-            self.upsample = nn.Sequential(*(UpsampleBlock(*pair) for pair in widths))
+            size = config.stage_size
+            stages = []
+            for previous, width in widths:
+                size *= 2
+                stages.append(UpsampleBlock(previous, width, size if config.decoder_noise else 0))
+            self.upsample = nn.Sequential(*stages)
             last = config.upsample_channels[-1]
             self.to_rgb = nn.Sequential(group_norm(last), nn.SiLU(), nn.Conv2d(last, 3, 3, padding=1))
         else:

@@ -56,6 +56,8 @@ class DecoderRun:
     lacks start untrained."""
     decoder_blocks: int = 3
     """Attention blocks of the decoder on the token grid; those that the tokenizer lacks start untrained."""
+    decoder_noise: bool = False
+    """Add noise to the map of each stage of `upsample_channels`; noise that the tokenizer has stays."""
     losses: ReconstructionLossConfig = ReconstructionLossConfig()
     training: TrainingConfig = TrainingConfig(
         steps=5000,
@@ -76,7 +78,10 @@ DECODER_PRESETS: dict[str, DecoderRun] = {
 
 
 def with_decoder_shape(
-    tokenizer: TAVQTokenizer, upsample_channels: tuple[int, ...], decoder_blocks: int
+    tokenizer: TAVQTokenizer,
+    upsample_channels: tuple[int, ...],
+    decoder_blocks: int,
+    decoder_noise: bool = False,
 ) -> TAVQTokenizer:
     """A tokenizer of the same ids with another decoder; parts that both have keep their weights.
 
@@ -84,15 +89,19 @@ def with_decoder_shape(
         tokenizer: stays as it is.
         upsample_channels: as in TokenizerConfig.
         decoder_blocks: likewise; at least as many as `tokenizer` has.
+        decoder_noise: likewise; its strength starts at 0, so it changes no image yet. Noise that
+            `tokenizer` has stays.
     """
     if decoder_blocks < tokenizer.config.decoder_blocks:
         raise ValueError(
             f"decoder_blocks is {decoder_blocks}, the tokenizer has {tokenizer.config.decoder_blocks} "
-            "already; give "
-            "at least as many"
+            "already; give at least as many"
         )
     config: TokenizerConfig = dataclasses.replace(
-        tokenizer.config, upsample_channels=upsample_channels, decoder_blocks=decoder_blocks
+        tokenizer.config,
+        upsample_channels=upsample_channels,
+        decoder_blocks=decoder_blocks,
+        decoder_noise=decoder_noise or tokenizer.config.decoder_noise,
     )
     grown = TAVQTokenizer(config)
     state = grown.state_dict()
@@ -159,7 +168,9 @@ class DecoderTask(Task[DecoderTrainer, TAVQTokenizer]):
         self.val_set = open_dataset(run.data, "val")
         train_set = with_more_images(open_dataset(run.data, "train"), run.images)
         torch.manual_seed(run.training.seed)
-        tokenizer = with_decoder_shape(tokenizer, run.upsample_channels, run.decoder_blocks)
+        tokenizer = with_decoder_shape(
+            tokenizer, run.upsample_channels, run.decoder_blocks, run.decoder_noise
+        )
         self.dataset = TrainingImages(train_set, tokenizer.image_size_px, tokenizer.decode_size_px, VIEWS)
         self.model = DecoderTrainer(run, tokenizer)
         self.shipped = tokenizer
