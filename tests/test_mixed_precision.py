@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from tavq.captioner.train import RUN_PRESETS as CAPTIONER_RUNS
 from tavq.captioner.train import CaptionerTask
@@ -27,7 +28,10 @@ def train_in_bfloat16(task, run, out) -> list[dict[str, float]]:
     config = dataclasses.replace(
         run.training, precision="bf16", steps=STEPS, batch_size=4, evaluate_every=STEPS, log_every=1
     )
+    # One precision a process is accelerate's rule, and another test may have chosen before.
+    AcceleratorState._reset_state(reset_partial_state=True)
     train(task, config, out, run)
+    AcceleratorState._reset_state(reset_partial_state=True)
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in task.shipped.parameters())
     return read_log(out / "training" / "log.jsonl")
 

@@ -156,7 +156,7 @@ class TestPathsOutOfTheDataset:
     def test_karpathy(self, data, name, tmp_path):
         entry = {"filename": name, "split": "train", "sentences": [{"raw": "A dog."}]}
         (data / "dataset_a.json").write_text(json.dumps({"images": [entry]}))
-        assert f"dataset_a.json names '{name}', which leads out of the dataset" in self.refused(
+        assert f"dataset_a.json, image 0 names '{name}', which leads out of the dataset" in self.refused(
             data, tmp_path
         )
 

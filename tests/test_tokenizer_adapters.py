@@ -278,10 +278,9 @@ def test_the_saved_file_is_the_one_that_the_base_library_reads(name, file, key, 
 
 
 @pytest.mark.slow
-def test_the_fifteen_lines_of_the_readme_align_a_foreign_model():
-    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
-    section = readme.split("## Your own VQ model")[1]
-    code = re.search(r"```python\n(.*?)```", section, flags=re.DOTALL).group(1)
+def test_the_fifteen_lines_of_the_guide_align_a_foreign_model():
+    guide = (Path(__file__).resolve().parent.parent / "docs" / "align.md").read_text()
+    code = re.search(r"```python\n(from tavq.alignment .*?)```", guide, flags=re.DOTALL).group(1)
     assert len([line for line in code.splitlines() if line.strip()]) <= 15
     torch.manual_seed(0)
     dataset = open_dataset("shapes", "train").take(16)

@@ -11,6 +11,7 @@ Shapes: R latents (rows), K codes, E code width.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 import torch
@@ -57,7 +58,8 @@ class QuantizerConfig:
             temperature=(1e-6, 1e6),
             fsq_levels=(2, 2**16),
         )
-        if self.name == "fsq" and self.num_codes != (product := int(torch.tensor(self.fsq_levels).prod())):
+        product = math.prod(self.fsq_levels)
+        if self.name == "fsq" and self.num_codes != product:
             raise ValueError(
                 f"fsq_levels {self.fsq_levels} make {product} codes, num_codes is {self.num_codes}; "
                 f"set it to {product}"
