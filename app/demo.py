@@ -55,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def serve(pipeline: Pipeline, folder: Path, run: DemoRun) -> None:
     """Serve the page until the process is stopped; prints the address."""
-    from tavq.app.page import CSS, THEME, build
+    from tavq.app.page import build
+    from tavq.app.theme import CSS, THEME
 
     page = build(pipeline, folder)
     try:
