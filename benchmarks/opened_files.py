@@ -49,7 +49,7 @@ def opened_files(argv: Sequence[str]) -> set[Path]:
     finally:
         sys.setprofile(None)
         threading.setprofile(None)
-    paths = {Path(code.co_filename).resolve() for code in codes}
+    paths = {path for code in codes if (path := Path(code.co_filename).resolve()).is_file()}
     libraries = ROOT / ".venv"
     return {path for path in paths if path.is_relative_to(ROOT) and not path.is_relative_to(libraries)} - {
         Path(__file__).resolve()
