@@ -24,7 +24,7 @@ from tavq.data.layouts_folder import IMAGE_SUFFIXES
 
 from .decoding import Caption
 
-CaptionImages = Callable[[Sequence[Image.Image]], list[list[Caption]]]
+CaptionImages = Callable[[Sequence[Image.Image]], Sequence[Sequence[Caption]]]
 OUTPUT_SUFFIXES = (".jsonl", ".json", ".csv", "")
 CSV_COLUMNS = ("image", "caption", "score")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -14,13 +14,14 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from tavq.base.arguments import parse, run_main
 from tavq.base.device import Device, choose_device
+from tavq.base.seeding import RANDOM, image_seeds
 from tavq.data.images import load_image
 from tavq.generator.sampling import SamplingConfig
+from tavq.inputs import check_prompts, mask_of
 from tavq.pipeline import CHECKPOINT, Pipeline
 
 from .generate import free_names
 
-WHITE_FROM = 128  # grey level of a mask image from which on a pixel counts as white
 SHARE = "share="
 
 
@@ -37,14 +38,16 @@ class CompleteRun:
     prompt: Positional[str]
     """What the whole image shall show."""
     keep: str | None = None
-    """The part that stays: top, left, box=x,y,w,h in px of the image, or share=0.3 for variations, which keep
-    a random 30 % of the image's tokens."""
+    """The part that stays: top, bottom, left, right, box=x,y,w,h in px of the image, or share=0.3 for
+    variations, which keep a random 30 % of the image's tokens."""
     mask: Path | None = None
     """Image of any size whose white part is generated anew."""
+    negative_prompt: str | None = None
+    """What the images shall not show: guidance leads away from it, in place of the learned null text."""
     num_images: int = 1
     """Number of images; image i has seed + i."""
     seed: int = 0
-    """Seed of the first image."""
+    """Seed of the first image; -1 chooses one at random and prints it."""
     out: Path = Path("out")
     """Directory for the numbered PNG files."""
     checkpoint: str = CHECKPOINT
@@ -58,7 +61,8 @@ class CompleteRun:
             raise ValueError(f"num_images is {self.num_images}, expected 1 or more")
         if (self.keep is None) == (self.mask is None):
             raise ValueError(
-                "name the part that stays by --keep top|left|box=x,y,w,h|share=0.3, or by --mask IMAGE"
+                "name the part that stays by --keep top|bottom|left|right|box=x,y,w,h|share=0.3, "
+                "or by --mask IMAGE"
             )
 
 
@@ -66,17 +70,25 @@ class CompleteRun:
 def main(argv: Sequence[str] | None = None) -> None:
     run = parse(CompleteRun, argv, prog="tavq complete")
     image = load_image(run.image)
-    seeds = [run.seed + number for number in range(run.num_images)]
+    seeds = image_seeds(run.seed, run.num_images)
+    options: dict[str, Any] = {
+        "prompt": run.prompt,
+        "seed": seeds,
+        "settings": run.sampling,
+        "negative_prompt": run.negative_prompt,
+    }
 
     # All of the flags are checked before the models are loaded.
-    if run.keep is not None and run.keep.startswith(SHARE):
-        share = _share(run.keep)
-        pipeline = Pipeline.from_pretrained(run.checkpoint, choose_device(run.device))
-        results = pipeline.vary(image, share, run.prompt, seeds, run.sampling)
-    else:
-        mask = _mask_of(run, image)
-        pipeline = Pipeline.from_pretrained(run.checkpoint, choose_device(run.device))
-        results = pipeline.complete(image, mask, run.prompt, seeds, run.sampling)
+    check_prompts([run.prompt])
+    share = _share(run.keep) if run.keep is not None and run.keep.startswith(SHARE) else None
+    mask = _mask_of(run, image) if share is None else None
+    pipeline = Pipeline.from_pretrained(run.checkpoint, choose_device(run.device))
+    if run.seed == RANDOM:
+        print(f"seed {seeds[0]}")
+    if share is not None:
+        results = pipeline.vary(image, share, **options)
+    elif mask is not None:
+        results = pipeline.complete(image, mask, **options)
 
     for result in results:
         path = next(free_names(run.out))
@@ -84,35 +96,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(path)
 
 
-def _share(keep: str) -> float:
-    try:
-        return float(keep.removeprefix(SHARE))
-    except ValueError as error:
-        raise ValueError(f"--keep is {keep!r}, expected a share such as share=0.3") from error
-
-
 def _mask_of(run: CompleteRun, image: Image.Image) -> Tensor:
     if run.keep is not None:
         return completion_mask(run.keep, *image.size)
     if run.mask is not None:
-        return _mask_image(run.mask)
+        mask = mask_of(run.mask)
+        if not mask.any():
+            raise ValueError(f"{run.mask} has no white part, so nothing is to be generated; paint it white")
+        return mask
     raise ValueError("neither --keep nor --mask is given")
 
 
 def completion_mask(keep: str, width: int, height: int) -> Tensor:
-    """Turn `top`, `left` or `box=x,y,w,h` into a mask (H, W) bool, True where the image is generated anew."""
-    mask = torch.ones(height, width, dtype=torch.bool)
-    if keep == "top":
-        mask[: height // 2] = False
-        return mask
-    if keep == "left":
-        mask[:, : width // 2] = False
-        return mask
+    """Turn --keep into a mask (H, W) bool, True where the image is generated anew."""
+    halves = {
+        "top": (0, 0, width, height // 2),
+        "bottom": (0, height // 2, width, height - height // 2),
+        "left": (0, 0, width // 2, height),
+        "right": (width // 2, 0, width - width // 2, height),
+    }
+    x, y, w, h = halves[keep] if keep in halves else _box(keep)
 
-    try:
-        x, y, w, h = (int(part) for part in keep.removeprefix("box=").split(","))
-    except ValueError as error:
-        raise ValueError(f"--keep is {keep!r}, expected top, left, box=x,y,w,h in px or share=0.3") from error
+    mask = torch.ones(height, width, dtype=torch.bool)
     # A box may reach over the edge; negative numbers would count from the other side.
     mask[max(y, 0) : max(y + h, 0), max(x, 0) : max(x + w, 0)] = False
     if mask.all():
@@ -120,5 +125,23 @@ def completion_mask(keep: str, width: int, height: int) -> Tensor:
     return mask
 
 
-def _mask_image(path: Path) -> Tensor:
-    return torch.from_numpy(np.array(load_image(path).convert("L"))) >= WHITE_FROM
+def _box(keep: str) -> tuple[int, int, int, int]:
+    """Read box=x,y,w,h."""
+    try:
+        x, y, w, h = (int(part) for part in keep.removeprefix("box=").split(","))
+    except ValueError as error:
+        raise ValueError(
+            f"--keep is {keep!r}, expected top, bottom, left, right, box=x,y,w,h in px or share=0.3"
+        ) from error
+    return x, y, w, h
+
+
+def _share(keep: str) -> float:
+    """Read share=S, the fraction of the tokens that stay."""
+    try:
+        share = float(keep.removeprefix(SHARE))
+    except ValueError as error:
+        raise ValueError(f"--keep is {keep!r}, expected a share such as share=0.3") from error
+    if not 0 < share < 1:
+        raise ValueError(f"the share of tokens that stay is {share}, expected above 0 and below 1")
+    return share

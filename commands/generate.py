@@ -6,7 +6,6 @@ import csv
 import dataclasses
 import itertools
 import json
-import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,13 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from tavq.base.arguments import from_dict, parse, run_main
 from tavq.base.device import Device, choose_device
+from tavq.base.seeding import RANDOM, image_seeds
 from tavq.generator.sampling import SamplingConfig
 from tavq.pipeline import CHECKPOINT, Pipeline, RankBy, check_prompts, read_recipe
 
 PROMPTS_AT_ONCE = 16
 RESULTS_FILE = "result.jsonl"
+OPTIONS = ("negative_prompt", "best_of", "rank_by")
 PROMPT_SUFFIXES = (".txt", ".csv", ".jsonl")
 
 
@@ -35,6 +36,8 @@ class GenerateRun:
     """What the images show."""
     prompts_file: Path | None = None
     """File of more prompts: .txt (one a line), .csv (column `prompt`) or .jsonl (key `prompt`)."""
+    negative_prompt: str | None = None
+    """What the images shall not show: guidance leads away from it, in place of the learned null text."""
     num_images: int = 1
     """Images per prompt; image i has seed + i."""
     seed: int = 0
@@ -67,8 +70,8 @@ class Jobs:
 
     prompts_and_seeds: list[tuple[str, int]]
     sampling: SamplingConfig
-    ranking: dict[str, Any]
-    """`best_of` and `rank_by`, as `Pipeline.generate` takes them."""
+    options: dict[str, Any]
+    """`negative_prompt`, `best_of` and `rank_by`, as `Pipeline.generate` takes them."""
     required_hashes: dict[str, str] = dataclasses.field(default_factory=dict)
     """Part of the checkpoint -> hash of its weights, where a recipe names them."""
 
@@ -91,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             batch = jobs.prompts_and_seeds[start : start + PROMPTS_AT_ONCE]
             prompts = [prompt for prompt, _ in batch]
             seeds = [seed for _, seed in batch]
-            for result in pipeline.generate(prompts, seeds, jobs.sampling, **jobs.ranking):
+            for result in pipeline.generate_each(prompts, seeds, jobs.sampling, **jobs.options):
                 path = next(free_names(run.out))
                 result.save(path)
                 with (run.out / RESULTS_FILE).open("a") as results:
@@ -104,12 +107,12 @@ def jobs_of_flags(run: GenerateRun) -> Jobs:
     """Return the images that prompts, seed and number of images ask for."""
     prompts = [*run.prompts, *(read_prompts(run.prompts_file) if run.prompts_file else [])]
     check_prompts(prompts)  # all of them, so that no mistake shows after an hour
-    seed = run.seed
-    if seed < 0:
-        seed = random.SystemRandom().randrange(2**31)
-        print(f"seed {seed}")
-    pairs = [(prompt, seed + number) for prompt in prompts for number in range(run.num_images)]
-    return Jobs(pairs, run.sampling, {"best_of": run.best_of, "rank_by": run.rank_by})
+    seeds = image_seeds(run.seed, run.num_images)
+    if run.seed == RANDOM:
+        print(f"seed {seeds[0]}")
+    pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    options = {name: getattr(run, name) for name in OPTIONS}
+    return Jobs(pairs, run.sampling, options)
 
 
 def jobs_of_recipe(path: Path) -> Jobs:
@@ -121,8 +124,8 @@ def jobs_of_recipe(path: Path) -> Jobs:
     if "completed_tokens" in recipe:
         raise ValueError(f"{path} completes an image, which its recipe does not hold; use tavq complete")
     sampling = from_dict(SamplingConfig, recipe["settings"], source=str(path))
-    ranking: dict[str, Any] = {key: recipe[key] for key in ("best_of", "rank_by") if key in recipe}
-    return Jobs([(recipe["prompt"], recipe["seed"])], sampling, ranking, recipe["checkpoints"])
+    options = {name: recipe[name] for name in OPTIONS if name in recipe}
+    return Jobs([(recipe["prompt"], recipe["seed"])], sampling, options, recipe["checkpoints"])
 
 
 def read_prompts(path: Path) -> list[str]:

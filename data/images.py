@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -24,6 +25,7 @@ from tavq.base.files import atomic_write
 MIN_SIDE_PX = 8
 MAX_PIXELS = 89_478_485
 """Larger images are not decoded. It is the size above which Pillow warns of a decompression bomb."""
+UNKNOWN_GREY = 0.6  # in [-1, 1]; the part of a partial image that is not known yet
 FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """Formats that are decoded. EPS is not among them: Pillow starts Ghostscript to read it."""
 _DECODE_ERRORS = (
@@ -37,8 +39,54 @@ _DECODE_ERRORS = (
 )
 
 
+ImageSource = str | Path | Image.Image | np.ndarray
+"""What a caller may give as an image: a path, a PIL image, or an array (see `open_image`)."""
+
+
 class UnreadableImageError(ValueError):
     """An image that cannot be used: truncated, no image at all, or too small."""
+
+
+def open_images(sources: ImageSource | Sequence[ImageSource]) -> list[Image.Image]:
+    """Open one image or several, see `open_image`; an array (n, H, W, channels) is n images."""
+    if isinstance(sources, str | Path | Image.Image):
+        return [open_image(sources)]
+    if isinstance(sources, np.ndarray) and sources.ndim < 4:
+        return [open_image(sources)]
+    return [open_image(source) for source in sources]
+
+
+def open_image(source: ImageSource) -> Image.Image:
+    """Turn a path, a PIL image or an array into an upright 8-bit RGB image at its own size.
+
+    Args:
+        source: an array is (H, W), (H, W, 3) or (H, W, 4), uint8 or floats in [0, 1].
+
+    Raises:
+        FileNotFoundError: no such file.
+        UnreadableImageError: no image, or one that is too small or too large.
+        TypeError: `source` is none of these.
+    """
+    if isinstance(source, str | Path):
+        return load_image(source)
+    if isinstance(source, np.ndarray):
+        source = _array_to_pil(source)
+    if not isinstance(source, Image.Image):
+        raise TypeError(f"got a {type(source).__name__} as an image; give a path, a PIL image or an array")
+    return to_rgb(source)
+
+
+def _array_to_pil(array: np.ndarray) -> Image.Image:
+    shape_fits = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
+    if not shape_fits:
+        raise UnreadableImageError(f"array of shape {array.shape}, expected (H, W), (H, W, 3) or (H, W, 4)")
+    if np.issubdtype(array.dtype, np.floating):
+        if not (np.isfinite(array).all() and 0 <= array.min() and array.max() <= 1):
+            raise UnreadableImageError("array of floats outside [0, 1]; scale it, or give uint8")
+        array = np.rint(array * 255).astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise UnreadableImageError(f"array of {array.dtype}, expected uint8, or floats in [0, 1]")
+    return Image.fromarray(array)
 
 
 def load_image(source: str | Path | BinaryIO) -> Image.Image:
@@ -173,6 +221,17 @@ def to_pil(images_BCHW: Tensor) -> list[Image.Image]:
     """Turn (B, 3, H, W) floats in [-1, 1] into B RGB images (rounded; overshoot clipped)."""
     pixels_BHWC = to_uint8(images_BCHW).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(np.ascontiguousarray(pixels_HWC)) for pixels_HWC in pixels_BHWC]
+
+
+def blend(image: Image.Image, background: Image.Image | None, weight: Tensor) -> Image.Image:
+    """Show `image` where `weight` (1, 1, h, w) is 1, and `background` (grey if None) where it is 0."""
+    size = image.width
+    alpha = F.interpolate(weight, size=(size, size), mode="nearest")
+    if background is None:
+        behind = torch.full((1, 3, size, size), UNKNOWN_GREY)
+    else:
+        behind = to_tensor(background, size)[None]
+    return to_pil(alpha * to_tensor(image, size)[None] + (1 - alpha) * behind)[0]
 
 
 def write_png(image: Image.Image, path: Path, fields: PngInfo | None = None) -> None:

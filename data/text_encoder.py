@@ -38,6 +38,10 @@ class TokenStates:
     states: Tensor
     mask: Tensor
 
+    def rows(self, texts: Sequence[int] | Tensor) -> TokenStates:
+        """Return the states of some texts, in this order; a text may come several times."""
+        return TokenStates(self.states[texts], self.mask[texts])
+
 
 @dataclass(frozen=True)
 class EncodedText:

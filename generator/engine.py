@@ -104,16 +104,22 @@ class Engine:
         if compiled:
             self._forward_window = torch.compile(self._window_logits, dynamic=False)
 
-    def prefill(self, texts: TokenStates) -> None:
-        """Fill the KV cache with B texts and, with guidance, as many null texts; the next token is the first.
+    def prefill(self, texts: TokenStates, negative: TokenStates | None = None) -> None:
+        """Fill the KV cache with B texts and, with guidance, as many others; the next token is the first.
 
         Each text goes through alone, so that no other prompt matters, and at its own length, to save time.
+
+        Args:
+            texts: B texts.
+            negative: B texts that guidance leads away from; None takes the learned null text.
         """
         states = texts.states.to(self.device)
         mask = texts.mask.to(self.device)
         if self.cfg_branches == 2:
-            states = torch.cat([states, torch.zeros_like(states)])
-            mask = torch.cat([mask, torch.zeros_like(mask)])
+            if negative is None:
+                negative = TokenStates(torch.zeros_like(states), torch.zeros_like(mask))
+            states = torch.cat([states, negative.states.to(self.device)])
+            mask = torch.cat([mask, negative.mask.to(self.device)])
 
         text_RTD, seen_RT = self.model.embed_text(states, mask)
         bias_R1L = self.model.padding_bias(seen_RT)

@@ -98,6 +98,7 @@ def sample(
     seeds: Sequence[int],
     config: SamplingConfig,
     *,
+    negative: TokenStates | None = None,
     given_ids: Tensor | None = None,
     given_mask: Tensor | None = None,
 ) -> Tensor:
@@ -108,13 +109,17 @@ def sample(
         texts: B texts; for results that do not depend on the other prompts, encode each by itself.
         seeds: B seeds.
         config: how to sample.
+        negative: B texts that guidance leads away from; the learned null text if None.
         given_ids: (B, N) or (N,) ids to keep where `given_mask`, of the same shape, is True; the other ones
             are sampled (completion).
 
     Returns:
         (B, N) int64 on the device of the model.
     """
-    *_, last = stream(model, texts, seeds, config, given_ids=given_ids, given_mask=given_mask)
+    images = stream(
+        model, texts, seeds, config, negative=negative, given_ids=given_ids, given_mask=given_mask
+    )
+    *_, last = images
     return last.ids
 
 
@@ -125,6 +130,7 @@ def stream(
     seeds: Sequence[int],
     config: SamplingConfig,
     *,
+    negative: TokenStates | None = None,
     given_ids: Tensor | None = None,
     given_mask: Tensor | None = None,
     every_rows: int | None = None,
@@ -135,8 +141,8 @@ def stream(
     iterating to cancel.
 
     Raises:
-        ValueError: the number of seeds is not that of texts, the model is in training mode, or what is given
-            does not fit the model.
+        ValueError: the number of seeds is not that of texts, the model is in training mode, what is given
+            does not fit the model, or there are negative texts without guidance.
     """
     if len(seeds) != len(texts.mask) or not seeds:
         raise ValueError(f"got {len(texts.mask)} texts and {len(seeds)} seeds, expected one seed a text")
@@ -145,6 +151,10 @@ def stream(
     if model.training:
         raise ValueError(
             "the generator is in training mode, where dropout disturbs every token; call model.eval()"
+        )
+    if negative is not None and config.guidance_scale == 1:
+        raise ValueError(
+            "a negative prompt needs guidance, but guidance_scale is 1; raise it, such as to 4.5"
         )
     ids, known = _given(model, len(seeds), given_ids, given_mask)
     num_rows, num_columns = model.config.grid_size
@@ -157,7 +167,7 @@ def stream(
     for images in torch.arange(len(seeds)).split(config.micro_batch):
         # The first image fills the empty places of the last batch; its copies are thrown away.
         padded = torch.cat([images, images[:1].expand(config.micro_batch - len(images))])
-        engine.prefill(TokenStates(texts.states[padded], texts.mask[padded]))
+        engine.prefill(texts.rows(padded), None if negative is None else negative.rows(padded))
         sampler = TokenSampler(config, [int(seeds[i]) for i in padded], engine)
 
         batch_ids = ids[padded]

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-__all__ = ["Pipeline", "TAVQTokenizer"]
+__all__ = ["Pipeline", "TAVQTokenizer", "__version__"]
 
 _checkout = Path(__file__).resolve().parent.parent
 if (_checkout / "pyproject.toml").is_file():
@@ -10,7 +10,11 @@ if (_checkout / "pyproject.toml").is_file():
 
 
 def __getattr__(name: str):
-    """Load the two public classes on first use, so that `import tavq` stays light."""
+    """Load the public names on first use, so that `import tavq` stays light."""
+    if name == "__version__":
+        import importlib.metadata
+
+        return importlib.metadata.version("ta-vq")
     if name == "TAVQTokenizer":
         from tavq.tokenizer.model import TAVQTokenizer
 

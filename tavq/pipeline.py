@@ -11,64 +11,44 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self, get_args
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from tavq.alignment.projections import NUM_LEVELS
 from tavq.base.files import file_hash
 from tavq.base.seeding import mixed_seed
-from tavq.captioner.decoding import Caption, DecodingConfig, decode_captions
+from tavq.captioner.decoding import DecodingConfig, decode_captions
 from tavq.captioner.likelihood import log_likelihood
 from tavq.captioner.model import Captioner
-from tavq.data.images import to_pil, to_tensor, write_png
+from tavq.data.images import ImageSource, blend, open_image, open_images, to_pil, to_tensor
 from tavq.data.text_encoder import TextEncoder, TokenStates
 from tavq.generator.model import GeneratorModel
-from tavq.generator.sampling import RENAMED_FIELDS, SamplingConfig, sample, stream
+from tavq.generator.sampling import SamplingConfig, sample, stream
+from tavq.inputs import Job, check_prompts, jobs_of, mask_of, with_options
+from tavq.ranking import RankBy, combine_scores
+from tavq.results import Captions, Generated, Reconstruction, read_recipe, recipe_line
 from tavq.tokenizer.heatmaps import UnitMap, check_aligned, unit_maps
 from tavq.tokenizer.model import TAVQTokenizer
 from tavq.tokenizer.retrieval import alignment_scores, text_encoder_of
 from tavq.training.checkpoint import WEIGHTS_FILE, local_directory, shipped_checkpoint
 
+__all__ = [
+    "Captions",
+    "Generated",
+    "Pipeline",
+    "Reconstruction",
+    "check_prompts",
+    "read_recipe",
+    "recipe_line",
+]
+
 CHECKPOINT = str(shipped_checkpoint())
-RECIPE_FIELD = "tavq"  # PNG text field that holds the recipe as JSON
-PARAMETERS_FIELD = "parameters"  # PNG text field that other programs write and show: the recipe for people
-RankBy = Literal["likelihood", "alignment", "sum"]
-UNKNOWN_GREY = 0.6  # in [-1, 1]; the part of a partial image that is not sampled yet
-
-
-@dataclasses.dataclass(frozen=True)
-class Generated:
-    """A generated image, and the recipe that generates it again."""
-
-    image: Image.Image
-    ids: Tensor
-    """(h, w) int64."""
-    recipe: dict[str, Any]
-    """Prompt, seed, settings, hashes of the checkpoints, and version."""
-
-    def save(self, path: Path) -> None:
-        """Write a PNG that carries its recipe in text fields."""
-        fields = PngInfo()
-        fields.add_itxt(RECIPE_FIELD, json.dumps(self.recipe))
-        fields.add_itxt(PARAMETERS_FIELD, recipe_line(self.recipe))
-        write_png(self.image, path, fields)
-
-
-@dataclasses.dataclass(frozen=True)
-class Reconstruction:
-    """An image that was encoded and decoded."""
-
-    image: Image.Image
-    ids: Tensor
-    """(h, w) int64."""
 
 
 class Pipeline:
@@ -143,64 +123,128 @@ class Pipeline:
             ValueError: a prompt is empty.
         """
         check_prompts(prompts)
+        different = list(dict.fromkeys(prompts))
         # One by one: kernels round differently by batch, and no other prompt may change an image.
-        return self.text_encoder.token_states(prompts, self.generator.config.max_text_tokens, batch_size=1)
+        states = self.text_encoder.token_states(
+            different, self.generator.config.max_text_tokens, batch_size=1
+        )
+        return states.rows([different.index(prompt) for prompt in prompts])
 
     def generate(
         self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
+        prompt: str | Sequence[str],
+        seed: int | Sequence[int] = 0,
         settings: SamplingConfig | None = None,
         *,
+        num_images: int = 1,
+        num_images_per_prompt: int | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         best_of: int = 1,
         rank_by: RankBy = "sum",
+        **sampling: Any,
     ) -> list[Generated]:
-        """Generate one image per prompt.
+        """Generate images from text.
 
         An image depends on its prompt, its seed and the settings alone.
 
         Args:
-            prompts: B texts.
-            seeds: B integers, at least 0.
+            prompt: one text or several.
+            seed: image i of each prompt has seed + i; -1 chooses a seed at random. Several seeds are one per
+                prompt; with a single prompt, one per image.
             settings: guidance scale, temperature, top-k and top-p; the defaults if None.
-            best_of: candidates per prompt, of which the one that `rank` scores highest is returned.
+            num_images: images per prompt.
+            num_images_per_prompt: the name of `num_images` in diffusers.
+            negative_prompt: text that guidance leads away from, in place of the learned null text; one for
+                all prompts, or one per prompt. A blank one counts as none.
+            best_of: candidates per image, of which the one that `rank` scores highest is returned.
             rank_by: score that `rank` uses.
-        """
-        settings = settings or SamplingConfig()
-        candidates = self.candidates(prompts, seeds, settings, best_of)
+            sampling: fields of `SamplingConfig` that replace those of `settings`, such as guidance_scale=3.
 
-        results = []
-        for prompt, seed, ids in zip(prompts, seeds, candidates, strict=True):
+        Returns:
+            All images of the first prompt, then those of the next one.
+        """
+        count = num_images if num_images_per_prompt is None else num_images_per_prompt
+        return list(
+            self.generate_each(
+                prompt,
+                seed,
+                settings,
+                num_images=count,
+                negative_prompt=negative_prompt,
+                best_of=best_of,
+                rank_by=rank_by,
+                **sampling,
+            )
+        )
+
+    def generate_each(
+        self,
+        prompt: str | Sequence[str],
+        seed: int | Sequence[int] = 0,
+        settings: SamplingConfig | None = None,
+        *,
+        num_images: int = 1,
+        negative_prompt: str | Sequence[str] | None = None,
+        best_of: int = 1,
+        rank_by: RankBy = "sum",
+        **sampling: Any,
+    ) -> Iterator[Generated]:
+        """Like `generate`, but yield each image as soon as its micro-batch is sampled."""
+        settings = with_options(settings or SamplingConfig(), sampling)
+        if best_of < 1:
+            raise ValueError(f"best_of is {best_of}, expected 1 or more")
+        jobs = jobs_of(prompt, seed, num_images, negative_prompt)
+        candidates = self._sample_candidates(jobs, settings, best_of)
+        for job, ids in zip(jobs, candidates, strict=True):
             best = 0
-            choice: dict[str, Any] = {"best_of": best_of}
+            more: dict[str, Any] = {"best_of": best_of}
             if best_of > 1:
-                best = int(self.rank(ids, prompt, rank_by).argmax())
-                choice["rank_by"] = rank_by
-            results.append(self._generated(ids[best], prompt, seed, settings, choice))
-        return results
+                best = int(self.rank(ids, job.prompt, rank_by).argmax())
+                more["rank_by"] = rank_by
+            yield self._generated(ids[best], job, settings, more)
 
     def candidates(
         self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingConfig, count: int
     ) -> Tensor:
         """Sample the ids of `count` candidates per prompt: (B, count, N)."""
-        if count < 1:
-            raise ValueError(f"best_of is {count}, expected 1 or more")
+        jobs = jobs_of(prompts, seeds)
+        return torch.stack(list(self._sample_candidates(jobs, settings, count)))
 
-        texts = self.text_states(prompts)
-        rows = [index for index in range(len(prompts)) for _ in range(count)]
-        repeated = TokenStates(texts.states[rows], texts.mask[rows])
-
+    def _sample_candidates(
+        self, jobs: Sequence[Job], settings: SamplingConfig, count: int
+    ) -> Iterator[Tensor]:
+        """Yield the ids (count, N) of the candidates of each image."""
         # Candidate 0 has the seed itself: it is the image that `generate` returns with best_of=1.
-        sample_seeds = [mixed_seed(seed, n) if n else seed for seed in seeds for n in range(count)]
-        return sample(self.generator, repeated, sample_seeds, settings).unflatten(0, (-1, count))
+        seeds = [mixed_seed(job.seed, n) if n else job.seed for job in jobs for n in range(count)]
+        texts = self.text_states([job.prompt for job in jobs for _ in range(count)])
+        negative = self._negative_states([job.negative for job in jobs for _ in range(count)])
 
-    def _generated(
-        self, ids: Tensor, prompt: str, seed: int, settings: SamplingConfig, more: dict[str, Any]
-    ) -> Generated:
+        done = 0
+        for partial in stream(self.generator, texts, seeds, settings, negative=negative):
+            sampled = int(partial.known.all(1).sum())  # micro-batches are sampled in order
+            while (done + 1) * count <= sampled:
+                yield partial.ids[done * count : (done + 1) * count]
+                done += 1
+
+    def _negative_states(self, texts: Sequence[str | None]) -> TokenStates | None:
+        """Encode negative prompts; None, a prompt without one, gives a mask of False, the null text."""
+        given = [text for text in texts if text is not None]
+        if not given:
+            return None
+        known = self.text_states(given)
+        states = known.states.new_zeros(len(texts), *known.states.shape[1:])
+        mask = known.mask.new_zeros(len(texts), known.mask.shape[1])
+        rows = [row for row, text in enumerate(texts) if text is not None]
+        states[rows], mask[rows] = known.states, known.mask
+        return TokenStates(states, mask)
+
+    def _generated(self, ids: Tensor, job: Job, settings: SamplingConfig, more: dict[str, Any]) -> Generated:
         """Decode ids (N,), and write the recipe; `more` holds its fields that `settings` does not have."""
+        negative = {} if job.negative is None else {"negative_prompt": job.negative}
         recipe = {
-            "prompt": prompt,
-            "seed": seed,
+            "prompt": job.prompt,
+            **negative,
+            "seed": job.seed,
             "settings": dataclasses.asdict(settings),
             **more,
             "checkpoints": {part: self.hashes[part] for part in ("tokenizer", "generator")},
@@ -209,18 +253,30 @@ class Pipeline:
         return Generated(self.decode(ids.unsqueeze(0))[0], ids.view(self.tokenizer.grid_size).cpu(), recipe)
 
     def stream(
-        self, prompt: str, seed: int, settings: SamplingConfig | None = None, *, every_rows: int = 1
+        self,
+        prompt: str,
+        seed: int = 0,
+        settings: SamplingConfig | None = None,
+        *,
+        negative_prompt: str | None = None,
+        every_rows: int = 1,
+        **sampling: Any,
     ) -> Iterator[Generated]:
         """Generate one image and yield it every `every_rows` rows of tokens; stop iterating to cancel.
 
-        The part that is not sampled yet is grey. The last image equals that of `generate`.
+        The part that is not sampled yet is grey. The last image equals that of `generate`, whose arguments
+        these are.
         """
-        settings = settings or SamplingConfig()
-        texts = self.text_states([prompt])
-        for partial in stream(self.generator, texts, [seed], settings, every_rows=every_rows):
-            generated = self._generated(partial.ids[0], prompt, seed, settings, {"best_of": 1})
+        settings = with_options(settings or SamplingConfig(), sampling)
+        (job,) = jobs_of([prompt], [seed], 1, negative_prompt)
+        texts = self.text_states([job.prompt])
+        away = self._negative_states([job.negative])
+        for partial in stream(
+            self.generator, texts, [job.seed], settings, negative=away, every_rows=every_rows
+        ):
+            generated = self._generated(partial.ids[0], job, settings, {"best_of": 1})
             known = partial.known[0].view(1, 1, *self.tokenizer.grid_size).float().cpu()
-            yield dataclasses.replace(generated, image=_blend(generated.image, None, known))
+            yield dataclasses.replace(generated, image=blend(generated.image, None, known))
 
     def rank(self, ids: Tensor, prompt: str, by: RankBy = "sum") -> Tensor:
         """Score candidates of one prompt by how well they match it, with the models of this pipeline alone.
@@ -251,25 +307,33 @@ class Pipeline:
 
     def caption(
         self,
-        images: Sequence[Image.Image],
+        images: ImageSource | Sequence[ImageSource],
         settings: DecodingConfig | None = None,
         *,
         with_patches: bool = False,
-    ) -> list[list[Caption]]:
+        **decoding: Any,
+    ) -> list[Captions]:
         """Caption images.
 
         Args:
-            images: B images of any size.
+            images: one image or several, of any size: paths, PIL images or arrays (see `open_image`).
             settings: options for decoding; the defaults if None.
             with_patches: give each word its attention over the image tokens (slower).
+            decoding: fields of `DecodingConfig` that replace those of `settings`, such as n_best=3.
 
         Returns:
-            For each image `settings.n_best` captions, best first.
+            For each image its captions: `.text` is the best one, and all `n_best` are the items.
         """
-        ids = self.encode(images)
-        return decode_captions(
-            self.captioner, ids, settings, with_patches=with_patches, alignment_score=self._alignment_score
+        settings = with_options(settings or DecodingConfig(), decoding)
+        opened = open_images(images)
+        groups = decode_captions(
+            self.captioner,
+            self.encode(opened),
+            settings,
+            with_patches=with_patches,
+            alignment_score=self._alignment_score,
         )
+        return [Captions(image, group) for image, group in zip(opened, groups, strict=True)]
 
     def _alignment_score(self, ids: Tensor, texts: Sequence[Sequence[str]]) -> Tensor:
         """Score each image's ids (B, N) against its G texts: (B, G) in [-2, 0]."""
@@ -284,61 +348,75 @@ class Pipeline:
         ]
         return torch.cat(scores).float().cpu()
 
-    def reconstruct(self, images: Sequence[Image.Image]) -> list[Reconstruction]:
-        """Encode and decode images. The reconstructions are square."""
+    def reconstruct(self, images: ImageSource | Sequence[ImageSource]) -> list[Reconstruction]:
+        """Encode and decode one image or several. The reconstructions are square."""
         ids = self.encode(images)
         decoded = self.decode(ids)
         return [Reconstruction(image, grid) for image, grid in zip(decoded, ids.cpu(), strict=True)]
 
-    def heatmaps(self, image: Image.Image, text: str) -> list[UnitMap]:
+    def heatmaps(self, image: ImageSource, text: str) -> list[UnitMap]:
         """Map each word, phrase and sentence of `text` to its place on the image, words first.
 
         Raises:
             ValueError: the tokenizer is plain, or the text is empty.
         """
-        return unit_maps(self.tokenizer, image, text, self.alignment_encoder.encode)
+        return unit_maps(self.tokenizer, open_image(image), text, self.alignment_encoder.encode)
 
     def complete(
         self,
-        image: Image.Image,
-        mask: Tensor,
+        image: ImageSource,
+        mask: Tensor | ImageSource,
         prompt: str,
-        seeds: Sequence[int],
+        seed: int | Sequence[int] = 0,
         settings: SamplingConfig | None = None,
+        *,
+        num_images: int = 1,
+        negative_prompt: str | None = None,
+        **sampling: Any,
     ) -> list[Generated]:
         """Generate the masked part of an image anew (inpainting); tokens and pixels outside the mask stay.
 
         Args:
             image: any size; resized to a square.
-            mask: (H, W) bool, any size, True where the image is generated anew. A token is sampled if any of
-                its pixels is masked.
+            mask: (H, W) bool, any size, True where the image is generated anew; or an image that is white
+                there. A token is sampled if any of its pixels is masked.
             prompt: text for the whole image.
-            seeds: one per completed image.
+            seed: image i has seed + i; -1 chooses a seed at random. Several seeds are one per image.
             settings: options for sampling; the defaults if None.
+            num_images: images to generate.
+            negative_prompt: text that guidance leads away from.
+            sampling: fields of `SamplingConfig` that replace those of `settings`.
 
         Raises:
             ValueError: the mask is empty.
         """
+        image = open_image(image)
         size = self.tokenizer.decode_size_px
         # "area" and not "nearest": a masked stripe thinner than a pixel of the square must not get lost.
-        pixels = F.interpolate(mask[None, None].float(), size=(size, size), mode="area") > 0
+        pixels = F.interpolate(mask_of(mask)[None, None].float(), size=(size, size), mode="area") > 0
         masked = F.adaptive_max_pool2d(pixels.float(), self.tokenizer.grid_size)[0, 0] > 0
         if not masked.any():
             raise ValueError("the mask is empty: nothing is to be generated; mark the part that shall change")
 
-        given = ~masked.flatten().expand(len(seeds), -1)
-        results = self._sample_around(image, given, prompt, seeds, settings or SamplingConfig())
+        jobs = jobs_of(prompt, seed, num_images, negative_prompt)
+        settings = with_options(settings or SamplingConfig(), sampling)
+        given = ~masked.flatten().expand(len(jobs), -1)
+        results = self._sample_around(image, given, jobs, settings)
 
         # The given tokens come back as a reconstruction; the original's own pixels are laid over it.
-        return [dataclasses.replace(r, image=_blend(r.image, image, pixels.float())) for r in results]
+        return [dataclasses.replace(r, image=blend(r.image, image, pixels.float())) for r in results]
 
     def vary(
         self,
-        image: Image.Image,
+        image: ImageSource,
         share: float,
         prompt: str,
-        seeds: Sequence[int],
+        seed: int | Sequence[int] = 0,
         settings: SamplingConfig | None = None,
+        *,
+        num_images: int = 1,
+        negative_prompt: str | None = None,
+        **sampling: Any,
     ) -> list[Generated]:
         """Generate variations of an image: a random fraction of its tokens stays, the others are sampled.
 
@@ -346,8 +424,11 @@ class Pipeline:
             image: any size; resized to a square.
             share: fraction of the tokens that stay, above 0 and below 1.
             prompt: text for the variations.
-            seeds: one per variation; it also decides which tokens stay.
+            seed: as `complete` takes it. The seed of a variation also decides which tokens stay.
             settings: options for sampling; the defaults if None.
+            num_images: variations to generate.
+            negative_prompt: text that guidance leads away from.
+            sampling: fields of `SamplingConfig` that replace those of `settings`.
         """
         h, w = self.tokenizer.grid_size
         num_tokens = h * w
@@ -355,104 +436,41 @@ class Pipeline:
         if not 0 < count < num_tokens:
             raise ValueError(f"the share of tokens that stay is {share}, expected above 0 and below 1")
 
-        given = torch.zeros(len(seeds), num_tokens, dtype=torch.bool)
-        for row, seed in zip(given, seeds, strict=True):
-            rng = torch.Generator().manual_seed(seed)
+        jobs = jobs_of(prompt, seed, num_images, negative_prompt)
+        settings = with_options(settings or SamplingConfig(), sampling)
+        given = torch.zeros(len(jobs), num_tokens, dtype=torch.bool)
+        for row, job in zip(given, jobs, strict=True):
+            rng = torch.Generator().manual_seed(job.seed)
             row[torch.randperm(num_tokens, generator=rng)[:count]] = True
-        return self._sample_around(image, given, prompt, seeds, settings or SamplingConfig())
+        return self._sample_around(open_image(image), given, jobs, settings)
 
     def _sample_around(
-        self, image: Image.Image, given: Tensor, prompt: str, seeds: Sequence[int], settings: SamplingConfig
+        self, image: Image.Image, given: Tensor, jobs: Sequence[Job], settings: SamplingConfig
     ) -> list[Generated]:
-        """Keep the tokens of `image` where `given` (B, N) is True, and sample the others, B times."""
-        text = self.text_states([prompt])
-        texts = TokenStates(
-            text.states.expand(len(seeds), -1, -1),
-            text.mask.expand(len(seeds), -1),
-        )
-        image_ids = self.encode([image])[0].flatten().expand(len(seeds), -1)
+        """Keep the tokens of `image` where `given` (B, N) is True, and sample the others, for each job."""
+        image_ids = self.encode(image)[0].flatten().expand(len(jobs), -1)
         ids = sample(
             self.generator,
-            texts,
-            seeds,
+            self.text_states([job.prompt for job in jobs]),
+            [job.seed for job in jobs],
             settings,
+            negative=self._negative_states([job.negative for job in jobs]),
             given_ids=image_ids,
             given_mask=given.to(image_ids.device),
         )
         more = {"completed_tokens": int((~given[0]).sum())}
-        return [
-            self._generated(row, prompt, seed, settings, more) for row, seed in zip(ids, seeds, strict=True)
-        ]
+        return [self._generated(row, job, settings, more) for row, job in zip(ids, jobs, strict=True)]
 
-    def encode(self, images: Sequence[Image.Image]) -> Tensor:
-        """Encode B images of any size: -> (B, h, w) int64."""
-        if not images:
+    def encode(self, images: ImageSource | Sequence[ImageSource]) -> Tensor:
+        """Encode one image or several, of any size: -> (B, h, w) int64."""
+        opened = open_images(images)
+        if not opened:
             raise ValueError("no image given; name at least one")
         size = self.tokenizer.image_size_px
-        tensors = (to_tensor(image, size).unsqueeze(0).to(self.device) for image in images)
+        tensors = (to_tensor(image, size).unsqueeze(0).to(self.device) for image in opened)
         # One by one: kernels round differently by batch, and no image may change the ids of another.
         return torch.cat([self.tokenizer.encode(tensor) for tensor in tensors])
 
     def decode(self, ids: Tensor) -> list[Image.Image]:
         """Decode ids (B, N) or (B, h, w), one by one as in `encode`."""
         return [to_pil(self.tokenizer.decode(row.unsqueeze(0)))[0] for row in ids]
-
-
-def check_prompts(prompts: Sequence[str]) -> None:
-    """Raise ValueError if a prompt is empty."""
-    if not all(prompt.strip() for prompt in prompts):
-        raise ValueError("the prompt is empty; describe the image in a few words")
-
-
-def read_recipe(path: Path) -> dict[str, Any]:
-    """Read the recipe from a PNG that `Generated.save` wrote, in this version or an earlier one.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file carries no recipe.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no image {path}; name a PNG that tavq generate wrote")
-    with Image.open(path) as image:
-        text = getattr(image, "text", {}).get(RECIPE_FIELD)
-    if text is None:
-        raise ValueError(f"{path} carries no recipe; only PNG files that tavq generate wrote do")
-    recipe = json.loads(text)
-    recipe["settings"] = {RENAMED_FIELDS.get(name, name): value for name, value in recipe["settings"].items()}
-    return recipe
-
-
-def recipe_line(recipe: dict[str, Any]) -> str:
-    """Write a recipe as one line with the prompt and one line with the settings."""
-    settings = {"Seed": recipe["seed"], **recipe["settings"], "Version": f"ta-vq {recipe['version']}"}
-    return recipe["prompt"] + "\n" + ", ".join(f"{name}: {value}" for name, value in settings.items())
-
-
-def combine_scores(scores: Sequence[Tensor]) -> Tensor:
-    """Add up several kinds of scores of the same candidates.
-
-    Args:
-        scores: one or more kinds of scores (..., G).
-
-    Returns:
-        (..., G). One kind is returned as it is. Several are standardised over the candidates first, since
-        nats and alignment scores have no common unit.
-    """
-    if len(scores) == 1:
-        return scores[0]
-    total = torch.zeros_like(scores[0])
-    for score in scores:
-        deviation = score.std(-1, keepdim=True).clamp_min(1e-6)
-        total = total + (score - score.mean(-1, keepdim=True)) / deviation
-    return total
-
-
-def _blend(image: Image.Image, background: Image.Image | None, weight: Tensor) -> Image.Image:
-    """Show `image` where `weight` (1, 1, h, w) is 1, and `background` (grey if None) where it is 0."""
-    size = image.width
-    alpha = F.interpolate(weight, size=(size, size), mode="nearest")
-    if background is None:
-        behind = torch.full((1, 3, size, size), UNKNOWN_GREY)
-    else:
-        behind = to_tensor(background, size)[None]
-    return to_pil(alpha * to_tensor(image, size)[None] + (1 - alpha) * behind)[0]

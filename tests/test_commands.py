@@ -112,6 +112,23 @@ def test_a_random_seed_is_printed_and_recorded(tmp_path, checkpoint, capsys):
     assert seed >= 0 and read_recipe(tmp_path / "000000.png")["seed"] == seed
 
 
+def test_complete_draws_and_prints_a_random_seed_too(tmp_path, checkpoint, capsys):
+    run("complete", PHOTO, "a cat", "--keep", "top", "--seed", -1, "--out", tmp_path, *checkpoint)
+    seed = int(capsys.readouterr().out.split()[1])
+    assert seed >= 0 and read_recipe(tmp_path / "000000.png")["seed"] == seed
+
+
+def test_a_negative_prompt_is_recorded_and_drawn_again(tmp_path, checkpoint):
+    flags = ["--negative-prompt", "a cat"]
+    run("generate", PROMPTS[0], *flags, "--out", tmp_path / "a", *checkpoint)
+    first = tmp_path / "a" / "000000.png"
+    assert read_recipe(first)["negative_prompt"] == "a cat"
+    run("generate", "--from-png", first, "--out", tmp_path / "b", *checkpoint)
+    assert (tmp_path / "b" / "000000.png").read_bytes() == first.read_bytes()
+    run("complete", PHOTO, "a dog", "--keep", "left", *flags, "--out", tmp_path / "c", *checkpoint)
+    assert read_recipe(tmp_path / "c" / "000000.png")["negative_prompt"] == "a cat"
+
+
 def write_prompts(path: Path) -> Path:
     if path.suffix == ".txt":
         path.write_text("\n\n".join(PROMPTS) + "\n")
@@ -203,11 +220,16 @@ def white_right_half(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("part", ["top", "left", "box", "mask"])
+@pytest.mark.parametrize("part", ["top", "bottom", "left", "right", "box", "mask"])
 def test_complete_keeps_the_pixels_of_its_part(tmp_path, checkpoint, tiny_pipeline, part):
     size, (width, height) = tiny_pipeline.tokenizer.decode_size_px, load_image(PHOTO).size
     half = size // 2
-    kept = {"top": np.s_[:half], "box": np.s_[:half, :half]}.get(part, np.s_[:, :half])
+    kept = {
+        "top": np.s_[:half],
+        "bottom": np.s_[half:],
+        "right": np.s_[:, half:],
+        "box": np.s_[:half, :half],
+    }.get(part, np.s_[:, :half])
     mask = white_right_half(tmp_path / "mask.png")
     keep = {"box": f"box=0,0,{width // 2},{height // 2}"}.get(part, part)
     which = ["--mask", mask] if part == "mask" else ["--keep", keep]
@@ -215,7 +237,8 @@ def test_complete_keeps_the_pixels_of_its_part(tmp_path, checkpoint, tiny_pipeli
     first, second = (pixels(tmp_path / "out" / f"00000{number}.png") for number in range(2))
     photo = squashed(PHOTO, size)
     assert np.array_equal(first[kept], photo[kept]) and np.array_equal(second[kept], photo[kept])
-    assert not np.array_equal(first, second) and not np.array_equal(first[-4:, -4:], photo[-4:, -4:])
+    new = np.s_[:4, :4] if part in ("bottom", "right") else np.s_[-4:, -4:]
+    assert not np.array_equal(first, second) and not np.array_equal(first[new], photo[new])
 
 
 def test_variations_keep_a_random_share_of_the_tokens(tmp_path, checkpoint, tiny_pipeline):
@@ -313,11 +336,11 @@ def test_bad_completions_are_refused_and_nothing_is_written(tmp_path, checkpoint
     Image.new("L", (20, 20)).save(tmp_path / "black.png")
     assert "lies outside the image" in refused("complete", PHOTO, "a", "--keep", "box=900,0,5,5", *out)
     assert "lies outside the image" in refused("complete", PHOTO, "a", "--keep", "box=-5,0,3,9", *out)
-    assert "expected top, left, box=" in refused("complete", PHOTO, "a", "--keep", "bottom", *out)
+    assert "expected top, bottom, left" in refused("complete", PHOTO, "a", "--keep", "middle", *out)
     assert "share of tokens that stay is 1.0" in refused("complete", PHOTO, "a", "--keep", "share=1", *out)
     assert "such as share=0.3" in refused("complete", PHOTO, "a", "--keep", "share=some", *out)
     assert "name the part that stays" in refused("complete", PHOTO, "a", *out)
-    assert "mask is empty" in refused("complete", PHOTO, "a", "--mask", tmp_path / "black.png", *out)
+    assert "has no white part" in refused("complete", PHOTO, "a", "--mask", tmp_path / "black.png", *out)
     assert "prompt is empty" in refused("complete", PHOTO, " ", "--keep", "top", *out)
     assert "num_images is 0" in refused("complete", PHOTO, "a", "--keep", "top", "--num-images", 0, *out)
     assert not (tmp_path / "out").exists()

@@ -31,6 +31,7 @@ ROWS = (
     {"data", "metrics"},
     {"training", "alignment"},
     {"tokenizer", "generator", "captioner"},
+    {"inputs", "ranking", "results"},
     {"pipeline"},
     {"commands", "eval"},
     {"app"},

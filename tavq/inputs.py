@@ -1,0 +1,99 @@
+"""What callers of `Pipeline` may give: one text or several, settings by name, masks of any kind."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tavq.base.seeding import image_seeds
+from tavq.captioner.decoding import DecodingConfig
+from tavq.data.images import ImageSource, open_image
+from tavq.generator.sampling import SamplingConfig
+
+WHITE_FROM = 128  # grey level of a mask image from which on a pixel counts as white
+Settings = TypeVar("Settings", SamplingConfig, DecodingConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One image to generate."""
+
+    prompt: str
+    seed: int
+    negative: str | None
+    """The negative prompt; None takes the learned null text."""
+
+
+def jobs_of(
+    prompt: str | Sequence[str],
+    seed: int | Sequence[int],
+    num_images: int = 1,
+    negative_prompt: str | Sequence[str] | None = None,
+) -> list[Job]:
+    """List the images that the arguments of `Pipeline.generate` ask for.
+
+    Raises:
+        ValueError: a prompt is empty, or seeds or negative prompts are not as many as prompts.
+    """
+    prompts = texts_of(prompt, "prompt")
+    check_prompts(prompts)
+    if isinstance(seed, Sequence) and isinstance(prompt, str):
+        prompts = prompts * len(seed)
+    first_seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(prompts)
+    negatives = negatives_of(negative_prompt, len(prompts))
+    if not len(prompts) == len(first_seeds) == len(negatives):
+        raise ValueError(
+            f"got {len(prompts)} prompts, {len(first_seeds)} seeds and {len(negatives)} negative prompts; "
+            "expected one for all, or as many as prompts"
+        )
+    return [
+        Job(text, image_seed, negative)
+        for text, first, negative in zip(prompts, first_seeds, negatives, strict=True)
+        for image_seed in image_seeds(first, num_images)
+    ]
+
+
+def texts_of(texts: str | Sequence[str], name: str) -> list[str]:
+    """Return one text or several as a list; anything else is a TypeError that names the argument."""
+    found = [texts] if isinstance(texts, str) else list(texts)
+    for text in found:
+        if not isinstance(text, str):
+            raise TypeError(f"{name} is a {type(text).__name__}, expected a text or a list of texts")
+    return found
+
+
+def negatives_of(negative_prompt: str | Sequence[str] | None, count: int) -> list[str | None]:
+    """Return the negative prompt of each prompt; None where there is none, or a blank one."""
+    if negative_prompt is None or isinstance(negative_prompt, str):
+        negative_prompt = [negative_prompt or ""] * count
+    return [text if text.strip() else None for text in texts_of(negative_prompt, "negative_prompt")]
+
+
+def with_options(settings: Settings, options: Mapping[str, Any]) -> Settings:
+    """Return `settings` with some fields replaced; an unknown name is a TypeError that lists them."""
+    names = [field.name for field in dataclasses.fields(settings)]
+    for name in options:
+        if name not in names:
+            raise TypeError(f"there is no argument {name!r}; beside the named ones: {', '.join(names)}")
+    return dataclasses.replace(settings, **options)
+
+
+def mask_of(mask: Tensor | ImageSource) -> Tensor:
+    """Return a mask (H, W) bool; an image is masked where it is white."""
+    if isinstance(mask, Tensor):
+        return mask
+    if isinstance(mask, np.ndarray) and mask.dtype == bool:
+        return torch.from_numpy(mask)
+    return torch.from_numpy(np.array(open_image(mask).convert("L"))) >= WHITE_FROM
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Raise ValueError if a prompt is empty."""
+    texts_of(prompts, "prompt")
+    if not all(prompt.strip() for prompt in prompts):
+        raise ValueError("the prompt is empty; describe the image in a few words")
