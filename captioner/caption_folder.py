@@ -133,7 +133,7 @@ def _batches(
         yield batch
 
 
-def _row(name: str, captions: list[Caption]) -> dict[str, Any]:
+def _row(name: str, captions: Sequence[Caption]) -> dict[str, Any]:
     best = captions[0]
     row: dict[str, Any] = {
         "image": name,
