@@ -44,6 +44,7 @@ def cell(out: Path, row: int, column: int) -> np.ndarray:
     return pixels[y : y + CELL_PX, x : x + CELL_PX]
 
 
+@pytest.mark.slow
 def test_the_key_names_who_made_each_side(tokenizers, tmp_path):
     out = tmp_path / "blind"
     key = blind(tokenizers, out, "--images", "13")
@@ -63,6 +64,7 @@ def test_the_key_names_who_made_each_side(tokenizers, tmp_path):
             assert np.array_equal(cell(out, number, column), np.asarray(expected)), (number, side)
 
 
+@pytest.mark.slow
 def test_the_seed_chooses_images_but_not_the_order(tokenizers, tmp_path):
     keys = [blind(tokenizers, tmp_path / name) for name in ("a", "b")]
     ids, orders = ([[row[field] for row in key["rows"]] for key in keys] for field in ("id", "left"))

@@ -73,6 +73,7 @@ def test_generate_writes_four_pictures_with_seeds_7_to_10(tmp_path, checkpoint, 
         assert np.array_equal(pixels(file), np.asarray(picture.image))
 
 
+@pytest.mark.slow
 def test_generate_goes_on_numbering_and_draws_best_of(tmp_path, checkpoint, tiny_pipeline):
     for _ in range(2):
         ranked = ["--best-of", 3, "--rank-by", "likelihood"]
@@ -118,6 +119,7 @@ def test_complete_draws_and_prints_a_random_seed_too(tmp_path, checkpoint, capsy
     assert seed >= 0 and read_recipe(tmp_path / "000000.png")["seed"] == seed
 
 
+@pytest.mark.slow
 def test_a_negative_prompt_is_recorded_and_drawn_again(tmp_path, checkpoint):
     flags = ["--negative-prompt", "a cat"]
     run("generate", PROMPTS[0], *flags, "--out", tmp_path / "a", *checkpoint)
@@ -157,6 +159,7 @@ def test_prompts_come_from_a_file(tmp_path, checkpoint, kind):
     assert [row["prompt"] for row in rows] == ["before", *PROMPTS] and {row["seed"] for row in rows} == {0}
 
 
+@pytest.mark.slow
 def test_a_png_is_drawn_again_from_its_recipe(tmp_path, checkpoint, refused):
     settings = ["--temperature", "0.8", "--top-k", "9", "--guidance-scale", "2"]
     ranked = ["--best-of", 2, "--rank-by", "likelihood"]

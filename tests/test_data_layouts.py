@@ -342,6 +342,7 @@ def test_join_adds_a_full_stop_only_where_it_is_missing():
     )
 
 
+@pytest.mark.slow
 def test_flickr8k_as_published(flickr8k_dir):
     sizes = {split: len(open_dataset(flickr8k_dir, split)) for split in ("train", "val", "test")}
     assert sizes == {"train": 6000, "val": 1000, "test": 1000}

@@ -73,6 +73,7 @@ def test_empty_text_is_refused_and_punctuation_has_no_unit():
     assert split_units("...").sentences == ()
 
 
+@pytest.mark.slow
 def test_real_captions(flickr8k_dir):
     examples = open_dataset(flickr8k_dir, "val").examples[:300]
     captions = [caption for example in examples for caption in example.captions]

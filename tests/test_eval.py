@@ -64,6 +64,7 @@ def test_tokenizer_evaluation_measures_reconstruction_and_codebook(checkpoint, n
     assert read_results(out).metrics == results.metrics
 
 
+@pytest.mark.slow
 def test_spectra_are_taken_at_the_size_that_is_decoded(checkpoint, tmp_path, monkeypatch):
     """The tiny tokenizer reads 32 px and decodes 64: octaves reach to 24 cycles an image, not to 12."""
     monkeypatch.setattr(spectral, "MIN_FLAT_IMAGES", 1)

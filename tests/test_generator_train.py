@@ -101,6 +101,7 @@ def test_training_learns_to_follow_the_text(tokens, tmp_path):
     generator.check_codebook(tensor_hash(CODEBOOK))
 
 
+@pytest.mark.slow
 def test_null_text_replaces_a_share_of_the_captions(tokens):
     run = dataclasses.replace(RUN_PRESETS["tiny"], tokens=tokens, null_text_rate=0.25)
     task = GeneratorTask(run)
@@ -136,6 +137,7 @@ def test_training_goes_on_from_a_generator_whose_tokenizer_was_trained_further(t
     assert task.earlier_card == before.card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -162,6 +164,7 @@ def test_the_first_weights_come_from_the_seed_of_the_run(tokens):
     assert not torch.equal(GeneratorTask(other).shipped.token_embedding.weight, first)
 
 
+@pytest.mark.slow
 def test_the_weights_with_the_lowest_validation_loss_are_saved(tokens, tmp_path, monkeypatch):
     losses = iter([2.0, 1.0, 3.0])
     monkeypatch.setattr(GeneratorTask, "evaluate", lambda *_: {"loss": next(losses)})
@@ -215,6 +218,7 @@ def test_evaluation_is_the_mean_over_all_tokens_of_unchanged_images_with_first_c
     assert expected["loss"] != pytest.approx(expected["loss_null_text"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_sample_images_are_those_of_the_sampling_settings(tokens):
     greedy = SamplingConfig(temperature=0.0, guidance_scale=2.0)
     shown = []
@@ -240,6 +244,7 @@ def test_the_token_embeddings_start_from_the_codebook(tokens):
     torch.testing.assert_close(embedded @ embedded.T, CODEBOOK @ CODEBOOK.T, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_flag_that_start_would_overwrite_is_refused(tokens, tmp_path):
     run = dataclasses.replace(RUN_PRESETS["tiny"], tokens=tokens)
     GeneratorTask(run).shipped.save_pretrained(tmp_path)

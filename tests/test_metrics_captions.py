@@ -79,6 +79,7 @@ def test_odd_captions_score_alike_with_and_without_java():
         assert results[0].values[name] == pytest.approx(results[1].values[name], abs=1e-9)
 
 
+@pytest.mark.slow
 def test_published_result(shared_dir):
     content = json.loads((shared_dir / "data/coco_captions/published_result.json").read_text())
     hypotheses = {str(item["image_id"]): item["caption"] for item in content["results"]}

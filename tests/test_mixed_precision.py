@@ -54,6 +54,7 @@ def tokens_dir(tmp_path):
     return tmp_path / "tokens"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("align", ["ot", "lgvq"])
 def test_the_tokenizer(few_shapes, perceptual_network, tmp_path, align):
     preset = tokenizer_train.RUN_PRESETS["tiny"]
@@ -70,6 +71,7 @@ def test_the_tokenizer(few_shapes, perceptual_network, tmp_path, align):
     assert any("discriminator/loss" in line for line in log) and math.isfinite(log[-2]["weight/distill"])
 
 
+@pytest.mark.slow
 def test_the_decoder(few_shapes, perceptual_network, tmp_path):
     TAVQTokenizer(PRESETS["tiny"]).save_pretrained(tmp_path / "tokenizer")
     run = dataclasses.replace(
@@ -81,6 +83,7 @@ def test_the_decoder(few_shapes, perceptual_network, tmp_path):
     assert math.isfinite(log[-1]["val/perceptual"])
 
 
+@pytest.mark.slow
 def test_the_generator(tokens_dir, tmp_path):
     run = dataclasses.replace(GENERATOR_RUNS["tiny"], tokens=tokens_dir)
     log = train_in_bfloat16(GeneratorTask(run), run, tmp_path / "run")

@@ -209,6 +209,7 @@ def test_tokens_are_read_as_they_were_written(written_records, per_shard):
     assert found == [(r.id, r.ids.tolist(), r.captions, r.long_text) for r in written_records]
 
 
+@pytest.mark.slow
 @given(written_records=records(), position=st.floats(0, 1), flipped=st.integers(1, 255))
 def test_a_flipped_byte_in_a_shard_is_refused_or_gives_a_set_of_valid_ids(written_records, position, flipped):
     with tempfile.TemporaryDirectory() as name:
@@ -224,6 +225,7 @@ def test_a_flipped_byte_in_a_shard_is_refused_or_gives_a_set_of_valid_ids(writte
         assert tokens.ids.shape[2:] == META.grid_size
 
 
+@pytest.mark.slow
 @given(written_records=records(), share=st.floats(0, 0.999))
 def test_a_shard_that_was_cut_anywhere_never_loses_an_image_in_silence(written_records, share):
     with tempfile.TemporaryDirectory() as name:

@@ -34,6 +34,7 @@ def test_reconstructions_are_nearer_to_their_photo_than_to_any_other(shipped):
     assert (distances.argmin(axis=1) == np.arange(len(photos))).all()
 
 
+@pytest.mark.slow
 def test_a_prompt_gives_a_picture_and_a_photo_a_sentence(shipped):
     picture = shipped.generate(["a brown dog runs through the grass"], [7])[0]
     assert np.asarray(picture.image).std() > 20, "not one flat colour"

@@ -83,6 +83,7 @@ def test_every_position_is_sampled_sooner_or_later():
     assert (touched > 0).all()
 
 
+@pytest.mark.slow
 def test_words_phrases_and_sentences_are_sampled_in_this_order():
     dataset = open_dataset("shapes", "train").take(6)
     index = UnitIndex.build(dataset, TextEncoder())

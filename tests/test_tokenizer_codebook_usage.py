@@ -90,6 +90,7 @@ def test_training_logs_the_health_and_stops_below_the_limit(tmp_path, capsys, mo
     assert stopped.value.code == 2 and "usage is" in error and "at step 2" in error
 
 
+@pytest.mark.slow
 def test_the_matched_cost_is_lower_where_codes_know_the_text(shapes):
     """Every image has one code, which lies where its own units lie (words, phrases, sentences apart)."""
     texts = UnitIndex.build(shapes, TextEncoder())

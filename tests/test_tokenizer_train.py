@@ -15,6 +15,8 @@ from tavq.commands.train_tokenizer import main
 from tavq.data.dataset import Example, ImageTextDataset
 from tavq.data.layouts import open_dataset
 from tavq.tokenizer import distillation
+from tavq.tokenizer import train as tokenizer_train
+from tavq.tokenizer import train_decoder as train_decoder_module
 from tavq.tokenizer.distillation import map_of_view, teacher_maps
 from tavq.tokenizer.losses import FrozenNetwork
 from tavq.tokenizer.model import TAVQTokenizer, TokenizerConfig
@@ -40,6 +42,17 @@ class Vector(nn.Module):
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("TAVQ_CACHE", str(tmp_path_factory.getbasetemp() / "tokenizer-cache"))
+
+
+@pytest.fixture(autouse=True)
+def few_shapes(monkeypatch):
+    """The first 200 images of each split; to encode the texts of all would take most of these tests' time."""
+
+    def open_few(path, split):
+        return open_dataset(path, split).take(200)
+
+    for module in (tokenizer_train, train_decoder_module):
+        monkeypatch.setattr(module, "open_dataset", open_few)
 
 
 @pytest.fixture(params=[Maps, Vector])
@@ -122,6 +135,7 @@ def test_a_crop_is_that_part_of_the_photo_and_of_its_teachers_map():
     assert len(boxes) > 15
 
 
+@pytest.mark.slow
 def test_a_step_without_decoding_teaches_the_encoder_alone(teacher):
     losses = dataclasses.replace(TINY.losses, decode_every=4)
     task = TokenizerTask(dataclasses.replace(TINY, distill=teacher, losses=losses))
@@ -154,6 +168,7 @@ def test_training_goes_on_from_a_tokenizer_and_remembers_its_teachers(teacher, t
     assert task.earlier_card == before.card
 
 
+@pytest.mark.slow
 def test_a_text_encoder_of_another_width_decides_the_width_of_the_way_to_text(tmp_path):
     from .test_data_text_encoder import tiny_directory
 
@@ -175,6 +190,7 @@ def test_a_discriminator_is_refused_where_the_network_gives_no_maps(tmp_path, ca
     assert "this network gives vectors" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_training_the_decoder_further_leaves_the_ids_alone(perceptual_network, tmp_path):
     shuffling = dataclasses.replace(TINY.model, upsample_channels=())  # as weights of before 0.2 end
     before, after = TAVQTokenizer(shuffling), tmp_path / "after"
@@ -210,6 +226,7 @@ def test_alignment_and_distillation_are_part_of_the_loss(teacher):
     assert task.model.head.layers[0].weight.grad.norm() > 0
 
 
+@pytest.mark.slow
 def test_the_shares_of_alignment_and_distillation_are_obeyed(teacher):
     losses = dataclasses.replace(TINY.losses, align=0.5, distill=0.25)
     task = TokenizerTask(dataclasses.replace(TINY, distill=teacher, losses=losses))

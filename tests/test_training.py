@@ -51,6 +51,7 @@ def signalled(run: Path, flags: list[str], number: signal.Signals) -> int:
     return process.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "exit_code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 128 + signal.SIGTERM)]
 )
@@ -67,6 +68,7 @@ def test_a_stopped_run_says_so_and_continues_as_if_nothing_had_happened(
     assert losses(stopped) == losses(whole)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_repeated_and_another_configuration_is_refused(tmp_path, capsys):
     flags = [*FLAGS[:4], "--training.steps", "1", "--out", str(tmp_path / "run")]
     train_tokenizer.main(flags)
