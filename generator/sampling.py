@@ -25,16 +25,20 @@ from .model import GeneratorModel
 
 RENAMED_FIELDS = {"guidance": "guidance_scale"}
 """Field of `SamplingConfig` in recipes of earlier versions -> its name today."""
+EARLIER_VALUES = {"guidance_schedule": "constant", "guidance_start": 0.0}
+"""Fields that earlier recipes lack -> what they meant."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
     """How ids are sampled."""
 
-    guidance_scale: float = 4.5
+    guidance_scale: float = 7.0
     """Scale of classifier-free guidance: logits = null + scale * (text - null). 1 turns it off."""
-    guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the guidance scale rises from 1 at the first token to its full value at the last."""
+    guidance_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """How guidance rises from the first token to the last, where it has its full scale."""
+    guidance_start: float = 1 / 3
+    """Part of the guidance that the first token has, 0 (none) to 1, where the schedule is not constant."""
     temperature: float = 1.0
     """Temperature of the softmax. 0 takes the likeliest code each time."""
     top_k: int = 100
@@ -58,6 +62,7 @@ class SamplingConfig:
             "guidance_scale": (self.guidance_scale >= 0, "0 or more"),
             "temperature": (self.temperature >= 0, "0 or more"),
             "top_k": (self.top_k >= 0, "0 (all) or more"),
+            "guidance_start": (0 <= self.guidance_start <= 1, "0 to 1"),
             "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
             "micro_batch": (self.micro_batch >= 1, "1 or more"),
             "draft_tokens": (self.draft_tokens >= 1, "1 (no drafts) or more"),
@@ -75,8 +80,11 @@ class SamplingConfig:
     def guidance_scale_at(self, position: int, num_tokens: int) -> float:
         """Return the guidance scale of the token at `position`."""
         progress = position / max(1, num_tokens - 1)
-        rise = {"constant": 1.0, "linear": progress, "cosine": (1 - math.cos(math.pi * progress)) / 2}
-        return 1 + (self.guidance_scale - 1) * rise[self.guidance_schedule]
+        if self.guidance_schedule == "constant":
+            return self.guidance_scale
+        rise = progress if self.guidance_schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
+        part = self.guidance_start + (1 - self.guidance_start) * rise
+        return 1 + (self.guidance_scale - 1) * part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,9 +161,7 @@ def stream(
             "the generator is in training mode, where dropout disturbs every token; call model.eval()"
         )
     if negative is not None and config.guidance_scale == 1:
-        raise ValueError(
-            "a negative prompt needs guidance, but guidance_scale is 1; raise it, such as to 4.5"
-        )
+        raise ValueError("a negative prompt needs guidance, but guidance_scale is 1; raise it, such as to 7")
     ids, known = _given(model, len(seeds), given_ids, given_mask)
     num_rows, num_columns = model.config.grid_size
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from tavq.base.files import atomic_write
 from tavq.captioner.decoding import Caption
 from tavq.data.images import write_png
-from tavq.generator.sampling import RENAMED_FIELDS
+from tavq.generator.sampling import EARLIER_VALUES, RENAMED_FIELDS
 
 RECIPE_FIELD = "tavq"  # PNG text field that holds the recipe as JSON
 PARAMETERS_FIELD = "parameters"  # PNG text field that other programs write and show: the recipe for people
@@ -129,7 +129,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if text is None:
         raise ValueError(f"{path} carries no recipe; only PNG files that tavq generate wrote do")
     recipe = json.loads(text)
-    recipe["settings"] = {RENAMED_FIELDS.get(name, name): value for name, value in recipe["settings"].items()}
+    settings = {RENAMED_FIELDS.get(name, name): value for name, value in recipe["settings"].items()}
+    recipe["settings"] = EARLIER_VALUES | settings
     return recipe
 
 

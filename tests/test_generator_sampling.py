@@ -23,7 +23,7 @@ from tavq.generator.sampling import (
 )
 
 TINY = GeneratorConfig.of(PRESETS["tiny"], num_codes=64, grid_size=(4, 4))
-SETTINGS = SamplingConfig(guidance_scale=2.0, micro_batch=4, draft_tokens=1)
+SETTINGS = SamplingConfig(guidance_scale=2.0, guidance_schedule="constant", micro_batch=4, draft_tokens=1)
 PINNED_TOKENS = [21, 47, 27, 42, 51, 13, 61, 57, 43, 4, 3, 20, 48, 28, 54, 46]
 
 
@@ -134,7 +134,7 @@ def test_scale_1_is_no_guidance(model, texts):
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 def test_drafts_give_the_tokens_of_plain_decoding(model, texts, temperature, scale):
     some, seeds = part(texts, slice(8)), list(range(8))
-    plain = SamplingConfig(scale, "cosine", temperature, top_k=50, draft_tokens=1)
+    plain = SamplingConfig(scale, "cosine", temperature=temperature, top_k=50, draft_tokens=1)
     expected = sample(model, some, seeds, plain)
     for count in (2, 5, 30):
         drafted = dataclasses.replace(plain, draft_tokens=count, micro_batch=3)
@@ -182,13 +182,16 @@ def test_seeds_survive_the_batch_with_drafts(model, texts):
     assert torch.equal(torch.cat(alone), together)
 
 
-def test_guidance_schedules_rise_from_none_to_all():
+def test_guidance_schedules_rise_from_their_start_to_all():
     for schedule in ("linear", "cosine"):
-        settings = SamplingConfig(guidance_scale=5.0, guidance_schedule=schedule)
-        weights = [settings.guidance_scale_at(position, 11) for position in range(11)]
-        assert weights[0] == 1.0 and weights[5] == pytest.approx(3.0) and weights[10] == pytest.approx(5.0)
-        assert weights == sorted(weights)
-    assert SamplingConfig(guidance_scale=5.0).guidance_scale_at(0, 11) == 5.0
+        settings = SamplingConfig(guidance_scale=5.0, guidance_schedule=schedule, guidance_start=0.0)
+        scales = [settings.guidance_scale_at(position, 11) for position in range(11)]
+        assert scales[0] == 1.0 and scales[5] == pytest.approx(3.0) and scales[10] == pytest.approx(5.0)
+        assert scales == sorted(scales)
+    half = dataclasses.replace(settings, guidance_start=0.5)
+    assert half.guidance_scale_at(0, 11) == 3.0 and half.guidance_scale_at(10, 11) == pytest.approx(5.0)
+    constant = SamplingConfig(guidance_scale=5.0, guidance_schedule="constant")
+    assert constant.guidance_scale_at(0, 11) == 5.0
 
 
 def test_top_k_with_ties_keeps_k():
@@ -293,6 +296,7 @@ def test_stream_grows_row_by_row_to_the_sampled_image(model, texts, draft_tokens
         ({"draft_tokens": 0}, "draft_tokens is 0"),
         ({"precision": "int4"}, "precision is 'int4'; choose float32, bfloat16, int8"),
         ({"guidance_scale": math.nan}, "guidance_scale is nan"),
+        ({"guidance_start": 1.5}, "guidance_start is 1.5, expected 0 to 1"),
         ({"guidance_schedule": "up"}, "choose constant, linear or cosine"),
     ],
 )

@@ -1,5 +1,6 @@
 """The Python interface: what callers may give, and what they get."""
 
+import dataclasses
 import json
 import tomllib
 from pathlib import Path
@@ -180,6 +181,16 @@ def test_an_opened_photo_is_turned_upright(tmp_path):
 def test_arrays_that_are_no_images_are_refused(array, message):
     with pytest.raises((ValueError, TypeError), match=message):
         open_image(array)
+
+
+def test_a_recipe_of_an_earlier_version_means_what_it_meant(tiny_pipeline, tmp_path):
+    generated = tiny_pipeline.generate("a dog")[0]
+    settings = {"guidance": 4.5, "temperature": 1.0, "top_k": 100, "top_p": 1.0}
+    dataclasses.replace(generated, recipe=generated.recipe | {"settings": settings}).save(
+        tmp_path / "dog.png"
+    )
+    sampling = SamplingConfig(**read_recipe(tmp_path / "dog.png")["settings"])
+    assert [sampling.guidance_scale_at(position, 16) for position in (0, 15)] == [4.5, 4.5]
 
 
 def test_results_are_saved(tiny_pipeline, tmp_path):
