@@ -44,7 +44,7 @@ docs: .venv/installed-test
 	@$(TIMED); $(DOCS)
 
 .venv/installed-demo: EXTRAS := app
-.venv/installed-test: EXTRAS := app,eval,dev,docs
+.venv/installed-test: EXTRAS := app,eval,data,dev,docs
 .venv/installed-demo .venv/installed-test: $(SOURCES)
 	@python="$(PYTHON)"; [ -n "$$python" ] || { echo "$(NO_PYTHON)" >&2; exit 2; }; \
 	  "$$python" install.py $(EXTRAS)

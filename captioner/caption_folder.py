@@ -18,6 +18,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from tavq.base.files import atomic_write
+from tavq.base.journal import read_journal
 from tavq.data.dataset import Example, ImageTextDataset, readable_images
 from tavq.data.images import squash
 from tavq.data.layouts_folder import IMAGE_SUFFIXES
@@ -66,7 +67,7 @@ def caption_folder(
     text_files = _text_files(out, names)
     # JSON lines can be appended to, so there the output is its own journal.
     journal = out if out.suffix == ".jsonl" else out.with_name(f"{out.name}.unfinished.jsonl")
-    done = _captioned(out, text_files) | {row["image"] for row in _read_journal(journal)}
+    done = _captioned(out, text_files) | {row["image"] for row in read_journal(journal)}
     remaining = [name for name in names if name not in done]
 
     examples = [Example(name, folder / name, (), None, "") for name in remaining]
@@ -86,7 +87,7 @@ def caption_folder(
 
     # First the output, then the journal goes: a process killed between the two repeats the first step.
     if journal != out:
-        _write(out, _read_journal(journal), text_files)
+        _write(out, read_journal(journal), text_files)
         journal.unlink()
     return count
 
@@ -144,19 +145,6 @@ def _row(name: str, captions: Sequence[Caption]) -> dict[str, Any]:
     if len(captions) > 1:
         row["others"] = [{"caption": other.text, "score": round(other.score, 4)} for other in captions[1:]]
     return row
-
-
-def _read_journal(journal: Path) -> list[dict[str, Any]]:
-    """Read the rows of a journal, and cut off a last line that a killed process left half-written."""
-    if not journal.exists():
-        journal.parent.mkdir(parents=True, exist_ok=True)
-        return []
-    # As bytes: the last line may end within a UTF-8 character.
-    complete, _, broken = journal.read_bytes().rpartition(b"\n")
-    if broken:
-        with atomic_write(journal) as path:
-            path.write_bytes(complete + b"\n" if complete else b"")
-    return [json.loads(line) for line in complete.split(b"\n") if line]
 
 
 def _read(out: Path) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ COMMANDS = {
     "complete": "draw a part of an image anew, or variations of it",
     "heatmap": "show where the words of a text lie on an image",
     "demo": "all of it in the browser",
+    "describe": "write long descriptions of a dataset's images, by a vision-language model",
     "tokenize": "turn a dataset into ids, to train generator and captioner on",
     "codebook": "show the codes: patches that use them, words near them",
     "train tokenizer": "train the tokenizer, aligned with text or plain",

@@ -95,3 +95,44 @@ def tiny_checkpoint(tiny_tokenizer: TAVQTokenizer, tmp_path_factory: pytest.Temp
 @pytest.fixture(scope="session")
 def tiny_pipeline(tiny_checkpoint: Path) -> Pipeline:
     return Pipeline.from_pretrained(tiny_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def tiny_vision_language(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaVA with random weights, as transformers saves it."""
+    import transformers as hf
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    special = {"unk_token": "<unk>", "pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    words = [*special.values(), "<image>", *"a dog runs on the grass near two trees . yes no".split()]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = hf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, additional_special_tokens=["<image>"], **special
+    )
+    heads = {"num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 16, "initializer_range": 1.0}
+    vision = hf.CLIPVisionConfig(image_size=16, patch_size=8, num_hidden_layers=2, **heads)
+    text = hf.LlamaConfig(vocab_size=len(words), num_hidden_layers=1, num_key_value_heads=2, **heads)
+    text.pad_token_id, text.bos_token_id, text.eos_token_id = 1, 2, 3
+    template = (
+        "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image> "
+        "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}"
+    )
+    size = {"height": 16, "width": 16}
+    processor = hf.LlavaProcessor(
+        hf.CLIPImageProcessor(size=size, crop_size=size),
+        fast,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        chat_template=template,
+        num_additional_image_tokens=1,
+    )
+    torch.manual_seed(1)
+    config = hf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=4, image_seq_length=4)
+    model = hf.LlavaForConditionalGeneration(config)
+    model.model.multi_modal_projector.linear_2.weight.data.normal_()  # so that it sees differences of images
+    model.lm_head.weight.data[:5] = 0  # it says words, and no special tokens
+    folder = tmp_path_factory.mktemp("vision_language")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder

@@ -48,6 +48,7 @@ SMALLER = {
     "train captioner": f"--preset tiny {TRAIN_TINY} --min-word-count 1",
     "score images": "--kid-subset-size 4",
     "align": f"{TRAIN_TINY} --image-size-px 32 --probe-steps 2 --alignment.samples 8",
+    "describe": "--max-tokens 8",
     "eval/run_tokenizer.py": "--limit 6",
     "eval/run_t2i.py": "--limit 6 --seeds 1",
     "eval/run_caption.py": "--limit 6",
@@ -62,6 +63,7 @@ ELSEWHERE = {
     "accelerate launch ": "tests/test_two_processes.py",
     "source .venv/bin/activate": "tests/test_install.py",
     "tavq demo": "tests/test_app.py",
+    "tavq describe --endpoint": "tests/test_describe.py",
     "from gradio_client": "tests/test_app.py",
     "from tavq.alignment": "tests/test_tokenizer_adapters.py",
 }
@@ -165,11 +167,13 @@ def write_foreign_output(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", RUNNING, ids=lambda page: page.name)
-def test_everything_on_the_page_runs(page, checkout, tiny_checkpoint, capsys):
+def test_everything_on_the_page_runs(page, checkout, tiny_checkpoint, tiny_vision_language, capsys):
     if page.name == "align.md":
         from .test_tokenizer_adapters import diffusers_model
 
         diffusers_model().save_pretrained(checkout / "vqgan")
+    if page.name == "neighbours.md":
+        shutil.copytree(tiny_vision_language, checkout / "vlm")
     if page.name != "training.md":  # which makes it
         shutil.copytree(tiny_checkpoint, checkout / "checkpoints" / "mine")
     names: dict[str, object] = {}

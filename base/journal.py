@@ -1,0 +1,31 @@
+"""Files of JSON lines that grow as work is done: a killed process loses no line that it has written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .files import atomic_write
+
+
+def read_journal(journal: Path) -> list[dict[str, Any]]:
+    """Read the rows of a journal, and cut off a last line that a killed process left half-written.
+
+    Creates the folder of a journal that does not exist yet.
+    """
+    if not journal.exists():
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        return []
+    # As bytes: the last line may end within a UTF-8 character.
+    complete, _, broken = journal.read_bytes().rpartition(b"\n")
+    if broken:
+        with atomic_write(journal) as path:
+            path.write_bytes(complete + b"\n" if complete else b"")
+    return [json.loads(line) for line in complete.split(b"\n") if line]
+
+
+def append_row(journal: Path, row: dict[str, Any]) -> None:
+    """Write one row at the end of a journal; it is on disk when the call returns."""
+    with journal.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
