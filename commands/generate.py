@@ -29,13 +29,16 @@ PROMPT_SUFFIXES = (".txt", ".csv", ".jsonl")
 class GenerateRun:
     """Generate images from text.
 
-    Example: tavq generate "a dog runs on the beach" --num-images 4 --seed 7 --out out/
+    Examples: tavq generate "a dog runs on the beach" --num-images 4 --seed 7 --out out/;  tavq generate
+    --unconditional --num-images 4 --out out/
     """
 
     prompts: Positional[tuple[str, ...]] = ()
     """What the images show."""
     prompts_file: Path | None = None
     """File of more prompts: .txt (one a line), .csv (column `prompt`) or .jsonl (key `prompt`)."""
+    unconditional: bool = False
+    """Generate without a prompt, from the learned null text and without guidance."""
     negative_prompt: str | None = None
     """What the images shall not show: guidance leads away from it, in place of the learned null text."""
     num_images: int = 1
@@ -60,7 +63,10 @@ class GenerateRun:
     def __post_init__(self) -> None:
         if self.num_images < 1:
             raise ValueError(f"num_images is {self.num_images}, expected 1 or more")
-        if not (self.prompts or self.prompts_file or self.from_png):
+        if self.unconditional:
+            if self.prompts or self.prompts_file or self.from_png:
+                raise ValueError("--unconditional takes no prompt; leave out the prompt, or the flag")
+        elif not (self.prompts or self.prompts_file or self.from_png):
             raise ValueError('no prompt; write one, as in: tavq generate "a dog runs on the beach"')
 
 
@@ -69,6 +75,7 @@ class Jobs:
     """The images to generate."""
 
     prompts_and_seeds: list[tuple[str, int]]
+    """The prompt is empty in all of them where there is none."""
     sampling: SamplingConfig
     options: dict[str, Any]
     """`negative_prompt`, `best_of` and `rank_by`, as `Pipeline.generate` takes them."""
@@ -94,7 +101,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             batch = jobs.prompts_and_seeds[start : start + PROMPTS_AT_ONCE]
             prompts = [prompt for prompt, _ in batch]
             seeds = [seed for _, seed in batch]
-            for result in pipeline.generate_each(prompts, seeds, jobs.sampling, **jobs.options):
+            prompt = prompts if any(prompts) else None
+            for result in pipeline.generate_each(prompt, seeds, jobs.sampling, **jobs.options):
                 path = next(free_names(run.out))
                 result.save(path)
                 with (run.out / RESULTS_FILE).open("a") as results:
@@ -107,6 +115,7 @@ def jobs_of_flags(run: GenerateRun) -> Jobs:
     """Return the images that prompts, seed and number of images ask for."""
     prompts = [*run.prompts, *(read_prompts(run.prompts_file) if run.prompts_file else [])]
     check_prompts(prompts)  # all of them, so that no mistake shows after an hour
+    prompts = [""] if run.unconditional else prompts
     seeds = image_seeds(run.seed, run.num_images)
     if run.seed == RANDOM:
         print(f"seed {seeds[0]}")

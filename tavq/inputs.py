@@ -24,13 +24,14 @@ class Job:
     """One image to generate."""
 
     prompt: str
+    """Empty for the learned null text: an image of nothing in particular."""
     seed: int
     negative: str | None
     """The negative prompt; None takes the learned null text."""
 
 
 def jobs_of(
-    prompt: str | Sequence[str],
+    prompt: str | Sequence[str] | None,
     seed: int | Sequence[int],
     num_images: int = 1,
     negative_prompt: str | Sequence[str] | None = None,
@@ -40,9 +41,10 @@ def jobs_of(
     Raises:
         ValueError: a prompt is empty, or seeds or negative prompts are not as many as prompts.
     """
-    prompts = texts_of(prompt, "prompt")
-    check_prompts(prompts)
-    if isinstance(seed, Sequence) and isinstance(prompt, str):
+    prompts = texts_of("" if prompt is None else prompt, "prompt")
+    if prompt is not None:
+        check_prompts(prompts)
+    if isinstance(seed, Sequence) and (prompt is None or isinstance(prompt, str)):
         prompts = prompts * len(seed)
     first_seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(prompts)
     negatives = negatives_of(negative_prompt, len(prompts))

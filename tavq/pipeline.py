@@ -132,7 +132,7 @@ class Pipeline:
 
     def generate(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None,
         seed: int | Sequence[int] = 0,
         settings: SamplingConfig | None = None,
         *,
@@ -148,7 +148,8 @@ class Pipeline:
         An image depends on its prompt, its seed and the settings alone.
 
         Args:
-            prompt: one text or several.
+            prompt: one text or several. None takes the learned null text, without guidance: unconditional
+                generation.
             seed: image i of each prompt has seed + i; -1 chooses a seed at random. Several seeds are one per
                 prompt; with a single prompt, one per image.
             settings: guidance scale, temperature, top-k and top-p; the defaults if None.
@@ -179,7 +180,7 @@ class Pipeline:
 
     def generate_each(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None,
         seed: int | Sequence[int] = 0,
         settings: SamplingConfig | None = None,
         *,
@@ -193,6 +194,10 @@ class Pipeline:
         settings = with_options(settings or SamplingConfig(), sampling)
         if best_of < 1:
             raise ValueError(f"best_of is {best_of}, expected 1 or more")
+        if prompt is None:
+            if best_of > 1 or negative_prompt:
+                raise ValueError("best_of and negative_prompt need a prompt; leave them out, or give one")
+            settings = dataclasses.replace(settings, guidance_scale=1.0)  # there is no text to be led to
         jobs = jobs_of(prompt, seed, num_images, negative_prompt)
         candidates = self._sample_candidates(jobs, settings, best_of)
         for job, ids in zip(jobs, candidates, strict=True):
@@ -216,7 +221,7 @@ class Pipeline:
         """Yield the ids (count, N) of the candidates of each image."""
         # Candidate 0 has the seed itself: it is the image that `generate` returns with best_of=1.
         seeds = [mixed_seed(job.seed, n) if n else job.seed for job in jobs for n in range(count)]
-        texts = self.text_states([job.prompt for job in jobs for _ in range(count)])
+        texts = self._states_or_null([job.prompt for job in jobs for _ in range(count)])
         negative = self._negative_states([job.negative for job in jobs for _ in range(count)])
 
         done = 0
@@ -226,17 +231,20 @@ class Pipeline:
                 yield partial.ids[done * count : (done + 1) * count]
                 done += 1
 
-    def _negative_states(self, texts: Sequence[str | None]) -> TokenStates | None:
-        """Encode negative prompts; None, a prompt without one, gives a mask of False, the null text."""
-        given = [text for text in texts if text is not None]
-        if not given:
-            return None
-        known = self.text_states(given)
-        states = known.states.new_zeros(len(texts), *known.states.shape[1:])
-        mask = known.mask.new_zeros(len(texts), known.mask.shape[1])
-        rows = [row for row, text in enumerate(texts) if text is not None]
-        states[rows], mask[rows] = known.states, known.mask
+    def _states_or_null(self, texts: Sequence[str | None]) -> TokenStates:
+        """Encode texts; an empty one, or None, gives a mask of False, the learned null text."""
+        config = self.generator.config
+        states = torch.zeros(len(texts), config.max_text_tokens, config.text_dim)
+        mask = torch.zeros(len(texts), config.max_text_tokens, dtype=torch.bool)
+        rows = [row for row, text in enumerate(texts) if text]
+        if rows:
+            known = self.text_states([text for text in texts if text])
+            states[rows] = known.states
+            mask[rows] = known.mask
         return TokenStates(states, mask)
+
+    def _negative_states(self, texts: Sequence[str | None]) -> TokenStates | None:
+        return self._states_or_null(texts) if any(texts) else None
 
     def _generated(self, ids: Tensor, job: Job, settings: SamplingConfig, more: dict[str, Any]) -> Generated:
         """Decode ids (N,), and write the recipe; `more` holds its fields that `settings` does not have."""

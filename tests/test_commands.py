@@ -17,8 +17,10 @@ from tavq.captioner.decoding import DecodingConfig
 from tavq.cli import main
 from tavq.data.images import load_image
 from tavq.data.layouts import SPLITS
+from tavq.data.text_encoder import TokenStates
 from tavq.data.tokens import open_tokens
 from tavq.generator.model import GeneratorModel
+from tavq.generator.sampling import SamplingConfig, sample
 from tavq.pipeline import RankBy, read_recipe
 from tavq.tokenizer.model import PRESETS, TAVQTokenizer
 from tavq.tokenizer.retrieval import alignment_scores
@@ -117,6 +119,26 @@ def test_complete_draws_and_prints_a_random_seed_too(tmp_path, checkpoint, capsy
     run("complete", PHOTO, "a cat", "--keep", "top", "--seed", -1, "--out", tmp_path, *checkpoint)
     seed = int(capsys.readouterr().out.split()[1])
     assert seed >= 0 and read_recipe(tmp_path / "000000.png")["seed"] == seed
+
+
+@pytest.mark.slow
+def test_unconditional_images_come_from_the_null_text_and_are_drawn_again(
+    tmp_path, checkpoint, tiny_pipeline, refused
+):
+    run("generate", "--unconditional", "--num-images", 2, "--seed", 5, "--out", tmp_path / "a", *checkpoint)
+    files = sorted((tmp_path / "a").glob("*.png"))
+    states = torch.randn(2, 32, 384)  # which nobody sees
+    nothing = TokenStates(states, torch.zeros(2, 32, dtype=torch.bool))
+    ids = sample(tiny_pipeline.generator, nothing, [5, 6], SamplingConfig(guidance_scale=1))
+    for file, picture in zip(files, tiny_pipeline.decode(ids), strict=True):
+        assert np.array_equal(pixels(file), np.asarray(picture))
+    recipe = read_recipe(files[1])
+    assert recipe["prompt"] == "" and recipe["seed"] == 6 and recipe["settings"]["guidance_scale"] == 1
+
+    run("generate", "--from-png", files[1], "--out", tmp_path / "b", *checkpoint)
+    assert np.array_equal(pixels(tmp_path / "b" / "000000.png"), pixels(files[1]))
+    assert "takes no prompt" in refused("generate", "a dog", "--unconditional", *checkpoint)
+    assert "need a prompt" in refused("generate", "--unconditional", "--best-of", 2, *checkpoint)
 
 
 @pytest.mark.slow

@@ -89,6 +89,7 @@ def test_a_killed_run_loses_and_doubles_no_description(photos):
     assert rows(rejected)["02"]["reason"] == "empty"
 
 
+@pytest.mark.slow
 def test_a_server_that_is_down_or_knows_no_such_model_is_named_in_one_line(photos, capsys):
     for trouble in ({level: [404] * 9 for level in range(12)}, {level: [500] * 9 for level in range(12)}):
         with ChatServer(plain, trouble) as server, pytest.raises(SystemExit) as left:
