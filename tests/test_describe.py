@@ -51,7 +51,7 @@ def rows(file: Path) -> dict[str, dict]:
 def test_a_server_that_errs_and_stalls_describes_every_image_once(photos, capsys):
     trouble = {1: [500], 2: [429, 503], 3: ["stall"], 4: ["no json"], 5: ["hang up"]}
     with ChatServer(plain, trouble, delay_s=0.05) as server:
-        flags = ("--endpoint", server.url, "--requests", 4, "--timeout-s", 1)
+        flags = ("--endpoint", server.url, "--requests", 4, "--timeout-s", 4)
         describe(photos, *flags)
         out = photos / "long_text.jsonl"
         failed = 12 - len(rows(out))  # an answer that is no JSON is asked for again by the next call alone
