@@ -55,7 +55,13 @@ def claim_folder(folder: Path, resolved: Any, is_main: bool) -> None:
     path, values = folder / "config.yaml", to_plain(resolved)
     text = yaml.safe_dump(values, sort_keys=False)
     if path.exists():
-        before = load_yaml(type(resolved), path)  # a field that is newer than the run has its default
+        try:
+            before = load_yaml(type(resolved), path)  # a field that is newer than the run has its default
+        except ValueError as error:
+            raise ValueError(
+                f"the run in {folder.parent} was begun by another version, with other settings ({error}); "
+                "finish it with that version, or begin anew with another --out"
+            ) from error
         changed = _differences(to_plain(before), values)
         if changed:
             raise ValueError(
