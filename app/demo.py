@@ -1,19 +1,26 @@
 """python app/demo.py, or tavq demo: all tasks in a browser, on 127.0.0.1:7860.
 
-Text to image, image to text, word-to-patch maps, reconstruction and completion. Each is also an endpoint for
-`gradio_client`: /generate, /caption, /heatmaps, /reconstruct, /complete.
+Text to image, image to text, word-to-patch maps, reconstruction and completion. `app/api.py` has the
+endpoints for programs.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib.util
 import os
+import signal
+import socket
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
+from tavq.app.limits import Limits
 from tavq.base.arguments import parse, run_main
+from tavq.base.bounds import check_bounds
 from tavq.base.device import Device, choose_device
 from tavq.pipeline import CHECKPOINT, Pipeline
 
@@ -34,48 +41,127 @@ class DemoRun:
     checkpoint: str = CHECKPOINT
     """Directory or hf:OWNER/NAME that holds tokenizer/, generator/ and captioner/."""
     device: Device = "auto"
+    """Where the models run."""
+    auth: str = ""
+    """Ask for a login: USER:PASSWORD, or a file with one such line per user. A file keeps passwords out of
+    the list of processes."""
+    max_queue: int = Limits.max_queue
+    """Jobs that may wait; further ones are refused."""
+    max_jobs_per_client: int = Limits.max_jobs_per_client
+    """Jobs of one client that may wait or run. A client is a user who logged in, else an address; on the
+    loopback address it is a browser tab or program."""
+    job_seconds: float = Limits.job_seconds
+    """Seconds of computing after which a job is ended."""
+    upload_mib: float = Limits.upload_mib
+    """Size of an uploaded file, in MiB."""
+    root_path: str = ""
+    """Path under which a proxy shows the page, such as /tavq."""
+    log_json: bool = False
+    """Write the log as one JSON object per line."""
+
+    def __post_init__(self) -> None:
+        check_bounds(
+            self,
+            port=(1, 65535),
+            max_queue=(1, 100_000),
+            max_jobs_per_client=(1, 1_000),
+            job_seconds=(1, 1e6),
+            upload_mib=(0.1, 10_000),
+        )
+        if self.root_path and not self.root_path.startswith("/"):
+            raise ValueError(f"root_path is {self.root_path!r}, expected a path such as /tavq")
 
 
 @run_main
 def main(argv: Sequence[str] | None = None) -> None:
     run = parse(DemoRun, argv, prog="tavq demo")
-    if importlib.util.find_spec("gradio") is None:
-        raise ValueError("the demo needs gradio, which is not installed; pip install 'ta-vq[app]'")
+    missing = [name for name in ("gradio", "mcp", "prometheus_client") if not importlib.util.find_spec(name)]
+    if missing:
+        raise ValueError(f"the demo needs {', '.join(missing)}, not installed; pip install 'ta-vq[app]'")
+    accounts = accounts_of(run.auth)
+    check_address(run.host, run.port)
+
+    # From here on SIGTERM unwinds as Ctrl-C does, so that the temporary folder is removed.
+    signal.signal(signal.SIGTERM, _exit_normally)
     pipeline = Pipeline.from_pretrained(run.checkpoint, choose_device(run.device))
 
     # All parts are loaded now, so that a bad checkpoint fails before the page is up.
     _ = pipeline.generator, pipeline.captioner, pipeline.text_encoder
 
-    # Gradio reads these when it is imported, which `serve` does.
-    with tempfile.TemporaryDirectory(prefix="tavq-demo-") as folder:
-        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        serve(pipeline, Path(folder), run)
-
-
-def serve(pipeline: Pipeline, folder: Path, run: DemoRun) -> None:
-    """Serve the page until the process is stopped; prints the address."""
-    from tavq.app.page import build
-    from tavq.app.theme import CSS, THEME
-
-    page = build(pipeline, folder)
+    from_signal = None
     try:
-        page.queue().launch(
-            server_name=run.host,
-            server_port=run.port,
-            share=run.share,
-            theme=THEME,
-            css=CSS,
-            footer_links=["api"],
-            prevent_thread_lock=True,
-            quiet=True,
-        )
+        with tempfile.TemporaryDirectory(prefix="tavq-demo-", ignore_cleanup_errors=True) as folder:
+            # Gradio reads these when it is imported.
+            os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+            os.environ["GRADIO_TEMP_DIR"] = folder
+            _serve(pipeline, Path(folder), run, accounts)
+    except KeyboardInterrupt:
+        from_signal = 130
+    except SystemExit as stopped:
+        from_signal = int(stopped.code or 0)
+    if from_signal is not None:
+        from tavq.app.server import leave
+
+        leave(from_signal)
+
+
+def _serve(pipeline: Pipeline, folder: Path, run: DemoRun, accounts: list[tuple[str, str]]) -> None:
+    from tavq.app.server import serve
+
+    limits = Limits(
+        max_queue=run.max_queue,
+        max_jobs_per_client=run.max_jobs_per_client,
+        job_seconds=run.job_seconds,
+        upload_mib=run.upload_mib,
+    )
+    serve(
+        pipeline,
+        folder,
+        limits,
+        host=run.host,
+        port=run.port,
+        share=run.share,
+        root_path=run.root_path,
+        accounts=accounts,
+        log_json=run.log_json,
+    )
+
+
+def accounts_of(auth: str) -> list[tuple[str, str]]:
+    """Read names and passwords from USER:PASSWORD, or from a file with such lines; empty for no login."""
+    if not auth:
+        return []
+    path = Path(auth)
+    from_file = path.is_file()
+    if not from_file and ":" not in auth:
+        raise ValueError(f"auth names no file and is not USER:PASSWORD: {auth!r}")
+    lines = path.read_text().splitlines() if from_file else [auth]
+    pairs = [line.strip().partition(":") for line in lines if line.strip()]
+    if not pairs or not all(name and password for name, _, password in pairs):
+        where = f"each line of {auth}" if from_file else "auth"
+        raise ValueError(f"{where} shall be USER:PASSWORD, with both of them")
+    return [(name, password) for name, _, password in pairs]
+
+
+def check_address(host: str, port: int) -> None:
+    """Raise ValueError where the server could not listen, before the models are loaded."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind(address)
     except OSError as error:
-        raise ValueError(f"port {run.port} is not free on {run.host}; choose another with --port") from error
-    print(f"TA-VQ demo on {page.local_url}", flush=True)
-    if page.share_url:
-        print(f"public link: {page.share_url}", flush=True)
-    page.block_thread()
+        if error.errno == errno.EADDRINUSE:
+            raise ValueError(f"port {port} is not free on {host}; choose another with --port") from error
+        if error.errno == errno.EACCES:
+            raise ValueError(f"port {port} needs the rights of root; choose one above 1023") from error
+        raise ValueError(
+            f"{host} is no address of this machine; 127.0.0.1 serves this machine alone, 0.0.0.0 all networks"
+        ) from error
+
+
+def _exit_normally(number: int, frame: object) -> NoReturn:
+    sys.exit(0)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,10 @@ import gradio as gr
 from tavq.pipeline import Pipeline
 
 from .actions import Actions
+from .api import add_endpoints, hide_others
+from .components import EXAMPLES
+from .guard import GuardedBlocks
+from .limits import Limits
 from .tab_complete import reconstruction
 from .tab_describe import image_to_text
 from .tab_generate import text_to_image
@@ -17,17 +21,23 @@ CLEAN_EVERY_S = 3600
 KEEP_FILES_S = 24 * 3600
 
 
-def build(pipeline: Pipeline, folder: Path) -> gr.Blocks:
+def build(pipeline: Pipeline, folder: Path, limits: Limits | None = None) -> GuardedBlocks:
     """Make the page.
 
     Args:
         pipeline: does the work.
         folder: that images are written to. It must lie in Gradio's temporary folder, or they are not served.
+        limits: what clients, jobs and uploads may take.
     """
     actions = Actions(pipeline, folder)
-    with gr.Blocks(
-        title="TA-VQ", analytics_enabled=False, delete_cache=(CLEAN_EVERY_S, KEEP_FILES_S)
+    with GuardedBlocks(
+        limits or Limits(),
+        served=(EXAMPLES,),
+        title="TA-VQ",
+        analytics_enabled=False,
+        delete_cache=(CLEAN_EVERY_S, KEEP_FILES_S),
     ) as page:
+        add_endpoints(pipeline, folder)
         gr.Markdown(_heading(pipeline))
         with gr.Tab("Text to image"):
             text_to_image(actions)
@@ -35,6 +45,7 @@ def build(pipeline: Pipeline, folder: Path) -> gr.Blocks:
             image_to_text(actions)
         with gr.Tab("Reconstruction and completion"):
             reconstruction(actions)
+    hide_others(page)
     return page
 
 

@@ -1,27 +1,19 @@
 """The demo as it is started by its command: every endpoint, and three clicks in a real browser."""
 
-import os
 import re
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from tavq.app.views import marked_words, token_grid, unit_overlays
+from tavq.app.views import marked_words, token_grid
 from tavq.captioner.decoding import Caption, Word
-from tavq.data.images import load_image
-from tavq.generator.sampling import SamplingConfig
-from tavq.pipeline import Pipeline, read_recipe
+from tavq.pipeline import Pipeline
 
-ROOT = Path(__file__).resolve().parent.parent
-PHOTO = ROOT / "app" / "examples" / "cat.jpg"
+from .demo_server import PHOTO, demo_server
+
 CHROMIUM = shutil.which("chromium")
 CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 CHROMIUM_FLAGS += ["--disable-background-networking", "--disable-component-update"]
@@ -32,179 +24,8 @@ pytestmark = pytest.mark.slow  # a server and a browser
 
 @pytest.fixture(scope="module")
 def address(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """`python app/demo.py` on a free port; stopped by Ctrl-C, after which its own folder is gone."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    temporary = tmp_path_factory.mktemp("demo")
-    command = [sys.executable, str(ROOT / "app" / "demo.py"), "--checkpoint", str(tiny_checkpoint)]
-    server = subprocess.Popen(
-        [*command, "--port", str(port), "--device", "cpu"],
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=temporary,
-        env=os.environ | {"TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"},
-        # a job in the background of a shell ignores Ctrl-C, and so would its children
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    try:
-        assert server.stdout.readline() == f"TA-VQ demo on http://127.0.0.1:{port}/\n"
-        assert len(list(temporary.glob("tavq-demo-*"))) == 1
-        yield f"http://127.0.0.1:{port}/"
-    finally:
-        server.send_signal(signal.SIGINT)
-        try:
-            server.communicate(timeout=60)
-        finally:
-            server.kill()
-    assert server.returncode == 0 and not list(temporary.iterdir())
-
-
-@pytest.fixture(scope="module")
-def client(address: str, tmp_path_factory: pytest.TempPathFactory):
-    from gradio_client import Client
-
-    folder = tmp_path_factory.mktemp("downloads")
-    client = Client(address, verbose=False, download_files=str(folder))
-    yield client
-    client.close()
-
-
-def generate(client, prompt: str = "a dog runs on the grass", **changes):
-    """Submit a job to /generate: one image, seed 7, no live preview."""
-    settings = {"num_images": 1, "seed": 7, "best_of": 1, "live": False, **SAMPLING, **changes}
-    return client.submit(prompt, **settings, api_name="/generate")
-
-
-def pixels(path: str | Path) -> np.ndarray:
-    return np.asarray(Image.open(path))
-
-
-def sent(path: Path):
-    from gradio_client import handle_file
-
-    return handle_file(str(path))
-
-
-def error_of(job) -> str:
-    with pytest.raises(Exception) as caught:  # gradio_client raises its AppError
-        job.result()
-    return str(caught.value)
-
-
-def test_every_endpoint_has_its_name_and_no_other_is_public(client):
-    names = set(client.view_api(return_format="dict")["named_endpoints"])
-    assert names == {"/generate", "/caption", "/heatmaps", "/reconstruct", "/complete"}
-
-
-def test_images_are_those_of_the_pipeline_and_carry_their_recipe(client, tiny_pipeline: Pipeline):
-    gallery, files, seed, recipe = generate(client, num_images=2).result()
-    recipes = [read_recipe(Path(file)) for file in files]
-    expected = tiny_pipeline.generate(["a dog runs on the grass"] * 2, [7, 8], settings_of(recipes[0]))
-    assert seed == 7 and "Seed: 8" in recipe
-    for item, file, found, own in zip(gallery, files, recipes, expected, strict=True):
-        assert found == own.recipe and item["caption"] == f"seed {found['seed']}"
-        assert np.array_equal(pixels(file), np.asarray(own.image))
-        assert Path(item["image"]).read_bytes() == Path(file).read_bytes()  # what the gallery downloads
-
-
-def settings_of(recipe: dict):
-    from tavq.generator.sampling import SamplingConfig
-
-    return SamplingConfig(**recipe["settings"])
-
-
-def test_the_live_preview_grows_row_by_row_and_ends_in_the_same_image(client, tiny_pipeline: Pipeline):
-    job = generate(client, live=True)
-    job.result()
-    steps, rows = job.outputs(), tiny_pipeline.tokenizer.grid_size[0]
-    assert len(steps) == rows
-    assert [len(files) for _, files, *_ in steps] == [0] * (rows - 1) + [1]
-    first, last = pixels(steps[0][0][0]["image"]), pixels(steps[-1][1][0])
-    half = len(first) // 2
-    assert np.unique(first[half:]).size == 1 < np.unique(last[half:]).size  # what is not sampled yet is grey
-    assert np.array_equal(last, pixels(generate(client).result()[1][0]))
-
-
-def test_a_random_seed_is_shown_and_generates_the_same_image_again(client):
-    _, files, seed, _ = generate(client, seed=-1).result()
-    again = generate(client, seed=seed).result()
-    assert seed >= 0 and again[2] == seed and np.array_equal(pixels(files[0]), pixels(again[1][0]))
-
-
-def test_captions_words_and_patches_are_those_of_the_pipeline(client, tiny_pipeline: Pipeline):
-    best, table, words, patches = client.predict(
-        sent(PHOTO), beam=3, n_best=2, alignment=4, unsure_below=0.5, api_name="/caption"
-    )
-    from tavq.captioner.decoding import DecodingConfig
-
-    own = tiny_pipeline.caption([load_image(PHOTO)], DecodingConfig(beam=3, n_best=2, alignment=4))[0]
-    assert best == own[0].text
-    assert [row[:2] for row in table["data"]] == [[1, own[0].text], [2, own[1].text]]
-    assert [row[2] for row in table["data"]] == pytest.approx([c.score for c in own], abs=1e-3)
-    assert [word["class_or_confidence"] for word in words] == [
-        "unsure" if word.probability < 0.5 else "sure" for word in own[0].words
-    ]
-    assert [item["caption"] for item in patches] == [word.text for word in own[0].words]
-
-
-def test_the_maps_of_a_text_are_those_of_the_pipeline(client, tiny_pipeline: Pipeline):
-    items = client.predict(sent(PHOTO), "a red cat", api_name="/heatmaps")
-    own = tiny_pipeline.heatmaps(load_image(PHOTO), "a red cat")
-    assert [item["caption"] for item in items] == [found.unit for found in own]
-    shown = unit_overlays(load_image(PHOTO), own)
-    for item, (overlay, _) in zip(items, shown, strict=True):
-        assert np.array_equal(pixels(item["image"]), np.asarray(overlay))
-
-
-def test_reconstruction_and_ids_are_those_of_the_pipeline(client, tiny_pipeline: Pipeline):
-    seen, rebuilt, tokens, ids = client.predict(sent(PHOTO), api_name="/reconstruct")
-    own = tiny_pipeline.reconstruct([load_image(PHOTO)])[0]
-    size = tiny_pipeline.tokenizer.image_size_px
-    assert ids == own.ids.tolist()
-    assert np.array_equal(pixels(rebuilt), np.asarray(own.image))
-    assert pixels(seen).shape == (size, size, 3)
-    assert np.array_equal(pixels(tokens), np.asarray(token_grid(own.ids.numpy())))
-
-
-@pytest.mark.parametrize("keep", ["top half", "left half", "a box"])
-def test_completion_keeps_its_part_of_the_photo(client, tiny_pipeline: Pipeline, keep: str):
-    box = {"box_left": 0, "box_top": 0, "box_width": 50, "box_height": 50}
-    gallery, files, seed = client.predict(
-        sent(PHOTO), "a cat", keep=keep, **box, num_images=2, seed=3, **SAMPLING, api_name="/complete"
-    )
-    half = tiny_pipeline.tokenizer.decode_size_px // 2
-    kept = {"top half": np.s_[:half], "left half": np.s_[:, :half], "a box": np.s_[:half, :half]}[keep]
-    photo = np.asarray(load_image(PHOTO).resize((2 * half, 2 * half), Image.Resampling.BICUBIC))
-    assert seed == 3 and [item["caption"] for item in gallery] == ["seed 3", "seed 4"]
-    first, second = map(pixels, files)
-    assert np.array_equal(first[kept], photo[kept]) and np.array_equal(second[kept], photo[kept])
-    assert not np.array_equal(first, second) and not np.array_equal(first, photo)
-
-
-def test_variations_are_those_of_the_pipeline(client, tiny_pipeline: Pipeline):
-    some = {"keep": "some of its tokens", "share": 50, "num_images": 1, "seed": 3}
-    _, files, _ = client.predict(sent(PHOTO), "a cat", **some, **SAMPLING, api_name="/complete")
-    settings = SamplingConfig(**SAMPLING)
-    own = tiny_pipeline.vary(load_image(PHOTO), 0.5, "a cat", [3], settings)[0]
-    assert np.array_equal(pixels(files[0]), np.asarray(own.image))
-
-
-def test_mistakes_are_one_line_that_says_what_to_do(client, tmp_path: Path):
-    truncated = tmp_path / "truncated.jpg"
-    truncated.write_bytes(PHOTO.read_bytes()[:3000])
-    cases = {
-        "the prompt is empty; describe": generate(client, " "),
-        "the seed is -2, expected 0 or more": generate(client, seed=-2),
-        "no photo; upload one": client.submit(None, api_name="/reconstruct"),
-        "replace the file": client.submit(sent(truncated), api_name="/reconstruct"),
-        "n_best is 5 and beam 2; widen": client.submit(
-            sent(PHOTO), beam=2, n_best=5, alignment=0, unsure_below=0, api_name="/caption"
-        ),
-    }
-    for expected, job in cases.items():
-        message = error_of(job)
-        assert expected in message and "\n" not in message and str(tmp_path) not in message
+    with demo_server(tiny_checkpoint, tmp_path_factory.mktemp("demo")) as server:
+        yield server.address
 
 
 @pytest.mark.filterwarnings("ignore:.*are longer than")
