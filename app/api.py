@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import io
-import random
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,7 +18,8 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
-from tavq.captioner.decoding import Caption, DecodingConfig
+from tavq.base.seeding import image_seeds
+from tavq.captioner.decoding import DecodingConfig
 from tavq.commands.complete import completion_mask
 from tavq.data.images import load_image
 from tavq.generator.sampling import SamplingConfig
@@ -33,7 +33,6 @@ MAX_IMAGES = 16
 MAX_CANDIDATES = 16
 MAX_BEAM = 10
 MAX_SEED = 2**31 - 1
-MAX_RANDOM_SEED = 2**31
 KINDS = {1: "word", 2: "phrase", 3: "sentence"}
 
 Images = tuple[list[str], list[dict[str, Any]]]
@@ -55,6 +54,7 @@ class Endpoints:
     def generate(
         self,
         prompt: str,
+        negative_prompt: str,
         num_images: int,
         seed: int,
         guidance_scale: float,
@@ -67,6 +67,7 @@ class Endpoints:
 
         Args:
             prompt: what the image shows, in English.
+            negative_prompt: what the images shall not show; guidance leads away from it.
             num_images: how many images.
             seed: seed of the first image, the next ones count up; -1 takes a random one.
             guidance_scale: how closely the image follows the prompt; 1 turns guidance off.
@@ -78,9 +79,15 @@ class Endpoints:
         with readable_errors():
             settings = _settings(guidance_scale, temperature, top_k, top_p)
             self._check(prompt)
-            seeds = _seeds(seed, num_images)
-            images = (self.pipeline.generate([prompt], [s], settings, best_of=best_of)[0] for s in seeds)
-            yield from self._collected(images)
+            yield from self._collected(
+                self.pipeline.generate_each(
+                    prompt,
+                    image_seeds(seed, num_images),
+                    settings,
+                    negative_prompt=negative_prompt,
+                    best_of=best_of,
+                )
+            )
 
     def draw(self, prompt: str, seed: int) -> tuple[str, int]:
         """Draw one image from text, and return it with its seed. For assistants, which show this image.
@@ -91,9 +98,8 @@ class Endpoints:
         """
         with readable_errors():
             self._check(prompt)
-            (used,) = _seeds(seed, 1)
-            generated = self.pipeline.generate([prompt], [used])[0]
-            return self._save(generated), used
+            generated = self.pipeline.generate(prompt, seed)[0]
+            return self._save(generated), generated.seed
 
     def caption(self, image: str, beam: int, n_best: int, alignment: float) -> list[dict[str, Any]]:
         """Describe an image. Return captions, best first, each with text, score and its words' probabilities.
@@ -107,7 +113,7 @@ class Endpoints:
         with readable_errors():
             photo = open_photo(image)
             settings = DecodingConfig(beam=beam, n_best=n_best, alignment=alignment)
-            return [_plain(caption) for caption in self.pipeline.caption([photo], settings)[0]]
+            return self.pipeline.caption(photo, settings)[0].to_json()
 
     def heatmaps(self, image: str, text: str) -> list[dict[str, Any]]:
         """Find where each word, phrase and sentence of a text lies on an image.
@@ -139,6 +145,7 @@ class Endpoints:
         image: str,
         prompt: str,
         keep: str,
+        negative_prompt: str,
         num_images: int,
         seed: int,
         guidance_scale: float,
@@ -151,7 +158,8 @@ class Endpoints:
         Args:
             image: the image file.
             prompt: text for the whole image.
-            keep: what stays, top, left or box=x,y,w,h in pixels of the image.
+            keep: what stays, top, bottom, left, right or box=x,y,w,h in pixels of the image.
+            negative_prompt: what the images shall not show; guidance leads away from it.
             num_images: how many images.
             seed: seed of the first image, the next ones count up; -1 takes a random one.
             guidance_scale: how closely the image follows the prompt; 1 turns guidance off.
@@ -164,9 +172,9 @@ class Endpoints:
             settings = _settings(guidance_scale, temperature, top_k, top_p)
             mask = _mask(keep, *photo.size)
             self._check(prompt)
-            seeds = _seeds(seed, num_images)
             yield from self._collected(
-                self.pipeline.complete(photo, mask, prompt, [s], settings)[0] for s in seeds
+                self.pipeline.complete(photo, mask, prompt, one, settings, negative_prompt=negative_prompt)[0]
+                for one in image_seeds(seed, num_images)
             )
 
     def vary(
@@ -174,6 +182,7 @@ class Endpoints:
         image: str,
         prompt: str,
         share: float,
+        negative_prompt: str,
         num_images: int,
         seed: int,
         guidance_scale: float,
@@ -187,6 +196,7 @@ class Endpoints:
             image: the image file.
             prompt: text for the variations.
             share: share of the tokens that stay, above 0 and below 1.
+            negative_prompt: what the images shall not show; guidance leads away from it.
             num_images: how many images.
             seed: seed of the first image, the next ones count up; -1 takes a random one.
             guidance_scale: how closely the image follows the prompt; 1 turns guidance off.
@@ -198,9 +208,9 @@ class Endpoints:
             photo = open_photo(image)
             settings = _settings(guidance_scale, temperature, top_k, top_p)
             self._check(prompt)
-            seeds = _seeds(seed, num_images)
             yield from self._collected(
-                self.pipeline.vary(photo, share, prompt, [s], settings)[0] for s in seeds
+                self.pipeline.vary(photo, share, prompt, one, settings, negative_prompt=negative_prompt)[0]
+                for one in image_seeds(seed, num_images)
             )
 
     def _collected(self, images: Iterator[Generated]) -> Iterator[Images]:
@@ -235,13 +245,6 @@ def open_photo(image: str | None) -> Any:
     return load_image(io.BytesIO(Path(image).read_bytes()))
 
 
-def _seeds(seed: int | None, count: int) -> list[int]:
-    if seed is None:
-        raise ValueError("seed is null, expected 0 or more, or -1 for a random one")
-    first = random.SystemRandom().randrange(MAX_RANDOM_SEED) if seed == -1 else int(seed)
-    return list(range(first, first + count))
-
-
 def _settings(guidance_scale: float, temperature: float, top_k: int, top_p: float) -> SamplingConfig:
     return SamplingConfig(guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
 
@@ -251,11 +254,6 @@ def _mask(keep: str | None, width: int, height: int) -> Any:
         return completion_mask(keep or "", width, height)
     except ValueError as error:
         raise ValueError(str(error).removeprefix("--")) from error
-
-
-def _plain(caption: Caption) -> dict[str, Any]:
-    words = [{"text": word.text, "probability": round(word.probability, 6)} for word in caption.words]
-    return {"text": caption.text, "score": round(caption.score, 6), "words": words}
 
 
 def add_endpoints(pipeline: Pipeline, folder: Path) -> None:
@@ -303,6 +301,8 @@ def _argument(name: str, num_codes: int) -> Component:
             return gr.Image(label=name, type="filepath", image_mode=None)
         case "prompt" | "text":
             return gr.Textbox(label=name)
+        case "negative_prompt":
+            return gr.Textbox("", label=name)
         case "keep":
             return gr.Textbox("top", label=name)
         case "seed":

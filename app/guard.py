@@ -84,6 +84,10 @@ class GuardedBlocks(gr.Blocks):
             for name, block, value in zip(fields, block_fn.inputs, inputs, strict=True):
                 # A session may have changed the bounds or choices of a component.
                 current = state[block._id] if state is not None and block._id in state else block
+                if value is None and isinstance(block, gr.Textbox):
+                    value = ""
+                elif value is None and isinstance(block, gr.Number) and block_fn.concurrency_id == MODEL:
+                    raise RefusedError(f"{name} is empty, expected a number")
                 checked.append(await self._checked_value(name, current, value))
             return checked
         except RefusedError as refusal:
@@ -110,15 +114,11 @@ class GuardedBlocks(gr.Blocks):
             case gr.Slider():
                 whole = float(block.step or 0.5).is_integer()
                 check_number(field, value, block.minimum, block.maximum, whole=whole)
-            case gr.Number() if (
-                value is not None
-            ):  # None: the box was emptied, the endpoint says what it needs
+            case gr.Number() if value is not None:
                 check_number(field, value, block.minimum, block.maximum, whole=block.precision == 0)
-            case gr.Textbox() if value is not None:
-                longest = min(
-                    block.max_length or self.limits.max_text_characters, self.limits.max_text_characters
-                )
-                check_text(field, value, longest)
+            case gr.Textbox():
+                most = self.limits.max_text_characters
+                check_text(field, value, min(block.max_length or most, most))
             case gr.Checkbox() if value is not None:
                 check_flag(field, value)
             case gr.Radio() if value is not None:

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import fastapi
 import prometheus_client
@@ -31,7 +32,7 @@ from tavq.pipeline import Pipeline
 from . import logs
 from .guard import GuardedBlocks
 from .jobs import FairQueue
-from .limits import MIB, Limits, shown
+from .limits import MIB, SHOWN_CHARACTERS, Limits
 from .page import build
 from .theme import CSS, THEME
 
@@ -93,7 +94,9 @@ class Gate:
         public = [fn.api_name for fn in self.page.fns.values() if fn.api_visibility != "private"]
         if named[1] in public:
             return ""
-        return f"there is no endpoint {shown(named[1])}; there are {', '.join(map(str, public))}"
+        return (
+            f"there is no endpoint {named[1][:SHOWN_CHARACTERS]!r}; there are {', '.join(map(str, public))}"
+        )
 
     @contextlib.contextmanager
     def _listening(self, scope: Scope) -> Iterator[None]:
@@ -171,33 +174,30 @@ def _brief(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def serve(
+@contextlib.contextmanager
+def running(
     pipeline: Pipeline,
     folder: Path,
     limits: Limits,
     *,
-    host: str,
-    port: int,
+    host: str = "127.0.0.1",
+    port: int | None = None,
     share: bool = False,
     root_path: str = "",
     accounts: Accounts = (),
-    log_json: bool = False,
-) -> None:
-    """Serve the page until SystemExit or KeyboardInterrupt is raised in this thread; prints the address.
+) -> Iterator[GuardedBlocks]:
+    """Serve the page while the block runs.
 
     Args:
         pipeline: does the work.
         folder: Gradio's temporary folder, which holds uploads and results.
         limits: what clients, jobs and uploads may take.
         host: address to listen on.
-        port: port to listen on.
+        port: port to listen on; None takes a free one.
         share: also open a public link.
         root_path: path under which a proxy shows the page.
         accounts: who may log in; nobody needs to where it is empty.
-        log_json: write the log as JSON.
     """
-    logs.configure(as_json=log_json)
-    Image.MAX_IMAGE_PIXELS = None  # `check_image_file` refuses earlier, and by a smaller number
     page = build(pipeline, folder, limits)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # Gradio is not quiet about its MCP server
@@ -220,6 +220,27 @@ def serve(
                 prevent_thread_lock=True,
                 quiet=True,
             )
+    except OSError as error:
+        raise ValueError(f"port {port} is not free on {host}; choose another with --port") from error
+    try:
+        yield page
+    finally:
+        _close(page)
+
+
+def serve(pipeline: Pipeline, folder: Path, limits: Limits, *, log_json: bool, **options: Any) -> None:
+    """Serve the page until SystemExit or KeyboardInterrupt is raised in this thread; prints the address.
+
+    Args:
+        pipeline: does the work.
+        folder: Gradio's temporary folder.
+        limits: what clients, jobs and uploads may take.
+        log_json: write the log as JSON.
+        options: of `running`.
+    """
+    logs.configure(as_json=log_json)
+    Image.MAX_IMAGE_PIXELS = None  # `check_image_file` refuses earlier, and by a smaller number
+    with running(pipeline, folder, limits, **options) as page:
         logs.adopt_libraries()
         log.info("started", extra={"fields": {"address": page.local_url}})
         print(f"TA-VQ demo on {page.local_url}", flush=True)
@@ -227,17 +248,15 @@ def serve(
             print(f"for assistants (MCP): {page.local_url}{MCP_PATH}", flush=True)
         if page.share_url:
             print(f"public link: {page.share_url}", flush=True)
-        threading.Event().wait()
-    except OSError as error:
-        raise ValueError(f"port {port} is not free on {host}; choose another with --port") from error
-    finally:
-        _close(page)
+        try:
+            threading.Event().wait()
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C shall not leave files behind
 
 
 def _close(page: GuardedBlocks) -> None:
     """End all jobs and the server, within a few seconds."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C shall not leave files behind
     deadline = time.monotonic() + STEP_SECONDS
     if isinstance(page._queue, FairQueue):
         page._queue.end_all()

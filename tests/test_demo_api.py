@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +17,9 @@ from tavq.data.images import load_image
 from tavq.generator.sampling import SamplingConfig
 from tavq.pipeline import Pipeline, read_recipe
 
-from .demo_server import PHOTO, DemoServer, demo_server
+from .demo_server import PHOTO, ROOT, DemoServer, demo_server
+
+API_PAGE = ROOT / "docs" / "api.md"
 
 SAMPLING = {"guidance_scale": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
@@ -63,7 +68,7 @@ def test_names_of_endpoints_arguments_and_results_are_stable(client):
         )
         for name, endpoint in endpoints.items()
     }
-    sampling = "num_images seed guidance_scale temperature top_k top_p"
+    sampling = "negative_prompt num_images seed guidance_scale temperature top_k top_p"
     assert found == {
         "/generate": (f"prompt {sampling} best_of", "images recipes"),
         "/draw": ("prompt seed", "image seed"),
@@ -78,10 +83,46 @@ def test_names_of_endpoints_arguments_and_results_are_stable(client):
 
 def test_images_are_those_of_the_pipeline_and_carry_their_recipe(client, tiny_pipeline: Pipeline):
     images, recipes = client.predict("a dog", num_images=2, seed=7, **SAMPLING, api_name="/generate")
-    own = tiny_pipeline.generate(["a dog"] * 2, [7, 8], SamplingConfig(**SAMPLING))
+    own = tiny_pipeline.generate("a dog", 7, SamplingConfig(**SAMPLING), num_images=2)
     for path, recipe, expected in zip(images, recipes, own, strict=True):
         assert recipe == expected.recipe == read_recipe(Path(path))
         assert np.array_equal(pixels(path), np.asarray(expected.image))
+
+
+def test_a_negative_prompt_reaches_the_pipeline(client, tiny_pipeline: Pipeline):
+    (image,), (recipe,) = client.predict("a dog", "a red cat", seed=7, **SAMPLING, api_name="/generate")
+    settings = SamplingConfig(**SAMPLING)
+    own = tiny_pipeline.generate("a dog", 7, settings, negative_prompt="a red cat")[0]
+    assert recipe["negative_prompt"] == "a red cat" and np.array_equal(pixels(image), np.asarray(own.image))
+
+
+def test_what_the_documentation_shows_runs(server: DemoServer, tmp_path: Path, monkeypatch, capsys):
+    shutil.copy(PHOTO, tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```(python|bash)\n(.*?)^```", API_PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    for language, block in blocks:
+        text = block.replace("http://127.0.0.1:7860/", server.address)
+        if language == "python":
+            exec(compile(text, "api.md", "exec"), {})
+            seed, words = capsys.readouterr().out.splitlines()
+            assert seed.endswith(".png 7") and re.search(r"\[0\.\d+(, 0\.\d+)*\]$", words)
+        else:
+            run = subprocess.run(["bash", "-c", text], capture_output=True, text=True, timeout=60, check=True)
+            assert run.stdout.rstrip().rpartition("event: ")[2].startswith("complete\ndata: ["), run.stdout
+
+
+def test_the_tables_of_the_documentation_name_all_arguments_and_results(client):
+    rows = re.findall(r"^\| `/(\w+)` \| (.+) \| (.+) \|$", API_PAGE.read_text(), flags=re.MULTILINE)
+    told = {f"/{name}": (named(arguments), named(results)) for name, arguments, results in rows}
+    endpoints = client.view_api(return_format="dict")["named_endpoints"]
+    for name, endpoint in endpoints.items():
+        arguments = [argument["parameter_name"] for argument in endpoint["parameters"]]
+        assert told.pop(name) == (arguments, [result["label"] for result in endpoint["returns"]])
+    assert not told
+
+
+def named(cell: str) -> list[str]:
+    return re.findall(r"`(\w+)`", cell)
 
 
 def test_the_result_grows_image_by_image(client):
@@ -92,7 +133,7 @@ def test_the_result_grows_image_by_image(client):
 
 def test_the_best_of_several_candidates_is_that_of_the_pipeline(client, tiny_pipeline: Pipeline):
     (image,), (recipe,) = client.predict("a dog", seed=7, best_of=3, **SAMPLING, api_name="/generate")
-    own = tiny_pipeline.generate(["a dog"], [7], SamplingConfig(**SAMPLING), best_of=3)[0]
+    own = tiny_pipeline.generate("a dog", 7, SamplingConfig(**SAMPLING), best_of=3)[0]
     assert recipe["best_of"] == 3 and np.array_equal(pixels(image), np.asarray(own.image))
 
 

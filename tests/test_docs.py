@@ -64,7 +64,11 @@ ELSEWHERE = {
     "source .venv/bin/activate": "tests/test_install.py",
     "tavq demo": "tests/test_app.py",
     "tavq describe --endpoint": "tests/test_describe.py",
-    "from gradio_client": "tests/test_app.py",
+    "from gradio_client": "tests/test_demo_api.py",
+    "curl ": "tests/test_demo_api.py",
+    "docker build ": "tests/test_deploy.py",
+    "python spaces/make_space.py ": "tests/test_deploy.py",
+    "python benchmarks/serving.py ": "tests/test_demo_hostile.py",
     "from tavq.alignment": "tests/test_tokenizer_adapters.py",
 }
 """Beginning of a command or Python block -> the test file that runs it instead."""

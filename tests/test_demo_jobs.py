@@ -1,0 +1,167 @@
+"""How jobs of several clients share one model: turns, shares, limits, and jobs that nobody listens to."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import gradio as gr
+import httpx
+import pytest
+
+from tavq.app import jobs
+from tavq.app.guard import GuardedBlocks
+from tavq.app.jobs import MODEL, Job, Turns, client_of
+from tavq.app.limits import Limits, RefusedError
+
+
+def turns_taken(*wanted: tuple[str, int]) -> list[str]:
+    """Let clients, each with so many steps of 10 ms, ask in this order; return who was served when."""
+    served: list[str] = []
+
+    async def client(turns: Turns, name: str, steps: int) -> None:
+        job = Job(name, "", float("inf"))
+        for _ in range(steps):
+            async with turns.of(job):
+                served.append(name)
+                await asyncio.sleep(0.01)
+
+    async def all_of_them() -> None:
+        turns = Turns()
+        await asyncio.gather(*(client(turns, *one) for one in wanted))
+
+    asyncio.run(all_of_them())
+    return served
+
+
+def test_a_client_with_one_step_waits_for_one_step_of_another():
+    assert turns_taken(("greedy", 20), ("other", 1)).index("other") == 1
+
+
+def test_a_client_with_many_jobs_gets_no_more_turns_than_one_with_one():
+    served = turns_taken(("greedy", 10), ("greedy", 10), ("greedy", 10), ("other", 10))
+    assert 9 <= served[:20].count("other") <= 10
+
+
+def test_a_turn_that_is_cancelled_goes_to_the_next():
+    async def scenario() -> list[str]:
+        turns = Turns()
+        served = []
+
+        async def one(name: str) -> None:
+            async with turns.of(Job(name, "", float("inf"))):
+                served.append(name)
+                await asyncio.sleep(0.05)
+
+        first, second, third = (asyncio.create_task(one(name)) for name in "abc")
+        await asyncio.sleep(0.01)
+        second.cancel()
+        await asyncio.gather(first, second, third, return_exceptions=True)
+        assert turns.holder is None
+        return served
+
+    assert asyncio.run(scenario()) == ["a", "c"]
+
+
+def test_a_job_ends_when_it_has_computed_for_too_long():
+    async def scenario() -> None:
+        job = Job("a", "", limit_seconds=0.02)
+        for _ in range(10):
+            async with Turns().of(job):
+                await asyncio.sleep(0.015)
+
+    with pytest.raises(RefusedError, match=r"computed for 0 s, at most 0.02 s are allowed; ask for fewer"):
+        asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("address", "user", "expected"),
+    [
+        ("203.0.113.7", None, "203.0.113.7"),
+        ("203.0.113.7", "ann", "user ann"),
+        ("127.0.0.1", None, "127.0.0.1 tab"),
+        ("::1", None, "::1 tab"),
+        ("2001:db8:1:2:3:4:5:6", None, "2001:db8:1:2::/64"),
+    ],
+)
+def test_a_client_is_a_user_or_an_address_and_a_tab_on_this_machine(address, user, expected):
+    assert client_of(SimpleNamespace(client=SimpleNamespace(host=address)), user, "tab") == expected
+
+
+@pytest.fixture
+def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[GuardedBlocks, httpx.Client]]:
+    """A page with one endpoint, which counts in steps of 50 ms; a job may compute for a second."""
+    monkeypatch.setattr(jobs, "UNHEARD_SECONDS", 0.5)
+
+    def count(num_images: float) -> Iterator[int]:
+        for number in range(int(num_images)):
+            time.sleep(0.05)
+            yield number
+
+    with GuardedBlocks(Limits(job_seconds=1.0)) as page:
+        gr.Button().click(
+            count, gr.Slider(1, 100, 1, step=1), gr.Number(), api_name="count", concurrency_id=MODEL
+        )
+    page.queue().launch(prevent_thread_lock=True, quiet=True, ssr_mode=False)
+    with httpx.Client(base_url=page.local_url, timeout=60) as http:
+        yield page, http
+    page.close(verbose=False)
+
+
+def ask(http: httpx.Client, steps: int, address: str = "203.0.113.7") -> str:
+    response = http.post(
+        "gradio_api/call/count", json={"data": [steps]}, headers={"X-Forwarded-For": address}
+    )
+    return response.json()["event_id"]
+
+
+def answer(http: httpx.Client, event: str) -> tuple[str, object]:
+    last = http.get(f"gradio_api/call/count/{event}").text.rstrip().split("\n\n")[-1]
+    name, data = last.split("\n", 1)
+    return name.removeprefix("event: "), json.loads(data.removeprefix("data: "))
+
+
+@pytest.mark.slow
+def test_a_job_beyond_the_client_s_share_ends_at_once_and_another_client_s_does_not(page):
+    _, http = page
+    first, second, third, other = ask(http, 5), ask(http, 5), ask(http, 5), ask(http, 5, "203.0.113.8")
+    assert "you have 2 jobs here already" in answer(http, third)[1]["error"]
+    assert [answer(http, event) for event in (first, second, other)] == [("complete", [4])] * 3
+
+
+@pytest.mark.slow
+def test_a_job_that_takes_too_long_ends_with_its_reason(page):
+    _, http = page
+    event, result = answer(http, ask(http, 60))
+    assert event == "error" and "at most 1 s are allowed; ask for fewer images" in result["error"]
+
+
+@pytest.mark.slow
+def test_a_job_ends_when_nobody_listens_any_more(page):
+    blocks, http = page
+    event = ask(http, 60)
+    with http.stream("GET", f"gradio_api/call/count/{event}") as stream:
+        next(stream.iter_lines())
+    never_heard = ask(http, 60, "203.0.113.8")
+    time.sleep(2.5)
+    assert not blocks._queue.event_ids_to_events and not blocks._queue._jobs
+    assert blocks.turns.holder is None and never_heard != event
+
+
+@pytest.mark.slow
+def test_an_error_of_ours_is_a_number_for_the_user_and_a_traceback_for_the_log(caplog):
+    def broken(number: float) -> float:
+        raise ZeroDivisionError("a secret")
+
+    with GuardedBlocks(Limits()) as page:
+        gr.Button().click(broken, gr.Number(1), gr.Number(), api_name="count", concurrency_id=MODEL)
+    page.queue().launch(prevent_thread_lock=True, quiet=True, ssr_mode=False)
+    with httpx.Client(base_url=page.local_url, timeout=60) as http:
+        _, result = answer(http, ask(http, 1))
+    page.close(verbose=False)
+    assert result["error"].startswith("internal error ") and "secret" not in result["error"]
+    assert "ZeroDivisionError" in caplog.text and result["error"].split()[2].rstrip(";") in caplog.text
