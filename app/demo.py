@@ -16,13 +16,15 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from tavq.app.limits import Limits
 from tavq.base.arguments import parse, run_main
 from tavq.base.bounds import check_bounds
 from tavq.base.device import Device, choose_device
-from tavq.pipeline import CHECKPOINT, Pipeline
+
+if TYPE_CHECKING:
+    from tavq.pipeline import Pipeline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +40,9 @@ class DemoRun:
     """Port to listen on."""
     share: bool = False
     """Also open a public link, through Gradio's servers."""
-    checkpoint: str = CHECKPOINT
-    """Directory or hf:OWNER/NAME that holds tokenizer/, generator/ and captioner/."""
+    checkpoint: str | None = None
+    """Directory or hf:OWNER/NAME that holds tokenizer/, generator/ and captioner/; the included weights by
+    default."""
     device: Device = "auto"
     """Where the models run."""
     auth: str = ""
@@ -83,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # From here on SIGTERM unwinds as Ctrl-C does, so that the temporary folder is removed.
     signal.signal(signal.SIGTERM, _exit_normally)
+    from tavq.pipeline import Pipeline  # loads torch, which --help does without
+
     pipeline = Pipeline.from_pretrained(run.checkpoint, choose_device(run.device))
 
     # All parts are loaded now, so that a bad checkpoint fails before the page is up.

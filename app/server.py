@@ -242,12 +242,12 @@ def serve(pipeline: Pipeline, folder: Path, limits: Limits, *, log_json: bool, *
     Image.MAX_IMAGE_PIXELS = None  # `check_image_file` refuses earlier, and by a smaller number
     with running(pipeline, folder, limits, **options) as page:
         logs.adopt_libraries()
-        log.info("started", extra={"fields": {"address": page.local_url}})
         print(f"TA-VQ demo on {page.local_url}", flush=True)
         if page.mcp_server_obj:
             print(f"for assistants (MCP): {page.local_url}{MCP_PATH}", flush=True)
         if page.share_url:
             print(f"public link: {page.share_url}", flush=True)
+        log.info("started", extra={"fields": {"address": page.local_url}})
         try:
             threading.Event().wait()
         finally:

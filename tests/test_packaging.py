@@ -23,7 +23,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 FOLDERS = {name: ROOT / folder for name, folder in SETUPTOOLS["package-dir"].items()}
-SCRIPT_FOLDERS = [ROOT / "tests", ROOT / "benchmarks", ROOT / "recipes", ROOT / "docs"]
+SCRIPT_FOLDERS = [ROOT / name for name in ("tests", "benchmarks", "recipes", "docs", "spaces")]
 
 # From the foundations to the roof: a part imports itself and parts of an earlier row.
 ROWS = (
