@@ -127,7 +127,8 @@ class GuardedBlocks(gr.Blocks):
                 for chosen in value if block.multiselect and isinstance(value, list) else [value]:
                     check_choice(field, chosen, [choice for _, choice in block.choices])
             case gr.Image() | gr.ImageEditor() | gr.ImageSlider() if value is not None:
-                if not isinstance(value, dict | list):
+                is_file = isinstance(value, dict) and "path" in value
+                if not is_file and (isinstance(block, gr.Image) or not isinstance(value, dict | list)):
                     raise RefusedError(f"{field} is {shown(value)}, expected an uploaded file")
                 return await self._checked_files(field, value, image=True)
             case _:
@@ -140,7 +141,7 @@ class GuardedBlocks(gr.Blocks):
             return [await self._checked_files(field, item, image=image) for item in value]
         if not isinstance(value, dict):
             return value
-        if "path" not in value:
+        if "path" not in value or not (image or "meta" in value):
             return {key: await self._checked_files(field, item, image=image) for key, item in value.items()}
 
         path = value["path"]
@@ -217,8 +218,9 @@ class GuardedBlocks(gr.Blocks):
         try:
             if function.concurrency_id != MODEL:
                 return await step(*arguments, **options)
-            job = self._queue.job(event_id)
-            async with self.turns.of(job):
+            if not isinstance(self._queue, FairQueue):
+                raise TypeError("an endpoint that needs the model is served without its queue; call queue()")
+            async with self.turns.of(self._queue.job(event_id)):
                 return await step(*arguments, **options)
         except RefusedError as refusal:
             raise one_line(str(refusal)) from None

@@ -277,7 +277,7 @@ class FairQueue(Queue):
     def end_all(self) -> None:
         """End all jobs, each after its current step, and wake the streams of results."""
         self.close()
-        for event in self.event_ids_to_events.values():
+        for event in list(self.event_ids_to_events.values()):
             event.alive = False
         for event_queue in self.event_queue_per_concurrency_id.values():
             event_queue.queue.clear()

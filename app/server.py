@@ -293,15 +293,7 @@ def _routes(page: GuardedBlocks, accounts: Accounts) -> list[Route]:
 
 async def _check_login(request: Request, accounts: Accounts) -> None:
     given = await HTTPBasic(realm="metrics")(request)
-    known = (
-        any(
-            secrets.compare_digest(
-                f"{given.username}:{given.password}".encode(), f"{name}:{password}".encode()
-            )
-            for name, password in accounts
-        )
-        if given
-        else False
-    )
-    if not known:
+    login = f"{given.username}:{given.password}".encode() if given else b""
+    known = [f"{name}:{password}".encode() for name, password in accounts]
+    if not any(secrets.compare_digest(login, one) for one in known):
         raise fastapi.HTTPException(401, "wrong name or password", {"WWW-Authenticate": "Basic"})
