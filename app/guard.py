@@ -43,13 +43,11 @@ class GuardedBlocks(gr.Blocks):
 
     Args:
         limits: what clients, jobs and uploads may take.
-        served: folders, besides Gradio's own, whose files may be inputs: those of examples.
         options: of `gradio.Blocks`.
     """
 
-    def __init__(self, limits: Limits, served: tuple[Path, ...] = (), **options: Any):
+    def __init__(self, limits: Limits, **options: Any):
         self.limits = limits
-        self.served = served
         self.turns = Turns()
         super().__init__(**options)
 
@@ -163,7 +161,7 @@ class GuardedBlocks(gr.Blocks):
     def _is_served(self, path: str) -> bool:
         try:
             resolved = Path(path).resolve()
-            folders = (Path(get_upload_folder()), Path(self.GRADIO_CACHE), *self.served)
+            folders = (Path(get_upload_folder()), Path(self.GRADIO_CACHE))
             return resolved.is_file() and any(resolved.is_relative_to(f.resolve()) for f in folders)
         except (OSError, ValueError):  # too long, or with a NUL in it
             return False

@@ -10,7 +10,6 @@ from tavq.pipeline import Pipeline
 
 from .actions import Actions
 from .api import add_endpoints, hide_others
-from .components import EXAMPLES
 from .guard import GuardedBlocks
 from .limits import Limits
 from .tab_complete import reconstruction
@@ -32,7 +31,6 @@ def build(pipeline: Pipeline, folder: Path, limits: Limits | None = None) -> Gua
     actions = Actions(pipeline, folder)
     with GuardedBlocks(
         limits or Limits(),
-        served=(EXAMPLES,),
         title="TA-VQ",
         analytics_enabled=False,
         delete_cache=(CLEAN_EVERY_S, KEEP_FILES_S),

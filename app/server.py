@@ -38,7 +38,7 @@ from .theme import CSS, THEME
 
 JSON_BYTES = 8 * MIB  # of a request that is no upload
 UPLOAD_OVERHEAD_BYTES = 64 * 1024  # the form around a file
-DRAINED_UPLOADS = 10  # so many times the limit is read and thrown away, so that a client hears the reason
+DRAINED_BODIES = 10  # times the limit that are read and thrown away
 STEP_SECONDS = 2.0  # that the running step may take after a signal
 CLOSE_SECONDS = 1  # that open connections have after a signal
 
@@ -78,7 +78,7 @@ class Gate:
             if reason := self._unknown_endpoint(scope):
                 raise RejectedError(404, reason)
             with self._listening(scope):
-                await self.app(scope, self._bounded(scope, receive), send_noting_start)
+                await self.app(scope, await self._bounded(scope, receive), send_noting_start)
         except Exception as error:
             if started:
                 log.warning("connection lost", extra={"fields": {"error": _brief(error)}})
@@ -114,28 +114,31 @@ class Gate:
         with queue.heard(session):
             yield
 
-    def _bounded(self, scope: Scope, receive: Receive) -> Receive:
+    async def _bounded(self, scope: Scope, receive: Receive) -> Receive:
         """Wrap `receive` so that it refuses a body that is too large, before it is kept."""
         limits = self.page.limits
         is_upload = scope["path"].rstrip("/").endswith("/upload")
         allowed = limits.upload_bytes + UPLOAD_OVERHEAD_BYTES if is_upload else JSON_BYTES
-        declared = dict(scope["headers"]).get(b"content-length", b"")
-        promised = int(declared) if declared.isdigit() else 0
         size = 0
 
         async def bounded() -> Message:
             nonlocal size
             message = await receive()
             size += len(message.get("body", b""))
-            if max(size, promised) <= allowed:
-                return message
-            # A client that still sends would not hear an answer.
-            while message.get("more_body") and size < DRAINED_UPLOADS * allowed:
-                message = await receive()
-                size += len(message.get("body", b""))
-            raise RejectedError(413, _too_much(max(size, promised), limits, is_upload=is_upload))
+            if size > allowed:
+                raise RejectedError(413, _too_much(size, limits, is_upload=is_upload))
+            return message
 
-        return bounded
+        promised = dict(scope["headers"]).get(b"content-length", b"")
+        if not promised.isdigit() or int(promised) <= allowed:
+            return bounded
+
+        # A client that still sends would not hear an answer, so a part of it is read and thrown away.
+        message = await receive()
+        while message.get("more_body") and size < DRAINED_BODIES * allowed:
+            message = await receive()
+            size += len(message.get("body", b""))
+        raise RejectedError(413, _too_much(int(promised), limits, is_upload=is_upload))
 
     def _answer(self, error: Exception, scope: Scope) -> Response:
         if isinstance(error, RejectedError):

@@ -16,13 +16,14 @@ from typing import BinaryIO
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from tavq.base.files import atomic_write
 
 MIN_SIDE_PX = 8
+BAND_PIXELS = 2**22  # converted at once, in large images
 MAX_PIXELS = 89_478_485
 """Larger images are not decoded. It is the size above which Pillow warns of a decompression bomb."""
 UNKNOWN_GREY = 0.6  # in [-1, 1]; the part of a partial image that is not known yet
@@ -154,7 +155,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise UnreadableImageError(
             "image has floating-point samples of unknown range, 8 or 16 bit is expected; convert it"
         )
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+
+    # Band by band: the steps between take up to 25 bytes a pixel.
+    rgb = Image.new("RGB", image.size)
+    rows = max(1, BAND_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        rgb.paste(_band_to_rgb(band), (0, top))
+    return rgb
+
+
+def _band_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey: 0..65535 -> 0..255
         levels = np.asarray(image).astype(np.float64) / 257
         return Image.fromarray(np.clip(np.rint(levels), 0, 255).astype(np.uint8)).convert("RGB")

@@ -38,6 +38,23 @@ def test_every_mode_becomes_rgb(tmp_path, image, name, expected):
     assert loaded.mode == "RGB" and centre(loaded) == expected
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P", "CMYK", "I;16"])
+def test_a_large_image_is_converted_in_bands_without_a_trace(monkeypatch, mode):
+    from tavq.data import images
+
+    noise = np.random.default_rng(0).integers(0, 256, (30, 20, 4), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    if mode == "I;16":
+        image = Image.fromarray(noise[:, :, 0].astype(np.uint16) * 255)
+    elif mode != "RGBA":
+        image = image.convert("RGB" if mode in ("P", "CMYK") else mode).convert(mode)
+    if mode == "P":
+        image.info["transparency"] = 3
+    whole = np.asarray(images.to_rgb(image))
+    monkeypatch.setattr(images, "BAND_PIXELS", 7 * image.width)
+    assert np.array_equal(np.asarray(images.to_rgb(image)), whole) and len(np.unique(whole)) > 2
+
+
 def test_transparent_palette_is_laid_over_white(tmp_path):
     image = Image.new("P", (16, 16), 0)
     image.putpalette([9, 9, 9, 50, 60, 70])

@@ -235,22 +235,24 @@ VALUES: dict[str, tuple[str, Any, str]] = {
         "reconstruct", [FILE | {"path": "http://169.254.169.254/latest/"}], "image could not be fetched",
     ),
     "no address": ("reconstruct", [FILE | {"path": "http://"}], "image could not be fetched"),
-    "empty text": ("heatmaps", [FILE, ""], "text"),
-    "more captions than beams": ("caption", [FILE, 2, 5, 0], "n_best is 5 and beam 2"),
-    "wide beam": ("caption", [FILE, 1e6, 1, 0], "beam is 1000000.0, expected a whole number from 1 to 10"),
-    "half a beam": ("caption", [FILE, 2.5, 1, 0], "beam is 2.5, expected a whole number from 1 to 10"),
-    "keep nothing": ("complete", [FILE, "a", "", *REST], "keep is ''"),
-    "keep three numbers": ("complete", [FILE, "a", "box=1,2,3", *REST], "keep is 'box=1,2,3'"),
-    "keep outside": ("complete", [FILE, "a", "box=9999,9999,5,5", *REST], "outside the image"),
-    "keep exabytes": ("complete", [FILE, "a", f"box={10**30},0,5,5", *REST], "outside the image"),
-    "share of all": ("vary", [FILE, "a", 1.0, *REST], "share is 1.0, expected a number from"),
+    "empty text": ("heatmaps", [PHOTO, ""], "text"),
+    "more captions than beams": ("caption", [PHOTO, 2, 5, 0], "n_best is 5 and beam 2"),
+    "wide beam": ("caption", [PHOTO, 1e6, 1, 0], "beam is 1000000.0, expected a whole number from 1 to 10"),
+    "half a beam": ("caption", [PHOTO, 2.5, 1, 0], "beam is 2.5, expected a whole number from 1 to 10"),
+    "keep nothing": ("complete", [PHOTO, "a", "", *REST], "keep is ''"),
+    "keep three numbers": ("complete", [PHOTO, "a", "box=1,2,3", *REST], "keep is 'box=1,2,3'"),
+    "keep outside": ("complete", [PHOTO, "a", "box=9999,9999,5,5", *REST], "outside the image"),
+    "keep exabytes": ("complete", [PHOTO, "a", f"box={10**30},0,5,5", *REST], "outside the image"),
+    "share of all": ("vary", [PHOTO, "a", 1.0, *REST], "share is 1.0, expected a number from"),
 }  # fmt: skip
-"""Name -> (endpoint, values, part of the reason). `PHOTO` is an example: it may be named without upload."""
+"""Name -> (endpoint, values, part of the reason). `PHOTO` is uploaded."""
 
 
 @pytest.mark.parametrize("name", VALUES)
 def test_a_hostile_value_is_refused_with_its_reason(http: httpx.Client, name: str):
     endpoint, values, expected = VALUES[name]
+    if values[0] is PHOTO:
+        values = [upload(http, PHOTO.read_bytes()), *values[1:]]
     succeeded, reason = ask(http, endpoint, values)
     assert not succeeded and is_reason(reason, expected), reason
 

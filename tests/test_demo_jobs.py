@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import gradio as gr
@@ -92,23 +93,35 @@ def test_a_client_is_a_user_or_an_address_and_a_tab_on_this_machine(address, use
     assert client_of(SimpleNamespace(client=SimpleNamespace(host=address)), user, "tab") == expected
 
 
+@dataclass(frozen=True)
+class Counter:
+    """A page with one endpoint, which counts in steps of 50 ms once its gate is open."""
+
+    page: GuardedBlocks
+    http: httpx.Client
+    gate: threading.Event
+
+
 @pytest.fixture
-def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[GuardedBlocks, httpx.Client]]:
-    """A page with one endpoint, which counts in steps of 50 ms; a job may compute for a second."""
+def counter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter]:
+    """The page, with a limit of so many seconds a job as the test gives, else of 60."""
     monkeypatch.setattr(jobs, "UNHEARD_SECONDS", 0.5)
+    gate = threading.Event()
 
     def count(num_images: float) -> Iterator[int]:
         for number in range(int(num_images)):
+            assert gate.wait(60)
             time.sleep(0.05)
             yield number
 
-    with GuardedBlocks(Limits(job_seconds=1.0)) as page:
+    with GuardedBlocks(Limits(job_seconds=getattr(request, "param", 60.0))) as page:
         gr.Button().click(
-            count, gr.Slider(1, 100, 1, step=1), gr.Number(), api_name="count", concurrency_id=MODEL
+            count, gr.Slider(1, 30, 1, step=1), gr.Number(), api_name="count", concurrency_id=MODEL
         )
     page.queue().launch(prevent_thread_lock=True, quiet=True, ssr_mode=False)
     with httpx.Client(base_url=page.local_url, timeout=60) as http:
-        yield page, http
+        yield Counter(page, http, gate)
+    gate.set()
     page.close(verbose=False)
 
 
@@ -126,30 +139,48 @@ def answer(http: httpx.Client, event: str) -> tuple[str, object]:
 
 
 @pytest.mark.slow
-def test_a_job_beyond_the_client_s_share_ends_at_once_and_another_client_s_does_not(page):
-    _, http = page
-    first, second, third, other = ask(http, 5), ask(http, 5), ask(http, 5), ask(http, 5, "203.0.113.8")
+def test_a_job_beyond_the_client_s_share_ends_at_once_and_another_client_s_does_not(
+    counter: Counter, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(jobs, "UNHEARD_SECONDS", 60)
+    http = counter.http
+    first, second, third = ask(http, 5), ask(http, 5), ask(http, 5)
+    other = ask(http, 5, "203.0.113.8")
     assert "you have 2 jobs here already" in answer(http, third)[1]["error"]
+    counter.gate.set()
     assert [answer(http, event) for event in (first, second, other)] == [("complete", [4])] * 3
 
 
 @pytest.mark.slow
-def test_a_job_that_takes_too_long_ends_with_its_reason(page):
-    _, http = page
-    event, result = answer(http, ask(http, 60))
-    assert event == "error" and "at most 1 s are allowed; ask for fewer images" in result["error"]
+def test_a_job_of_too_many_candidates_ends_at_once(counter: Counter):
+    counter.page.limits = Limits(max_candidates_per_client=20)
+    event, result = answer(counter.http, ask(counter.http, 21))
+    assert event == "error" and "samples 21 candidates (images times best_of), at most 20" in result["error"]
 
 
 @pytest.mark.slow
-def test_a_job_ends_when_nobody_listens_any_more(page):
-    blocks, http = page
-    event = ask(http, 60)
-    with http.stream("GET", f"gradio_api/call/count/{event}") as stream:
-        next(stream.iter_lines())
-    never_heard = ask(http, 60, "203.0.113.8")
-    time.sleep(2.5)
-    assert not blocks._queue.event_ids_to_events and not blocks._queue._jobs
-    assert blocks.turns.holder is None and never_heard != event
+@pytest.mark.parametrize("counter", [0.2], indirect=True)
+def test_a_job_that_takes_too_long_ends_with_its_reason(counter: Counter):
+    counter.gate.set()
+    event, result = answer(counter.http, ask(counter.http, 30))
+    assert event == "error" and "at most 0.2 s are allowed; ask for fewer images" in result["error"]
+
+
+@pytest.mark.slow
+def test_jobs_end_when_nobody_listens_any_more_or_ever_did(counter: Counter):
+    heard = ask(counter.http, 30)
+    with counter.http.stream("GET", f"gradio_api/call/count/{heard}"):
+        ask(counter.http, 30, "203.0.113.8")
+    queue = counter.page._queue
+    deadline = time.monotonic() + 30
+    while not all(job.reason for job in queue._jobs.values()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert {job.reason for job in queue._jobs.values()} <= {"nobody listened any more"}
+
+    counter.gate.set()  # each ends after its step
+    while queue._jobs and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not queue._jobs and not queue.event_ids_to_events and counter.page.turns.holder is None
 
 
 @pytest.mark.slow
