@@ -149,6 +149,10 @@ class FairQueue(Queue):
         if block_fn.concurrency_id == MODEL:
             self.event_queue_per_concurrency_id[MODEL].concurrency_limit = SLOTS
 
+    def compute_analytics_summary(self, records: Any) -> Any:
+        """Leave out Gradio's own figures, which load pandas for each job and are not shown; see `metrics`."""
+        return self.cached_event_analytics_summary
+
     def job(self, event_id: str | None) -> Job:
         """Return the job of an event; one without limits for a call past the queue."""
         return self._jobs.get(event_id or "") or Job("direct", "", float("inf"))

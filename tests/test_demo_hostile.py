@@ -361,7 +361,7 @@ def test_one_greedy_client_does_not_delay_another(http: httpx.Client):
 def test_two_hundred_clients_lose_nothing(server: DemoServer):
     script = [sys.executable, str(ROOT / "benchmarks" / "serving.py"), "--address", server.address]
     run = subprocess.run(
-        [*script, "--clients", "200", "--rounds", "2", "--json"], capture_output=True, text=True, check=True
+        [*script, "--clients", "200", "--rounds", "1", "--json"], capture_output=True, text=True, check=True
     )
     result = json.loads(run.stdout)
-    assert result["asked"] == 400 and result["lost"] == 0
+    assert result["asked"] == 200 and result["lost"] == 0
