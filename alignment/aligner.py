@@ -24,11 +24,12 @@ from tavq.data.embedding_cache import EmbeddingCache
 from tavq.data.text_encoder import TextEncoder
 
 from .adapters import Adapter
+from .late_interaction import FILIP_TEMPERATURE, late_interaction_costs, late_interaction_unit_cost
 from .projections import NUM_LEVELS, TextProjections
 from .transport import gaussian_cost, gaussian_unit_cost, single_unit_cost, transport_cost
 from .unit_index import NegativeBank, SampledTexts, TextUnits, UnitIndex
 
-Method = Literal["ot", "gaussian"]
+Method = Literal["ot", "gaussian", "filip"]
 LEVEL_NAMES = ("words", "phrases", "sentences")
 INITIAL_LOG_SCALE = 2.66  # a temperature of 0.07, as in CLIP
 MAX_LOG_SCALE = 4.6  # the logits are multiplied by 100 at most, as in CLIP
@@ -68,6 +69,10 @@ class AlignmentConfig:
     def transport_temperature(self) -> float:
         """Temperature of the softmin over positions that scores an image against a text of one unit."""
         return self.epsilon + self.relaxation
+
+    def retrieval_temperature(self, method: str) -> float:
+        """Temperature of the softmin over positions that scores an image aligned by `method`."""
+        return FILIP_TEMPERATURE if method == "filip" else self.transport_temperature
 
     @property
     def aligned_levels(self) -> tuple[int, int, int]:
@@ -109,7 +114,7 @@ class TextAligner(nn.Module):
         text_dim: width M of the text vectors.
         config: samples, regularisation, weights.
         method: "ot" matches codes and units by optimal transport; "gaussian" compares their first two
-            moments.
+            moments; "filip" contrasts them one by one, without a plan.
         projections: the g_l, where the model has them already; else they are made here.
         projection_dim: hidden width of those made here.
     """
@@ -244,26 +249,34 @@ class TextAligner(nn.Module):
         if len(units) < 2:
             return codes.sum() * 0.0, {}  # no pair to contrast, but a gradient for every process
 
-        cost, regularisation = self._pair_costs(codes, units, mask)
+        image_to_text, text_to_image, regularisation = self._pair_costs(codes, units, mask)
         scale = self.log_scale[kind].clamp(max=MAX_LOG_SCALE).exp()
-        logits = -scale * cost
-        labels = torch.arange(len(cost), device=cost.device)
-        contrastive = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+        logits = -scale * image_to_text
+        labels = torch.arange(len(logits), device=logits.device)
+        contrastive = (
+            F.cross_entropy(logits, labels) + F.cross_entropy(-scale * text_to_image.T, labels)
+        ) / 2
         if bank is not None:
             own = bank.own[present]
             contrastive = contrastive + self._bank_loss(
                 codes, units, mask, bank.vectors, own, scale, regularisation
             )
 
-        matched = cost.diagonal().mean()
+        matched = (image_to_text.diagonal().mean() + text_to_image.diagonal().mean()) / 2
         accuracy = (logits.argmax(dim=1) == labels).float().mean()
         loss = self.config.transport_weight * matched + contrastive
         return loss, {"cost": matched.detach(), "accuracy": accuracy, "nce": contrastive.detach()}
 
-    def _pair_costs(self, codes: Tensor, units: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Cost of every image-text pair of the batch (B, B), and the regularisation in units of the cost."""
+    def _pair_costs(
+        self, codes: Tensor, units: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """Costs of every image-text pair of the batch (B, B) from image to text and from text to image, which
+        differ with filip alone, and the regularisation in units of the cost."""
+        if self.method == "filip":
+            return *late_interaction_costs(codes, units, mask), {}
         if self.method == "gaussian":
-            return gaussian_cost(codes, units, mask), {}
+            cost = gaussian_cost(codes, units, mask)
+            return cost, cost, {}
 
         pairwise = 1 - torch.einsum("isd,jud->ijsu", codes, units)
         # Epsilon and relaxation scale with the costs, which shrink as training goes on. Padding does not
@@ -273,7 +286,7 @@ class TextAligner(nn.Module):
         cost = transport_cost(
             pairwise, mask.unsqueeze(0), iterations=self.config.iterations, **regularisation
         )
-        return cost, regularisation
+        return cost, cost, regularisation
 
     def _bank_loss(
         self,
@@ -289,7 +302,10 @@ class TextAligner(nn.Module):
 
         The closed form for single units costs no Sinkhorn iteration, so a thousand negatives are cheap.
         """
-        if self.method == "gaussian":
+        if self.method == "filip":
+            positive = late_interaction_unit_cost(codes, units)
+            negative = late_interaction_unit_cost(codes, bank)
+        elif self.method == "gaussian":
             positive = gaussian_unit_cost(codes, units)
             negative = gaussian_unit_cost(codes, bank)
         else:

@@ -165,9 +165,8 @@ def _probed_config(config: TokenizerConfig, run: AlignRun, text_hash: str) -> To
         text_encoder=run.text_encoder,
         text_encoder_hash=text_hash,
     )
-    return dataclasses.replace(
-        config, provenance=provenance, transport_temperature=run.alignment.transport_temperature
-    )
+    temperature = run.alignment.retrieval_temperature(run.method)
+    return dataclasses.replace(config, provenance=provenance, transport_temperature=temperature)
 
 
 @contextlib.contextmanager

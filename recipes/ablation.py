@@ -27,6 +27,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "none": ("--align", "none"),
     "lgvq": ("--align", "lgvq"),
     "gaussian": ("--align", "gaussian"),
+    "filip": ("--align", "filip"),
     "ot": ("--align", "ot"),
     "ot, sentences alone": ("--align", "ot", "--alignment.level-weights", "0", "0", "3"),
     "ot, levels reversed": ("--align", "ot", "--alignment.pairing", "3", "2", "1"),

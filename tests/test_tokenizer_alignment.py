@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from tavq.alignment.adapters import adapt
 from tavq.alignment.aligner import AlignmentConfig, TextAligner, differentiable_lookup, sample_texts
+from tavq.alignment.late_interaction import late_interaction_costs, late_interaction_unit_cost
+from tavq.alignment.transport import single_unit_cost
 from tavq.alignment.unit_index import NegativeBank, SampledTexts, TextUnits, UnitIndex
 from tavq.data.images import to_tensor
 from tavq.data.layouts import open_dataset
@@ -32,11 +34,11 @@ def made_up(batch: int = 6, codes: int = 20, width: int = 5, text_dim: int = 12)
     return features, codebook, SampledTexts(tuple(texts), (bank,) * 3)
 
 
-def codebook_gradient(lookup: str) -> torch.Tensor | None:
+def codebook_gradient(lookup: str, method: str = "ot") -> torch.Tensor | None:
     torch.manual_seed(0)
     features, codebook, texts = made_up()
     features = [level.requires_grad_() for level in features]
-    aligner = TextAligner(20, 5, 12, dataclasses.replace(CONFIG, lookup=lookup))
+    aligner = TextAligner(20, 5, 12, dataclasses.replace(CONFIG, lookup=lookup), method=method)
     aligner(features, codebook, texts).loss.backward()
     assert all(level.grad.norm() > 0 for level in features), "the encoder is moved either way"
     return codebook.grad
@@ -119,7 +121,7 @@ def test_captions_alone_make_an_aligner():
 
 
 def test_the_gradient_reaches_the_codebook_and_not_with_plain_straight_through():
-    assert codebook_gradient("soft").norm() > 0
+    assert all(codebook_gradient("soft", method).norm() > 0 for method in ("ot", "gaussian", "filip"))
     assert codebook_gradient("straight-through") is None
 
 
@@ -164,7 +166,7 @@ def test_a_level_of_weight_zero_is_left_out_and_a_text_without_units_counts_noth
     assert torch.isfinite(aligner(features, codebook, dataclasses.replace(texts, units=(empty,) * 3)).loss)
 
 
-@pytest.mark.parametrize("method", ["ot", "gaussian"])
+@pytest.mark.parametrize("method", ["ot", "gaussian", "filip"])
 def test_places_without_a_unit_change_nothing(method):
     features, codebook, texts = made_up()
     aligner = TextAligner(20, 5, 12, dataclasses.replace(CONFIG, samples=9), method=method)
@@ -173,6 +175,60 @@ def test_places_without_a_unit_change_nothing(method):
     alone = float(aligner(features, codebook, texts).loss)
     padded = dataclasses.replace(texts, units=wide)
     assert float(aligner(features, codebook, padded).loss) == pytest.approx(alone, rel=1e-5)
+
+
+def filip_by_hand(codes, units, mask):
+    """The costs of late interaction, pair by pair, as the paper writes them."""
+    of_codes, of_units = torch.zeros(len(codes), len(units)), torch.zeros(len(codes), len(units))
+    for i, image in enumerate(codes):
+        for j, text in enumerate(units):
+            similarity = image @ text[mask[j]].T
+            of_codes[i, j] = 1 - similarity.max(1).values.mean()
+            of_units[i, j] = 1 - similarity.max(0).values.mean()
+    return of_codes, of_units
+
+
+def test_late_interaction_is_what_its_paper_says_in_both_directions():
+    _, _, texts = made_up()
+    units, mask = texts.units[0].vectors, texts.units[0].mask
+    codes = F.normalize(torch.randn(6, 9, 12, generator=torch.Generator().manual_seed(3)), dim=-1)
+    found = late_interaction_costs(codes, units, mask)
+    expected = filip_by_hand(codes, units, mask)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
+    assert not torch.allclose(*found, atol=1e-2), "the directions differ"
+    alone = late_interaction_unit_cost(codes, units[:, :1])[:, 0]
+    one = torch.ones(6, 1, dtype=torch.bool)
+    assert torch.allclose(alone, late_interaction_costs(codes, units[:, :1], one)[1].diagonal(), atol=1e-6)
+
+
+def test_the_filip_loss_holds_both_directions_and_the_bank():
+    """By hand: half the InfoNCE of each direction, the mean of both matched costs, and the bank's units."""
+    _, _, texts = made_up()
+    texts_, bank = texts.units[0], texts.banks[0]
+    codes = F.normalize(torch.randn(6, 9, 12, generator=torch.Generator().manual_seed(3)), dim=-1)
+    aligner = TextAligner(20, 5, 12, CONFIG, method="filip")
+    loss, _ = aligner._level_loss(codes, texts_, bank, 0)
+
+    of_codes, of_units = filip_by_hand(codes, texts_.vectors, texts_.mask)
+    scale, labels = aligner.log_scale[0].exp(), torch.arange(6)
+    expected = (of_codes.diagonal().mean() + of_units.diagonal().mean()) / 2
+    expected += F.cross_entropy(-scale * of_codes, labels) / 2
+    expected += F.cross_entropy(-scale * of_units.T, labels) / 2
+    others = 1 - (codes @ bank.vectors.T).amax(1)
+    for row in range(6):
+        for unit in texts_.vectors[row][texts_.mask[row]]:
+            own = 1 - (codes[row] @ unit).max()
+            logits = -scale * torch.cat([own[None], others[row]])
+            expected += F.cross_entropy(logits[None], torch.tensor([0])) / texts_.mask.sum()
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_codes_aligned_by_filip_are_searched_by_their_best_position():
+    assert CONFIG.retrieval_temperature("ot") == CONFIG.retrieval_temperature("gaussian") == 0.55
+    best = single_unit_cost(
+        torch.tensor([[0.9], [0.2], [0.5]]), epsilon=CONFIG.retrieval_temperature("filip"), relaxation=0
+    )
+    assert float(best) == pytest.approx(0.2, abs=1e-3)
 
 
 def test_pairing_says_which_level_each_kind_of_unit_moves():
@@ -223,7 +279,7 @@ def shapes_batch():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["ot", "gaussian"])
+@pytest.mark.parametrize("method", ["ot", "gaussian", "filip"])
 def test_matched_pairs_cost_less_than_shuffled_ones_after_training_on_shapes(method, shapes_batch):
     images, index = shapes_batch
     torch.manual_seed(0)

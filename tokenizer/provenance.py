@@ -17,7 +17,7 @@ class TokenizerProvenance:
     data: str = ""
     """Name of the dataset."""
     align: str = "none"
-    """How its codes were aligned with text: ot, gaussian, lgvq or none."""
+    """How its codes were aligned with text: ot, gaussian, filip, lgvq or none."""
     aligned_levels: tuple[int, int, int] = (0, 0, 0)
     """Levels that words, phrases and sentences were aligned with; 0 for none."""
     probed: bool = False

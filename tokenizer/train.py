@@ -1,4 +1,4 @@
-"""tavq train tokenizer --data DIR --out DIR [--preset tiny|flickr8k|vqgan256] [--align ot|gaussian|lgvq|none]
+"""tavq train tokenizer --data DIR --out DIR [--preset tiny|flickr8k|vqgan256] [--align METHOD]
 
 Train the TA-VQ tokenizer: reconstruction, perceptual and adversarial losses, alignment with text at three
 levels, and, with --distill, the maps of a frozen vision network. The same command resumes a stopped run.
@@ -76,7 +76,7 @@ class TokenizerRun:
     """YAML file of these fields, instead of a preset."""
     start: Path | None = None
     """Tokenizer to go on from; its shape stands."""
-    align: Literal["ot", "gaussian", "lgvq", "none"] = "ot"
+    align: Literal["ot", "gaussian", "filip", "lgvq", "none"] = "ot"
     """How codes are aligned with text; `lgvq` and `none` (plain VQ) are the baselines."""
     perceptual: str | None = None
     """`lpips`, or the path of a TorchScript network that gives feature maps; without it L1 alone."""
@@ -88,7 +88,7 @@ class TokenizerRun:
     """Share of codes in use on the validation split below which training ends with an error; 0 only warns."""
     model: TokenizerShape = PRESETS["flickr8k"]
     alignment: AlignmentConfig = AlignmentConfig()
-    """Options for --align ot and gaussian."""
+    """Options for --align ot, gaussian and filip."""
     fit_steps: int = 500
     """After the last step, fit the way from codes to text once more in so many steps; 0 does not."""
     lgvq: LGVQConfig = LGVQConfig()
@@ -155,7 +155,7 @@ class TokenizerTrainer(nn.Module):
         code_dim = run.model.code_dim
         self.aligner = None
         self.guidance = None
-        if run.align in ("ot", "gaussian"):
+        if run.align in ("ot", "gaussian", "filip"):
             num_codes, _ = tokenizer.codebook.shape
             self.aligner = TextAligner(
                 num_codes,
@@ -292,7 +292,8 @@ class TokenizerTask(Task[TokenizerTrainer, TAVQTokenizer]):
         """The tokenizer that training starts from: untrained, or with the weights of `earlier`."""
         run = self.run
         provenance = TokenizerProvenance(data=self.train_set.name, align=run.align)
-        decided: dict[str, Any] = {"transport_temperature": run.alignment.transport_temperature}
+        temperature = run.alignment.retrieval_temperature(run.align)
+        decided: dict[str, Any] = {"transport_temperature": temperature}
         if encoder is not None:
             provenance = dataclasses.replace(
                 provenance, text_encoder=run.text_encoder, text_encoder_hash=encoder.hash

@@ -242,7 +242,8 @@ class AlignTask(Task[AlignTrainer, AlignTrainer]):
         projections = model.aligner.projections
         projected = projections(model.adapter.codebook, projections.per_code_embedding, NUM_LEVELS)
         projected = F.normalize(projected, dim=-1).cpu()
-        scores = scores_of_codes(projected, ids, data.val_captions, self.run.alignment.transport_temperature)
+        temperature = self.run.alignment.retrieval_temperature(self.run.method)
+        scores = scores_of_codes(projected, ids, data.val_captions, temperature)
 
         # Index in `ids` of each validation image; -1 where the image cannot be read.
         position = torch.full((len(data.val_set),), -1)
