@@ -1,5 +1,6 @@
 """tavq score captions RESULTS.json REFERENCES.json --out scores.json
 tavq score images GENERATED/ REFERENCE/ [--features NETWORK.pt] --out scores.json
+tavq score faithfulness GENERATED/ [--model NAME [--endpoint URL]] --out scores.json
 
 Score other people's output with the same code and the same protocol block as ours.
 """
@@ -29,6 +30,7 @@ from tavq.eval.results import (
     with_intervals,
     write_results,
 )
+from tavq.eval.score_faithfulness import ScoreFaithfulness, score_faithfulness
 from tavq.metrics.captions import Backend, caption_metrics
 
 KARPATHY_IDS = ("cocoid", "imgid", "filename", "stem")
@@ -92,17 +94,18 @@ class ScoreImages:
 
 @run_main
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run `tavq score captions|images`."""
+    """Run `tavq score captions|images|faithfulness`."""
     argv = list(sys.argv[1:] if argv is None else argv)
     kinds: dict[str, tuple[type, Callable[[Any], None]]] = {
         "captions": (ScoreCaptions, score_captions),
         "images": (ScoreImages, score_images),
+        "faithfulness": (ScoreFaithfulness, score_faithfulness),
     }
     if argv[:1] in (["--help"], ["-h"]):
         print(__doc__)
         return
     if not argv or argv[0] not in kinds:
-        raise ValueError(f"{' '.join(argv[:1]) or 'nothing'} to score; choose one of: captions, images")
+        raise ValueError(f"{' '.join(argv[:1]) or 'nothing'} to score; choose one of: {', '.join(kinds)}")
 
     config_class, run = kinds[argv[0]]
     config: Any = parse(config_class, argv[1:], prog=f"tavq score {argv[0]}")
