@@ -22,6 +22,7 @@ from tavq.data.images import load_image
 from tavq.generator.sampling import SamplingConfig
 from tavq.pipeline import Generated, Pipeline, recipe_line
 
+from . import metrics
 from .views import marked_words, ranking, token_grid, unit_overlays, word_overlays
 
 MAX_RANDOM_SEED = 2**31
@@ -227,6 +228,7 @@ class Actions:
         """Write the PNG with its recipe, under a new name that begins with the seed."""
         path = self.folder / f"seed-{generated.recipe['seed']}-{uuid.uuid4().hex[:8]}.png"
         generated.save(path)
+        metrics.IMAGES.inc()
         return str(path)
 
 
