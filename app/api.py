@@ -89,8 +89,8 @@ class Endpoints:
                 )
             )
 
-    def draw(self, prompt: str, seed: int) -> tuple[str, int]:
-        """Draw one image from text, and return it with its seed. For assistants, which show this image.
+    def draw(self, prompt: str, seed: int) -> str:
+        """Draw one image from text. Its file name tells the seed. Assistants show a result that is one image.
 
         Args:
             prompt: what the image shows, in English, such as "a dog runs on the grass".
@@ -98,8 +98,7 @@ class Endpoints:
         """
         with readable_errors():
             self._check(prompt)
-            generated = self.pipeline.generate(prompt, seed)[0]
-            return self._save(generated), generated.seed
+            return self._save(self.pipeline.generate(prompt, seed)[0])
 
     def caption(self, image: str, beam: int, n_best: int, alignment: float) -> list[dict[str, Any]]:
         """Describe an image. Return captions, best first, each with text, score and its words' probabilities.
@@ -264,7 +263,7 @@ def add_endpoints(pipeline: Pipeline, folder: Path) -> None:
     endpoints = Endpoints(pipeline, folder)
     results: dict[Callable[..., Any], Callable[[], list[Component]]] = {
         endpoints.generate: _images_and_recipes,
-        endpoints.draw: lambda: [_image(), gr.Number(label="seed", precision=0)],
+        endpoints.draw: lambda: [_image()],
         endpoints.caption: lambda: [gr.JSON(label="captions")],
         endpoints.heatmaps: lambda: [gr.JSON(label="maps")],
         endpoints.reconstruct: lambda: [_image(), gr.JSON(label="ids")],

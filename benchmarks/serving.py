@@ -86,7 +86,7 @@ async def ask_in_turn(http: httpx.AsyncClient, client: int, run: ServingRun, ans
             continue
 
         last = stream.rstrip().split("\n\n")[-1]
-        if last.startswith("event: complete") and json.loads(last.split("data: ", 1)[1])[1] == seed:
+        if last.startswith("event: complete") and f"/seed-{seed}-" in last:
             answers.seconds.append(time.monotonic() - start)
         else:
             answers.lost.append(last)
