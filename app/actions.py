@@ -1,4 +1,4 @@
-"""The demo's endpoints: what its buttons do, by calls of `Pipeline`, with errors that people can read."""
+"""What the page's buttons do, by calls of `Pipeline`, with errors that people can read."""
 
 from __future__ import annotations
 
@@ -17,21 +17,14 @@ from PIL import Image
 
 from tavq.base.arguments import USER_ERRORS
 from tavq.captioner.decoding import Caption, DecodingConfig
-from tavq.commands.complete import completion_mask
 from tavq.data.images import load_image
 from tavq.generator.sampling import SamplingConfig
 from tavq.pipeline import Generated, Pipeline, recipe_line
 
 from . import metrics
-from .views import marked_words, ranking, token_grid, unit_overlays, word_overlays
+from .views import marked_words, ranking, unit_overlays, word_overlays
 
 MAX_RANDOM_SEED = 2**31
-
-# What stays of an image that is completed, as the page and the endpoint name it.
-TOP = "top half"
-LEFT = "left half"
-BOX = "a box"
-SHARE = "some of its tokens"
 
 
 @dataclass(frozen=True)
@@ -52,7 +45,7 @@ def readable_errors() -> Iterator[None]:
 
 
 class Actions:
-    """The endpoints.
+    """What several tabs of the page do.
 
     Args:
         pipeline: does the work.
@@ -77,6 +70,7 @@ class Actions:
         live: bool,
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008  gradio finds it by this default
+        negative_prompt: str = "",
     ) -> Iterator[tuple[list[Any], list[str], int, str]]:
         """Generate images. Yield (images, files, seed, recipe) again and again, until all are complete.
 
@@ -86,16 +80,18 @@ class Actions:
             settings = SamplingConfig(
                 guidance_scale=guidance_scale, temperature=temperature, top_k=int(top_k), top_p=top_p
             )
-            seed = _used_seed(seed)
-            self._check(prompt)
+            seed = self.used_seed(seed)
+            self.check(prompt)
 
             gallery: list[Any] = []
             files: list[str] = []
             recipe = ""
             progress((0, num_images), unit="images")
-            for generated, complete in self._generate(prompt, seed, num_images, settings, best_of, live):
+            for generated, complete in self._generate(
+                prompt, negative_prompt, seed, num_images, settings, best_of, live
+            ):
                 if complete:
-                    files.append(self._save(generated))
+                    files.append(self.save(generated))
                     gallery.append((files[-1], f"seed {generated.recipe['seed']}"))
                     recipe = recipe_line(generated.recipe)
                     progress((len(files), num_images), unit="images")
@@ -104,7 +100,8 @@ class Actions:
                     yield [*gallery, (generated.image, "generating ...")], files, seed, recipe
 
                 # Not by Gradio's cancelling, which would clear the images from the page.
-                if request.session_hash in self.stopped:
+                if self.is_stopped(request):
+                    yield gallery, files, seed, recipe  # without the one that is not complete
                     return
 
     def start(self, request: gr.Request) -> None:
@@ -112,26 +109,36 @@ class Actions:
         self.stopped.discard(request.session_hash)
 
     def stop(self, request: gr.Request) -> None:
-        """End the generation of this browser tab after the current row of tokens, or the current image."""
+        """End the job of this browser tab: after the current row of tokens or image, or before it begins."""
         self.stopped.add(request.session_hash)
 
+    def is_stopped(self, request: gr.Request) -> bool:
+        return request.session_hash in self.stopped
+
     def _generate(
-        self, prompt: str, seed: int, count: int, settings: SamplingConfig, best_of: int, live: bool
+        self,
+        prompt: str,
+        negative: str,
+        seed: int,
+        count: int,
+        settings: SamplingConfig,
+        best_of: int,
+        live: bool,
     ) -> Iterator[tuple[Generated, bool]]:
         """Yield (image, whether it is complete): row by row if `live`, else a micro-batch at a time."""
-        seeds = range(seed, seed + count)
         if live and best_of == 1:
             rows = self.pipeline.tokenizer.grid_size[0]
-            for image_seed in seeds:
-                for row, partial in enumerate(self.pipeline.stream(prompt, image_seed, settings), 1):
+            for image_seed in range(seed, seed + count):
+                partials = self.pipeline.stream(prompt, image_seed, settings, negative_prompt=negative)
+                for row, partial in enumerate(partials, 1):
                     yield partial, row == rows
             return
 
-        batch_size = max(1, settings.micro_batch // best_of)
-        for first in range(0, count, batch_size):
-            batch = list(seeds[first : first + batch_size])
-            for image in self.pipeline.generate([prompt] * len(batch), batch, settings, best_of=best_of):
-                yield image, True
+        images = self.pipeline.generate_each(
+            prompt, seed, settings, num_images=count, negative_prompt=negative, best_of=best_of
+        )
+        for image in images:
+            yield image, True
 
     def caption(
         self, photo: str | None, beam: int, n_best: int, alignment: float, unsure_below: float
@@ -143,7 +150,7 @@ class Actions:
             of a later call of `words`: all captions, and the number of the best one.
         """
         with readable_errors():
-            image = _open(photo)
+            image = open_photo(photo)
             settings = DecodingConfig(beam=int(beam), n_best=int(n_best), alignment=alignment)
             captions = self.pipeline.caption([image], settings, with_patches=True)[0]
             captioned = Captioned(image, captions)
@@ -163,60 +170,10 @@ class Actions:
     def heatmaps(self, photo: str | None, text: str) -> list[tuple[Image.Image, str]]:
         """Return the photo with the map of each word, phrase and sentence of a text, and their names."""
         with readable_errors():
-            image = _open(photo)
+            image = open_photo(photo)
             return unit_overlays(image, self.pipeline.heatmaps(image, text))
 
-    def reconstruct(self, photo: str | None) -> tuple[Image.Image, Image.Image, Image.Image, list[list[int]]]:
-        """Return what the tokenizer sees, its reconstruction, and its tokens as an image and as numbers."""
-        with readable_errors():
-            image = _open(photo)
-            reconstruction = self.pipeline.reconstruct([image])[0]
-            size = self.pipeline.tokenizer.image_size_px
-            seen = image.resize((size, size), Image.Resampling.BICUBIC)
-            ids = reconstruction.ids
-            return seen, reconstruction.image, token_grid(ids.numpy()), ids.tolist()
-
-    def complete(
-        self,
-        photo: str | None,
-        prompt: str,
-        keep: str,
-        box_left: float,
-        box_top: float,
-        box_width: float,
-        box_height: float,
-        share: float,
-        num_images: int,
-        seed: int,
-        guidance_scale: float,
-        temperature: float,
-        top_k: int,
-        top_p: float,
-    ) -> tuple[list[tuple[str, str]], list[str], int]:
-        """Keep a part of the photo and generate the rest. Return the images, their files, and the first seed.
-
-        The box is in percent of the photo, the share in percent of its tokens.
-        """
-        with readable_errors():
-            image = _open(photo)
-            settings = SamplingConfig(
-                guidance_scale=guidance_scale, temperature=temperature, top_k=int(top_k), top_p=top_p
-            )
-            seed = _used_seed(seed)
-            self._check(prompt)
-            seeds = list(range(seed, seed + int(num_images)))
-            if keep == SHARE:
-                results = self.pipeline.vary(image, share / 100, prompt, seeds, settings)
-            else:
-                part = _part(keep, image, box_left, box_top, box_width, box_height)
-                mask = completion_mask(part, *image.size)
-                results = self.pipeline.complete(image, mask, prompt, seeds, settings)
-
-            files = [self._save(generated) for generated in results]
-            gallery = [(file, f"seed {image_seed}") for file, image_seed in zip(files, seeds, strict=True)]
-            return gallery, files, seed
-
-    def _check(self, prompt: str) -> None:
+    def check(self, prompt: str) -> None:
         """Refuse an empty prompt; warn on the page where one is longer than the generator takes."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -224,7 +181,16 @@ class Actions:
         for warning in caught:
             gr.Warning(str(warning.message))
 
-    def _save(self, generated: Generated) -> str:
+    @staticmethod
+    def used_seed(seed: int | None) -> int:
+        """Return the seed, or a random one for -1."""
+        if seed is None:
+            raise ValueError("no seed; enter 0 or more, or -1 for a random one")
+        if seed < -1:
+            raise ValueError(f"the seed is {seed}, expected 0 or more, or -1 for a random one")
+        return random.SystemRandom().randrange(MAX_RANDOM_SEED) if seed == -1 else int(seed)
+
+    def save(self, generated: Generated) -> str:
         """Write the PNG with its recipe, under a new name that begins with the seed."""
         path = self.folder / f"seed-{generated.recipe['seed']}-{uuid.uuid4().hex[:8]}.png"
         generated.save(path)
@@ -232,24 +198,9 @@ class Actions:
         return str(path)
 
 
-def _open(photo: str | None) -> Image.Image:
+def open_photo(photo: str | None) -> Image.Image:
+    """Open an upload. Raises ValueError where there is none, or it is no image."""
     if photo is None:
         raise ValueError("no photo; upload one, or click an example")
     # From memory, so that no error on the page names a path of this machine.
     return load_image(io.BytesIO(Path(photo).read_bytes()))
-
-
-def _used_seed(seed: int | None) -> int:
-    if seed is None:
-        raise ValueError("no seed; enter 0 or more, or -1 for a random one")
-    if seed < -1:
-        raise ValueError(f"the seed is {seed}, expected 0 or more, or -1 for a random one")
-    return random.SystemRandom().randrange(MAX_RANDOM_SEED) if seed == -1 else int(seed)
-
-
-def _part(keep: str, photo: Image.Image, left: float, top: float, width: float, height: float) -> str:
-    """Write the part that stays as `completion_mask` takes it: top, left or box=x,y,w,h in px."""
-    if keep in (TOP, LEFT):
-        return keep.split()[0]
-    shares = zip((left, top, width, height), photo.size * 2, strict=True)
-    return "box=" + ",".join(str(round(share / 100 * side)) for share, side in shares)

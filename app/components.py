@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from gradio.components import Component
 from tavq.generator.sampling import SamplingConfig
 from tavq.pipeline import Pipeline
 
+from .settings import LIMITS
+
 EXAMPLES = Path(__file__).resolve().parent / "examples"
 MAX_IMAGES = 16
-GALLERY_PX = 650  # two rows of two images
 # One job at a time: two on one model would only slow each other down.
 QUEUED: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
 HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
@@ -30,20 +32,30 @@ def sampling(pipeline: Pipeline) -> Sequence[Component]:
     codes = pipeline.tokenizer.num_codes
     return (
         gr.Slider(
-            0, 10, default.guidance_scale, step=0.1, label="Guidance scale", info="1 turns guidance off"
+            *LIMITS["guidance_scale"], default.guidance_scale, step=0.1,
+            label="Guidance scale", info="1 turns guidance off",
         ),
-        gr.Slider(0, 2, default.temperature, step=0.05, label="Temperature", info="0 takes the likeliest"),
+        gr.Slider(
+            *LIMITS["temperature"], default.temperature, step=0.05,
+            label="Temperature", info="0 takes the likeliest",
+        ),
         gr.Slider(0, codes, min(default.top_k, codes), step=1, label="Top-k", info="0 means all codes"),
-        gr.Slider(0.01, 1, default.top_p, step=0.01, label="Top-p", info="1 means all codes"),
-    )
-
-
-def gallery(label: str) -> gr.Gallery:
-    """A gallery of small images, enlarged without smoothing; its download button gives the file itself."""
-    return gr.Gallery(
-        label=label, show_label=False, columns=2, fit_columns=False, height=GALLERY_PX, object_fit="contain",
-        format="png", interactive=False, elem_classes="pixels", buttons=["download", "fullscreen"],
+        gr.Slider(*LIMITS["top_p"], default.top_p, step=0.01, label="Top-p", info="1 means all codes"),
     )  # fmt: skip
+
+
+def gallery(label: str, **options: Any) -> gr.Gallery:
+    """A gallery of generated images; its download button gives the file itself."""
+    defaults: dict[str, Any] = {
+        "columns": 2,
+        "fit_columns": False,
+        "object_fit": "contain",
+        "format": "png",
+        "interactive": False,
+        "elem_classes": "results",
+        "buttons": ["download", "fullscreen"],
+    }
+    return gr.Gallery(label=label, show_label=False, **(defaults | options))
 
 
 def files() -> gr.File:
@@ -62,12 +74,46 @@ def image(caption: str, css_class: str = "") -> gr.Image:
         )  # fmt: skip
 
 
-def photo() -> gr.Image:
-    """An upload that reaches the endpoint as a file, so that `load_image` converts it as everywhere else."""
-    return gr.Image(
-        label="Photo", type="filepath", image_mode=None, sources=["upload", "clipboard"], height=300
+def comparison(caption: str) -> gr.ImageSlider:
+    """Two images over each other, with a line to move between them."""
+    return gr.ImageSlider(
+        label=caption, type="pil", format="png", interactive=False, max_height=520, buttons=["fullscreen"]
     )
 
 
-def photo_examples(photo: gr.Image) -> None:
-    gr.Examples([[str(path)] for path in sorted(EXAMPLES.glob("*.jpg"))], photo, api_visibility="private")
+def photo(label: str = "Photo") -> gr.Image:
+    """An upload that reaches the endpoint as a file, so that `load_image` converts it as everywhere else."""
+    return gr.Image(
+        label=label, type="filepath", image_mode=None, sources=["upload", "clipboard"], height=300
+    )
+
+
+def photo_examples(photo: Component, drawn: Sequence[Path]) -> None:
+    """Images to click: those that these weights generated, and the photographs of `EXAMPLES`."""
+    label = "Generated images, and photographs of what the model has not learnt" if drawn else "Photographs"
+    paths = [*drawn, *sorted(EXAMPLES.glob("*.jpg"))]
+    gr.Examples(
+        [[str(path)] for path in paths], photo, examples_per_page=len(paths), api_visibility="private",
+        label=label,
+    )  # fmt: skip
+
+
+def status() -> gr.HTML:
+    """A line that screen readers read out when it changes; see `told` and `failed`."""
+    return gr.HTML(
+        "", html_template='<div role="status" aria-live="polite">${value}</div>', elem_classes="status"
+    )
+
+
+def told(line: str) -> str:
+    """Write a line for `status`."""
+    return f"<p>{html.escape(line)}</p>"
+
+
+def failed(error: gr.Error) -> str:
+    """Write an error for `status`: it stays there until the next job, and covers no image."""
+    return f'<p class="error">{html.escape(str(error.message))}</p>'
+
+
+def shortcuts() -> None:
+    gr.HTML('<p class="shortcuts"><kbd>Enter</kbd> or <kbd>Ctrl</kbd>+<kbd>Enter</kbd> runs this tab.</p>')

@@ -1,8 +1,9 @@
-"""The page of the demo: tabs of components, connected to the endpoints of `Actions`."""
+"""The page of the demo: its tabs, and the buttons that lead from one to another."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
@@ -10,14 +11,28 @@ from tavq.pipeline import Pipeline
 
 from .actions import Actions
 from .api import add_endpoints, hide_others
+from .completing import SOME
+from .components import HIDDEN, QUEUED
+from .gallery import greeting
 from .guard import GuardedBlocks
 from .limits import Limits
-from .tab_complete import reconstruction
-from .tab_describe import image_to_text
-from .tab_generate import text_to_image
+from .tab_about import how_it_works
+from .tab_complete import CompleteTab, completion
+from .tab_describe import DescribeTab, image_to_text
+from .tab_generate import GenerateTab, text_to_image
+from .tab_tokens import TokensTab, tokens
 
 CLEAN_EVERY_S = 3600
 KEEP_FILES_S = 24 * 3600
+GENERATE = "generate"
+DESCRIBE = "describe"
+COMPLETE = "complete"
+TOKENS = "tokens"
+AFTER_SENDING: dict[str, Any] = {**QUEUED, "api_visibility": "private", "show_progress": "minimal"}
+LEARNT = {
+    "flickr8k": "Trained on 6,000 photos of people and dogs outdoors; other subjects come out poorly.",
+}
+"""What the shipped weights can draw, by the name of their directory."""
 
 
 def build(pipeline: Pipeline, folder: Path, limits: Limits | None = None) -> GuardedBlocks:
@@ -29,6 +44,8 @@ def build(pipeline: Pipeline, folder: Path, limits: Limits | None = None) -> Gua
         limits: what clients, jobs and uploads may take.
     """
     actions = Actions(pipeline, folder)
+    drawn = greeting(pipeline)
+    paths = [one.path for one in drawn]
     with GuardedBlocks(
         limits or Limits(),
         title="TA-VQ",
@@ -37,23 +54,58 @@ def build(pipeline: Pipeline, folder: Path, limits: Limits | None = None) -> Gua
     ) as page:
         add_endpoints(pipeline, folder)
         gr.Markdown(_heading(pipeline))
-        with gr.Tab("Text to image"):
-            text_to_image(actions)
-        with gr.Tab("Image to text"):
-            image_to_text(actions)
-        with gr.Tab("Reconstruction and completion"):
-            reconstruction(actions)
+        with gr.Tabs() as tabs:
+            with gr.Tab("Text to image", id=GENERATE):
+                generate = text_to_image(actions, drawn)
+            with gr.Tab("Image to text", id=DESCRIBE):
+                describe = image_to_text(actions, paths)
+            with gr.Tab("Complete", id=COMPLETE):
+                complete = completion(actions, paths)
+            with gr.Tab("Tokens", id=TOKENS):
+                play = tokens(actions, paths)
+            with gr.Tab("How it works", id="about"):
+                how_it_works(pipeline)
+        _send_to(tabs, generate, describe, complete, play)
+        smooth = gr.Checkbox(False, label="Show pixels instead of smoothing enlarged images")
+        smooth.change(None, smooth, None, js='(on) => { document.body.classList.toggle("pixelated", on); }')
     hide_others(page)
     return page
+
+
+def _send_to(
+    tabs: gr.Tabs, generate: GenerateTab, describe: DescribeTab, complete: CompleteTab, play: TokensTab
+) -> None:
+    """Connect the buttons under a generated image to the tabs that take it."""
+    chosen = [generate.files, generate.selected]
+    prompt = generate.fields[0]
+
+    def to(tab: str):
+        return lambda files, selected: (gr.Tabs(selected=tab), files[selected])
+
+    generate.to_describe.click(to(DESCRIBE), chosen, [tabs, describe.photo], **HIDDEN).then(
+        describe.describe, describe.inputs, describe.outputs, **AFTER_SENDING
+    )
+    generate.to_tokens.click(to(TOKENS), chosen, [tabs, play.photo], **HIDDEN).then(
+        play.read, play.photo, play.outputs, **AFTER_SENDING
+    ).then(play.explain, play.board, play.explained, **AFTER_SENDING)
+
+    to_complete = [tabs, complete.editor]
+    generate.to_complete.click(to(COMPLETE), chosen, to_complete, **HIDDEN).then(
+        lambda text: text, prompt, complete.prompt, **HIDDEN
+    )
+    generate.to_vary.click(to(COMPLETE), chosen, to_complete, **HIDDEN).then(
+        lambda text: (text, SOME), prompt, [complete.prompt, complete.part], **HIDDEN
+    ).then(complete.vary, [*chosen, *complete.settings], complete.outputs, **AFTER_SENDING)
 
 
 def _heading(pipeline: Pipeline) -> str:
     tokenizer = pipeline.tokenizer
     h, w = tokenizer.grid_size
     size = tokenizer.decode_size_px
+    name = pipeline.directory.name
     return (
         "# TA-VQ: one vocabulary for images and text\n"
-        f"An image is {h} x {w} tokens from a codebook of {tokenizer.num_codes} codes, which is aligned with "
-        f"language. Images are decoded at {size} x {size} px.\n"
-        f"Weights: `{pipeline.directory.name}`, on {pipeline.device}."
+        f"{LEARNT.get(name, '')}\n"
+        f"An image is {h} x {w} tokens from a codebook of {tokenizer.num_codes:,} codes, which is aligned "
+        f"with language. Images are decoded at {size} x {size} px. Weights: `{name}`, on {pipeline.device}."
     )

@@ -34,7 +34,7 @@ from .guard import GuardedBlocks
 from .jobs import FairQueue
 from .limits import MIB, SHOWN_CHARACTERS, Limits
 from .page import build
-from .theme import CSS, THEME
+from .theme import LOOK
 
 JSON_BYTES = 8 * MIB  # of a request that is no upload
 UPLOAD_OVERHEAD_BYTES = 64 * 1024  # the form around a file
@@ -213,8 +213,7 @@ def running(
                 max_file_size=limits.upload_bytes,
                 mcp_server=not accounts,  # Gradio's MCP server knows no login
                 app_kwargs={"routes": _routes(page, accounts), "middleware": [Middleware(Gate, page=page)]},
-                theme=THEME,
-                css=CSS,
+                **LOOK,
                 footer_links=["api"],
                 run_history=False,
                 enable_monitoring=False,

@@ -1,63 +1,183 @@
-"""The tab that reconstructs an image from its tokens, and generates parts of it anew."""
+"""The tab that generates parts of a photo anew: painted, preset, around it, or random tokens of it."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
 import gradio as gr
+from gradio.components import Component
+from PIL import Image
+
+from tavq.generator.sampling import SamplingConfig
 
 from . import components
-from .actions import BOX, LEFT, SHARE, TOP, Actions
+from .actions import Actions, readable_errors
+from .completing import AROUND, PAINTED, PARTS, SOME, completions, task_of
 from .components import HIDDEN, MAX_IMAGES, QUEUED
+from .settings import MAX_PROMPT_LETTERS
+
+BRUSH = gr.Brush(default_size=24, colors=["#e11d48"], color_mode="fixed")
 
 
-def reconstruction(actions: Actions) -> None:
-    h, w = actions.pipeline.tokenizer.grid_size
-    size = actions.pipeline.tokenizer.image_size_px
-    with gr.Row():
-        with gr.Column(scale=2, min_width=280):
-            photo = components.photo()
-            run = gr.Button("Reconstruct", variant="primary")
-            components.photo_examples(photo)
-        with gr.Column(scale=5):
-            with gr.Row():
-                seen = components.image(f"What the model sees: {size} x {size} px", "pixels")
-                reconstruction = components.image("Decoded from the tokens alone", "pixels")
-                tokens = components.image(f"The {h} x {w} tokens, one colour per code")
-            with gr.Accordion("The ids as numbers", open=False):
-                ids = gr.JSON(show_label=False)
-    outputs = [seen, reconstruction, tokens, ids]
-    run.click(actions.reconstruct, photo, outputs, api_name="reconstruct", **QUEUED)
-    gr.Markdown("### Completion and variations: a part of the photo stays, the rest is generated")
-    _completion(actions, photo)
+@dataclasses.dataclass(frozen=True)
+class CompleteTab:
+    """Components of this tab that the page connects to others."""
+
+    editor: gr.ImageEditor
+    part: gr.Radio
+    prompt: gr.Textbox
+    vary: Any
+    """Handler: paths, number of the selected one, then `settings` -> `outputs`."""
+    settings: Sequence[Component]
+    outputs: Sequence[Component]
 
 
-def _completion(actions: Actions, photo: gr.Image) -> None:
+class Completing:
+    """What the buttons of this tab do.
+
+    Args:
+        actions: the endpoints, whose `stop` ends the work of this tab, too.
+    """
+
+    def __init__(self, actions: Actions):
+        self.actions = actions
+
+    def complete(
+        self,
+        edited: dict[str, Any] | None,
+        part: str,
+        outpaint: float,
+        kept: float,
+        prompt: str,
+        num_images: int,
+        seed: int,
+        guidance_scale: float,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        request: gr.Request,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008  gradio finds it by this default
+    ) -> Iterator[list[Any]]:
+        """Generate the part anew; yield [results' group, gallery, files, comparison, photo, status].
+
+        `outpaint` and `kept` are in percent. An error is a line of the status.
+        """
+        files: list[str] = []
+        shown = gr.Column(visible=True)
+        if self.actions.is_stopped(request):
+            yield [gr.skip()] * 5 + [components.told("Stopped before it began.")]
+            return
+        try:
+            with readable_errors():
+                layers = (edited or {}).get("layers", [])
+                task = task_of(part, (edited or {}).get("background"), layers, outpaint)
+                settings = SamplingConfig(
+                    guidance_scale=guidance_scale, temperature=temperature, top_k=int(top_k), top_p=top_p
+                )
+                first = self.actions.used_seed(seed)
+                self.actions.check(prompt)
+                progress((0, num_images), unit="images")
+
+                seeds = range(first, first + int(num_images))
+                for generated in completions(self.actions.pipeline, task, prompt, seeds, settings, kept):
+                    files.append(self.actions.save(generated))
+                    progress((len(files), num_images), unit="images")
+                    gallery = [(file, f"seed {first + number}") for number, file in enumerate(files)]
+                    line = components.told(f"{len(files)} of {num_images} images")
+                    pair = gr.skip() if len(files) > 1 else (task.photo, generated.image)
+                    yield [shown, gallery, list(files), pair, task.photo, line]
+                    shown = gr.skip()
+                    if self.actions.is_stopped(request):
+                        break
+        except gr.Error as error:
+            yield [gr.skip()] * 5 + [components.failed(error)]
+            return
+        if len(files) < num_images:
+            yield [gr.skip()] * 5 + [components.told(f"Stopped after {len(files)} of {num_images} images.")]
+
+    def vary(
+        self,
+        paths: Sequence[str],
+        selected: int,
+        outpaint: float,
+        kept: float,
+        prompt: str,
+        num_images: int,
+        seed: int,
+        guidance_scale: float,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        request: gr.Request,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> Iterator[list[Any]]:
+        """Vary an image of another tab, as `complete` does."""
+        with Image.open(paths[selected]) as image:
+            edited = {"background": image.convert("RGB"), "layers": []}
+        yield from self.complete(
+            edited, SOME, outpaint, kept, prompt, num_images, seed, guidance_scale, temperature, top_k, top_p,
+            request, progress,
+        )  # fmt: skip
+
+    @staticmethod
+    def compare(photo: Image.Image, files: Sequence[str], event: gr.SelectData) -> tuple[Any, Any]:
+        """Show the photo beside the image that was clicked."""
+        with Image.open(files[event.index]) as image:
+            return photo, image.convert("RGB")
+
+
+def completion(actions: Actions, drawn: Sequence[Path]) -> CompleteTab:
+    completing = Completing(actions)
+    files = gr.State([])
+    photo: gr.State = gr.State(None)
     with gr.Row():
         with gr.Column(scale=2):
-            prompt = gr.Textbox(label="Prompt for the whole image", max_length=1000)
-            keep = gr.Radio([TOP, LEFT, BOX, SHARE], value=TOP, label="What stays")
-            with gr.Group(visible=False) as box_group:
-                box = [
-                    gr.Slider(0, 100, share, step=1, label=f"Box: {side}, % of the photo")
-                    for side, share in (("left", 25), ("top", 25), ("width", 50), ("height", 50))
-                ]
-            share = gr.Slider(5, 95, 30, step=5, label="Tokens that stay, %", visible=False)
+            editor = gr.ImageEditor(
+                label="Paint what shall change", type="pil", format="png", brush=BRUSH,
+                layers=False, transforms=(), sources=("upload", "clipboard"), height=420, buttons=[],
+            )  # fmt: skip
+            part = gr.Radio([*PARTS], value=PAINTED, label="What is generated anew")
+            outpaint = gr.Slider(
+                20, 90, 60, step=5, label="Size of the photo in the larger image, %", visible=False
+            )
+            kept = gr.Slider(5, 95, 30, step=5, label="Tokens that stay, %", visible=False)
+            prompt = gr.Textbox(
+                label="Prompt for the whole image", max_length=MAX_PROMPT_LETTERS, elem_classes="enter-runs"
+            )
             with gr.Row():
                 count = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Images")
                 seed = components.seed()
+            with gr.Row():
+                run = gr.Button("Complete", variant="primary", elem_classes="run")
+                stop = gr.Button("Stop", variant="stop")
+            components.shortcuts()
             with gr.Accordion("Settings", open=False):
                 sampling = components.sampling(actions.pipeline)
-            run = gr.Button("Complete", variant="primary")
+            components.photo_examples(editor, drawn)
         with gr.Column(scale=3):
-            gallery = components.gallery("Completions")
-            used = gr.Number(label="Seed used", interactive=False)
-            files = components.files()
-    keep.change(lambda kept: gr.Group(visible=kept == BOX), keep, box_group, **HIDDEN)
-    keep.change(lambda kept: gr.Slider(visible=kept == SHARE), keep, share, **HIDDEN)
-    run.click(
-        actions.complete,
-        [photo, prompt, keep, *box, share, count, seed, *sampling],
-        [gallery, files, used],
-        api_name="complete",
-        show_progress_on=gallery,
+            status = components.status()
+            with gr.Column(visible=False) as results:
+                comparison = components.comparison("Photo and result: move the line")
+                gallery = components.gallery("Completions", columns=4)
+                with gr.Accordion("All PNG files", open=False):
+                    all_files = components.files()
+
+    part.change(lambda chosen: gr.Slider(visible=chosen == AROUND), part, outpaint, **HIDDEN)
+    part.change(lambda chosen: gr.Slider(visible=chosen == SOME), part, kept, **HIDDEN)
+    outputs = [results, gallery, files, comparison, photo, status]
+    settings = [outpaint, kept, prompt, count, seed, *sampling]
+    run.click(actions.start, queue=False, **HIDDEN).then(
+        completing.complete,
+        [editor, part, *settings],
+        outputs,
+        api_visibility="private",
+        show_progress_on=status,
         **QUEUED,
     )
+    stop.click(actions.stop, queue=False, **HIDDEN)
+    files.change(lambda paths: paths, files, all_files, **HIDDEN)
+    gallery.select(completing.compare, [photo, files], comparison, **HIDDEN)
+    return CompleteTab(editor, part, prompt, completing.vary, settings, outputs)

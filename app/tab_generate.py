@@ -2,42 +2,164 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
 import gradio as gr
+from gradio.components import Component
 
-from . import components
-from .actions import Actions
+from tavq.pipeline import read_recipe, recipe_line
+
+from . import components, history, settings
+from .actions import Actions, readable_errors
 from .components import HIDDEN, MAX_IMAGES, QUEUED
+from .gallery import Drawn
 
-PROMPTS = (
-    "a dog runs on the grass",
-    "a man on a snowboard jumps in the snow",
-    "two children play in the water",
-    "a mountain under a blue sky",
-)
-MAX_CANDIDATES = 16
+GREETING_COLUMNS = 4
 
 
-def text_to_image(actions: Actions) -> None:
+@dataclasses.dataclass(frozen=True)
+class GenerateTab:
+    """Components of this tab that the page connects to others."""
+
+    fields: Sequence[Component]
+    """One for each of `settings.FIELDS`."""
+    status: gr.HTML
+    entries: gr.BrowserState
+    history: gr.Gallery
+    files: gr.State
+    """Paths of the images that are complete."""
+    selected: gr.State
+    """Number of the image whose recipe is shown."""
+    to_vary: gr.Button
+    to_complete: gr.Button
+    to_describe: gr.Button
+    to_tokens: gr.Button
+
+
+class Drawing:
+    """What the buttons of this tab do.
+
+    Args:
+        actions: the endpoints.
+        drawn: the images that greet.
+    """
+
+    def __init__(self, actions: Actions, drawn: Sequence[Drawn]):
+        self.actions = actions
+        self.drawn = drawn
+
+    def draw(
+        self,
+        prompt: str,
+        negative_prompt: str,
+        num_images: int,
+        seed: int,
+        guidance_scale: float,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        best_of: int,
+        live: bool,
+        request: gr.Request,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008  gradio finds it by this default
+    ) -> Iterator[list[Any]]:
+        """Generate images; yield [results' group, gallery, PNG files, paths, status].
+
+        An error is a line of the status: Gradio's own would cover the images that are there.
+        """
+        files: list[str] = []
+        shown = gr.Column(visible=True)
+        if self.actions.is_stopped(request):
+            yield [gr.skip()] * 4 + [components.told("Stopped before it began.")]
+            return
+        try:
+            for gallery, files, _, _ in self.actions.generate(
+                prompt, num_images, seed, guidance_scale, temperature, top_k, top_p, best_of, live,
+                request, progress, negative_prompt,
+            ):  # fmt: skip
+                line = f"{len(files)} of {num_images} images"
+                yield [shown, gallery, files, list(files), components.told(line)]
+                shown = gr.skip()
+        except gr.Error as error:
+            yield [gr.skip()] * 4 + [components.failed(error)]
+            return
+        if len(files) < num_images:
+            line = f"Stopped after {len(files)} of {num_images} images."
+            yield [gr.skip()] * 4 + [components.told(line)]
+
+    @staticmethod
+    def show_recipe(files: Sequence[str], selected: int) -> tuple[str, str, gr.DownloadButton]:
+        """Return the recipe of the selected image, its link's query, and its download."""
+        if not files:
+            return "", "", gr.DownloadButton(interactive=False)
+        file = files[min(selected, len(files) - 1)]
+        recipe = read_recipe(Path(file))
+        query = settings.to_query(settings.of_recipe(recipe))
+        return recipe_line(recipe), query, gr.DownloadButton(value=file, interactive=True)
+
+    @staticmethod
+    def reuse_seed(files: Sequence[str], selected: int) -> int:
+        return read_recipe(Path(files[selected]))["seed"]
+
+    def load_greeting(self, event: gr.SelectData) -> list[Any]:
+        """Fill in the prompt and the settings of the image that was clicked."""
+        return self._filled_in(settings.of_recipe(self.drawn[event.index].recipe))
+
+    def load_entry(self, entries: list[history.Entry], event: gr.SelectData) -> list[Any]:
+        return self._filled_in(entries[event.index])
+
+    def load_png(self, path: str | None) -> list[Any]:
+        if path is None:
+            return [gr.skip()] * (len(settings.FIELDS) + 1)
+        try:
+            with readable_errors():
+                values, unknown = settings.of_png(path)
+        except gr.Error as error:
+            return [gr.skip()] * len(settings.FIELDS) + [components.failed(error)]
+        return self._filled_in(values, [f"this page has no {name}" for name in unknown])
+
+    def load_link(self, request: gr.Request) -> list[Any]:
+        """Fill in what the link says behind its `?`."""
+        return self._filled_in(settings.of_query(dict(request.query_params)))
+
+    def _filled_in(self, values: dict[str, Any], notes: Sequence[str] = ()) -> list[Any]:
+        taken, changes = settings.checked(values, self.actions.pipeline.tokenizer.num_codes)
+        if not taken:
+            return [gr.skip()] * (len(settings.FIELDS) + 1)
+        line = "; ".join([f"Filled in: {', '.join(taken)}", *changes, *notes]) + "."
+        return [*settings.updates(taken), components.told(line.replace("_", " "))]
+
+
+def text_to_image(actions: Actions, drawn: Sequence[Drawn]) -> GenerateTab:
+    drawing = Drawing(actions, drawn)
+    files = gr.State([])
+    selected = gr.State(0)
+    entries = history.storage()
+
     with gr.Row():
         with gr.Column(scale=2):
             prompt = gr.Textbox(
-                label="Prompt",
-                placeholder="a dog runs on the grass",
-                lines=2,
-                max_length=1000,
-                autofocus=True,
-            )
+                label="Prompt", placeholder="a dog runs on the grass", lines=2, autofocus=True,
+                max_length=settings.MAX_PROMPT_LETTERS, elem_classes="enter-runs",
+            )  # fmt: skip
             with gr.Row():
                 count = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Images")
                 seed = components.seed()
             with gr.Row():
-                run = gr.Button("Generate", variant="primary")
+                run = gr.Button("Generate", variant="primary", elem_classes="run")
                 stop = gr.Button("Stop", variant="stop")
-            gr.Examples([[text] for text in PROMPTS], prompt, api_visibility="private")
+            components.shortcuts()
             with gr.Accordion("Settings", open=False):
+                negative = gr.Textbox(
+                    label="Negative prompt", info="What guidance leads away from",
+                    max_length=settings.MAX_PROMPT_LETTERS, elem_classes="enter-runs",
+                )  # fmt: skip
                 sampling = components.sampling(actions.pipeline)
                 best_of = gr.Slider(
-                    1, MAX_CANDIDATES, 1, step=1, label="Best of",
+                    1, settings.MAX_CANDIDATES, 1, step=1, label="Best of",
                     info="Candidates per image; captioner and alignment choose one of them",
                 )  # fmt: skip
                 live = gr.Checkbox(
@@ -45,18 +167,82 @@ def text_to_image(actions: Actions) -> None:
                     label="Live preview",
                     info="Shows each image row by row while it is generated (only with best of 1)",
                 )
+            png = gr.File(
+                label="Drop a PNG to restore its settings",
+                file_types=[".png"], height=110, elem_id="settings-png",
+            )  # fmt: skip
         with gr.Column(scale=3):
-            gallery = components.gallery("Images")
-            with gr.Row():
-                used = gr.Number(label="Seed used", precision=0, interactive=False)
-                recipe = gr.Textbox(label="Recipe", lines=2, interactive=False, scale=3, buttons=["copy"])
-            files = components.files()
-    gr.on([run.click, prompt.submit], actions.start, queue=False, **HIDDEN).then(
-        actions.generate,
-        [prompt, count, seed, *sampling, best_of, live],
-        [gallery, files, used, recipe],
-        api_name="generate",
-        show_progress_on=gallery,
+            status = components.status()
+            with gr.Column(visible=False) as results:
+                gallery = components.gallery("Images")
+                with gr.Row(elem_classes="send-to"):
+                    reuse = gr.Button("Reuse seed", size="sm", min_width=90)
+                    to_vary = gr.Button("Vary", size="sm", min_width=90)
+                    to_complete = gr.Button("Complete", size="sm", min_width=90)
+                    to_describe = gr.Button("Describe", size="sm", min_width=90)
+                    to_tokens = gr.Button("Tokens", size="sm", min_width=90)
+                    download = gr.DownloadButton("Download", size="sm", min_width=90)
+                recipe = gr.Textbox(
+                    label="Recipe of the selected image", lines=2, interactive=False, buttons=["copy"]
+                )
+                link = gr.Textbox(label="Link to it", interactive=False, buttons=["copy"], max_lines=1)
+                with gr.Accordion("All PNG files", open=False):
+                    all_files = components.files()
+            if drawn:
+                gr.Markdown("#### Generated by these weights. Click one for its prompt and seed.")
+                greeting = components.gallery(
+                    "Generated by these weights",
+                    value=[(str(one.path), one.title) for one in drawn],
+                    columns=GREETING_COLUMNS, allow_preview=False, buttons=[],
+                )  # fmt: skip
+            with gr.Accordion("History of this browser", open=False):
+                past = components.gallery(
+                    "History", columns=6, allow_preview=False, buttons=[], format="webp"
+                )
+                clear = gr.Button("Forget all", size="sm")
+
+    fields = [prompt, negative, seed, *sampling, best_of]
+    shown = [recipe, link, download]
+    started = gr.on([run.click], actions.start, queue=False, **HIDDEN)
+    drawing_event = started.then(
+        drawing.draw,
+        [prompt, negative, count, seed, *sampling, best_of, live],
+        [results, gallery, all_files, files, status],
+        api_visibility="private",
+        show_progress_on=status,
         **QUEUED,
     )
+    drawing_event.then(lambda: 0, None, selected, **HIDDEN).then(
+        drawing.show_recipe, [files, selected], shown, **HIDDEN
+    ).then(None, link, link, js=_ABSOLUTE_LINK)
+    drawing_event.then(history.remember, [entries, files], entries, **HIDDEN)
+    entries.change(history.thumbnails, entries, past, **HIDDEN)
     stop.click(actions.stop, queue=False, **HIDDEN)
+
+    gallery.select(_selected_index, None, selected, **HIDDEN).then(
+        drawing.show_recipe, [files, selected], shown, **HIDDEN
+    ).then(None, link, link, js=_ABSOLUTE_LINK)
+    reuse.click(drawing.reuse_seed, [files, selected], seed, **HIDDEN)
+    if drawn:
+        greeting.select(drawing.load_greeting, None, [*fields, status], **HIDDEN)
+    past.select(drawing.load_entry, entries, [*fields, status], **HIDDEN)
+    clear.click(lambda: [], None, entries, **HIDDEN)
+    png.upload(drawing.load_png, png, [*fields, status], **HIDDEN).then(lambda: None, None, png, **HIDDEN)
+    page = gr.context.Context.root_block
+    page.load(drawing.load_link, None, [*fields, status], **HIDDEN)
+    page.load(history.thumbnails, entries, past, **HIDDEN)
+    return GenerateTab(
+        fields, status, entries, past, files, selected, to_vary, to_complete, to_describe, to_tokens
+    )
+
+
+# The address bar carries the link, too: a reload brings the settings back.
+_ABSOLUTE_LINK = """(query) => {
+  if (!query.startsWith("?")) return query;
+  history.replaceState(null, "", query);
+  return location.origin + location.pathname + query;
+}"""
+
+
+def _selected_index(event: gr.SelectData) -> int:
+    return event.index

@@ -31,9 +31,9 @@ class DemoServer:
 
 
 @contextlib.contextmanager
-def demo_server(checkpoint: Path, folder: Path, *flags: str) -> Iterator[DemoServer]:
+def demo_server(checkpoint: Path, folder: Path, *flags: str, port: int | None = None) -> Iterator[DemoServer]:
     """Start the demo; end it by Ctrl-C, after which its own folder is gone."""
-    port = free_port()
+    port = port or free_port()
     command = [sys.executable, str(ROOT / "app" / "demo.py"), "--checkpoint", str(checkpoint), *flags]
     log_file = folder / "log"
     temporary = folder / "tmp"
