@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -17,6 +18,8 @@ COMMANDS = {
     "reconstruct": "encode and decode images",
     "complete": "draw a part of an image anew, or variations of it",
     "heatmap": "show where the words of a text lie on an image",
+    "index": "make a folder of photos searchable",
+    "search": "find photos by words, by a photo, or by both",
     "demo": "all of it in the browser",
     "describe": "write long descriptions of a dataset's images, by a vision-language model",
     "tokenize": "turn a dataset into ids, to train generator and captioner on",
@@ -44,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for words in (2, 1):
         name = " ".join(argv[:words])
         if name in COMMANDS:
-            module = f"tavq.{ROOMS.get(name, 'commands')}.{name.replace(' ', '_')}"
+            module = f"tavq.{ROOMS.get(name, 'commands')}.{re.sub('[ -]', '_', name)}"
             importlib.import_module(module).main(argv[words:])
             return
     _parser().parse_args(argv or ["--help"])

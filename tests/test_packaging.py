@@ -32,7 +32,7 @@ ROWS = (
     {"training", "alignment"},
     {"tokenizer", "generator", "captioner"},
     {"inputs", "ranking", "results"},
-    {"pipeline"},
+    {"pipeline", "photo_index"},
     {"commands", "eval"},
     {"app"},
     {"cli", "__init__"},

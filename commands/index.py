@@ -1,0 +1,52 @@
+"""tavq index PHOTOS --out INDEX: make a folder of photos searchable, or bring its index up to date."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from tavq.base.arguments import parse, run_main
+from tavq.base.device import Device, choose_device
+from tavq.base.files import file_hash
+from tavq.photo_index import PhotoIndex
+from tavq.pipeline import CHECKPOINT
+from tavq.tokenizer.model import TAVQTokenizer
+from tavq.training.checkpoint import WEIGHTS_FILE, local_directory
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexRun:
+    """Make a folder of photos searchable for tavq search. The same command resumes, and follows changes.
+
+    Example: tavq index photos/ --out photos-index/
+    """
+
+    photos: Positional[Path]
+    """Folder of images; those in folders below it count, too."""
+    out: Path
+    """Directory for the index. It takes some hundred bytes a photo and 1.5 kB for its vector."""
+    checkpoint: str = CHECKPOINT
+    """Directory or hf:OWNER/NAME that holds tokenizer/, which must be aligned with text."""
+    device: Device = "auto"
+    """Device to run on."""
+
+
+@run_main
+def main(argv: Sequence[str] | None = None) -> None:
+    run = parse(IndexRun, argv, prog="tavq index")
+    changes = open_index(run.out, run.checkpoint, run.device).update(run.photos)
+    print(
+        f"{run.out}: {changes.added} photos encoded, {changes.removed} gone, {changes.unchanged} as they were"
+    )
+    if changes.unreadable:
+        print(f"{len(changes.unreadable)} could not be read, such as {changes.unreadable[0]}")
+
+
+def open_index(directory: Path, checkpoint: str, device: str) -> PhotoIndex:
+    """Open the index at `directory` with the tokenizer of a checkpoint."""
+    folder = local_directory(checkpoint) / "tokenizer"
+    tokenizer = TAVQTokenizer.from_pretrained(folder).to(choose_device(device))
+    return PhotoIndex(directory, tokenizer, file_hash(folder / WEIGHTS_FILE))
