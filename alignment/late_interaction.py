@@ -1,4 +1,4 @@
-"""Token-wise contrast of codes and text units: FILIP (Yao et al. 2021, arXiv:2111.07783, eqs. 4 to 6).
+"""Token-wise contrast of codes and text units: FILIP (Yao et al. 2021, arXiv:2111.07783).
 
 Shapes: B images, B' texts, S codes of an image, U text units, M text width.
 """

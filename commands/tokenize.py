@@ -24,6 +24,7 @@ from tavq.base.files import file_hash
 from tavq.base.seeding import mixed_seed
 from tavq.data.dataset import ImageTextDataset, readable_images
 from tavq.data.images import to_tensor
+from tavq.data.keep import keep_only
 from tavq.data.layouts import SPLITS, open_dataset
 from tavq.data.tokens import TokenMeta, TokenRecord, write_tokens
 from tavq.tokenizer.model import TAVQTokenizer
@@ -44,6 +45,8 @@ class TokenizeRun:
     """Dataset: a directory in any known layout, or `shapes`."""
     out: Path
     """Directory for the shards."""
+    keep: Path | None = None
+    """File of the images and captions to use, as tavq check-data writes it; all by default."""
     checkpoint: str = str(shipped_checkpoint() / "tokenizer")
     """Tokenizer: a directory or hf:OWNER/NAME."""
     crops: int = 2
@@ -62,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = parse(TokenizeRun, argv, prog="tavq tokenize")
     directory = local_directory(run.checkpoint)
     tokenizer = TAVQTokenizer.from_pretrained(directory).to(choose_device(run.device))
-    dataset = open_dataset(run.data)
+    dataset = keep_only(open_dataset(run.data), run.keep)
     meta = TokenMeta(
         num_codes=tokenizer.num_codes,
         grid_size=tokenizer.grid_size,

@@ -22,6 +22,7 @@ COMMANDS = {
     "search": "find photos by words, by a photo, or by both",
     "demo": "all of it in the browser",
     "describe": "write long descriptions of a dataset's images, by a vision-language model",
+    "check-data": "find captions that fit badly, copies, broken images and other languages in a dataset",
     "tokenize": "turn a dataset into ids, to train generator and captioner on",
     "codebook": "show the codes: patches that use them, words near them",
     "train tokenizer": "train the tokenizer, aligned with text or plain",

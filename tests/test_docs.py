@@ -49,6 +49,7 @@ SMALLER = {
     "score images": "--kid-subset-size 4",
     "align": f"{TRAIN_TINY} --image-size-px 32 --probe-steps 2 --alignment.samples 8",
     "describe": "--max-tokens 8",
+    "check-data": "--min-side-px 8 --duplicate-similarity 1.0",
     "eval/run_tokenizer.py": "--limit 6",
     "eval/run_t2i.py": "--limit 6 --seeds 1",
     "eval/run_caption.py": "--limit 6",

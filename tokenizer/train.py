@@ -21,6 +21,7 @@ from tavq.alignment.unit_index import UnitIndex
 from tavq.base.seeding import mixed_seed
 from tavq.data.embedding_cache import EmbeddingCache
 from tavq.data.image_folder import with_more_images
+from tavq.data.keep import keep_only
 from tavq.data.layouts import open_dataset
 from tavq.data.text_encoder import TextEncoder
 from tavq.training.task import StepOutput, Task, TrainingConfig
@@ -66,6 +67,8 @@ class TokenizerRun:
 
     data: str = "shapes"
     """Dataset: a directory in any known layout, or `shapes` (generated)."""
+    keep: Path | None = None
+    """File of the images and captions to train on, as tavq check-data writes it; all by default."""
     images: tuple[Path, ...] = ()
     """Folders of more images, which need no captions; reconstruction and distillation see them."""
     out: Path = Path("runs/tokenizer")
@@ -247,7 +250,7 @@ class TokenizerTask(Task[TokenizerTrainer, TAVQTokenizer]):
             run = dataclasses.replace(run, model=earlier.config.shape)
         self.run = run
         self.earlier_card = "" if earlier is None else earlier.card
-        self.train_set = with_more_images(open_dataset(run.data, "train"), run.images)
+        self.train_set = with_more_images(keep_only(open_dataset(run.data, "train"), run.keep), run.images)
         self.val_set = open_dataset(run.data, "val")
         self.dataset = TrainingImages(self.train_set, run.model.image_size_px, run.model.decode_size_px)
         self.codebook_monitor = CodebookMonitor(run.min_usage)
