@@ -242,8 +242,6 @@ def _image_files(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def _connect(directory: Path) -> sqlite3.Connection:
-    if not directory.is_dir():
-        raise FileNotFoundError(f"no index at {directory}; make it with: tavq index PHOTOS --out INDEX")
     database = sqlite3.connect(directory / "photos.sqlite")
     database.executescript(_TABLES)
     return database

@@ -149,7 +149,7 @@ def test_the_commands_print_photos_and_show_them(photos, tmp_path, tiny_checkpoi
     assert page.read_text().count("data:image/jpeg") == 5
     for arguments, message in {
         ("search", str(tmp_path / "i")): "nothing to look for",
-        ("search", str(tmp_path / "none"), "a dog"): "no index at",
+        ("search", str(tmp_path / "none"), "a dog"): "holds no finished index",
         ("index", str(tmp_path / "i"), "--out", str(tmp_path / "j")): "no image in",
     }.items():
         with pytest.raises(SystemExit) as left:
