@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from tavq.base.files import atomic_write
 
-from .projections import NUM_LEVELS, TextProjections
+from .config import NUM_LEVELS
+from .projections import TextProjections
 
 
 class Captured:

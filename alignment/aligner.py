@@ -24,74 +24,14 @@ from tavq.data.embedding_cache import EmbeddingCache
 from tavq.data.text_encoder import TextEncoder
 
 from .adapters import Adapter
-from .late_interaction import FILIP_TEMPERATURE, late_interaction_costs, late_interaction_unit_cost
-from .projections import NUM_LEVELS, TextProjections
+from .config import LEVEL_NAMES, AlignmentConfig, Method
+from .late_interaction import late_interaction_costs, late_interaction_unit_cost
+from .projections import TextProjections
 from .transport import gaussian_cost, gaussian_unit_cost, single_unit_cost, transport_cost
 from .unit_index import NegativeBank, SampledTexts, TextUnits, UnitIndex
 
-Method = Literal["ot", "gaussian", "filip"]
-LEVEL_NAMES = ("words", "phrases", "sentences")
 INITIAL_LOG_SCALE = 2.66  # a temperature of 0.07, as in CLIP
 MAX_LOG_SCALE = 4.6  # the logits are multiplied by 100 at most, as in CLIP
-
-
-@dataclasses.dataclass(frozen=True)
-class AlignmentConfig:
-    """How codes are aligned with text."""
-
-    level_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    """Weights of words, phrases and sentences; 0 leaves them out. Where the whole loss is balanced by its
-    gradient, as in training the tokenizer, only their ratios count."""
-    pairing: tuple[int, int, int] = (1, 2, 3)
-    """The encoder's level, 1 the shallowest, that words, phrases and sentences are aligned with."""
-    samples: int = 32
-    """Codes sampled from an image (S)."""
-    max_units: int = 16
-    """Units sampled from a text, at most (U)."""
-    epsilon: float = 0.05
-    """Entropic regularisation relative to the mean cost of the batch."""
-    relaxation: float = 0.5
-    """Penalty on the image marginal, relative to the mean cost too. Large values spread a text over the whole
-    image."""
-    iterations: int = 5
-    """Sinkhorn iterations."""
-    lookup: Literal["soft", "straight-through"] = "soft"
-    """How the gradient passes the quantiser: `soft` to codebook and encoder, `straight-through` to the
-    encoder alone (as in LG-VQ's code)."""
-    lookup_temperature: float = 0.1
-    """Temperature of the soft look-up, relative to the mean squared distance between latents and codes."""
-    bank_size: int = 1024
-    """Units of other training images that serve each image as further negatives."""
-    transport_weight: float = 1.0
-    """Weight of the matched pairs' cost beside the InfoNCE loss."""
-
-    @property
-    def transport_temperature(self) -> float:
-        """Temperature of the softmin over positions that scores an image against a text of one unit."""
-        return self.epsilon + self.relaxation
-
-    def retrieval_temperature(self, method: str) -> float:
-        """Temperature of the softmin over positions that scores an image aligned by `method`."""
-        return FILIP_TEMPERATURE if method == "filip" else self.transport_temperature
-
-    @property
-    def aligned_levels(self) -> tuple[int, int, int]:
-        """Levels that words, phrases and sentences are aligned with; 0 for those that are left out."""
-        words, phrases, sentences = (
-            level if weight else 0 for level, weight in zip(self.pairing, self.level_weights, strict=True)
-        )
-        return words, phrases, sentences
-
-    def __post_init__(self) -> None:
-        positive = ("samples", "max_units", "epsilon", "iterations", "lookup_temperature")
-        for name in (*positive, "relaxation", "bank_size", "transport_weight"):
-            value, least = getattr(self, name), "above 0" if name in positive else "0 or more"
-            if value < 0 or (value == 0 and name in positive):
-                raise ValueError(f"{name} is {value}, expected {least}")
-        if min(self.level_weights) < 0 or not any(self.level_weights):
-            raise ValueError(f"level_weights are {self.level_weights}, expected none below 0 and one above")
-        if not set(self.pairing) <= set(range(1, NUM_LEVELS + 1)):
-            raise ValueError(f"pairing is {self.pairing}, expected levels from 1 to {NUM_LEVELS}")
 
 
 @dataclasses.dataclass(frozen=True)

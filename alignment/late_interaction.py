@@ -8,9 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FILIP_TEMPERATURE = 0.01
-"""Temperature of the softmin over positions by which such codes are searched: nearly the best position."""
-
 
 def late_interaction_costs(codes: Tensor, units: Tensor, unit_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Compare every image with every text, token by token, in both directions.

@@ -20,29 +20,7 @@ from torch import Tensor, nn
 
 from tavq.data.text_encoder import TextEncoder
 
-
-@dataclasses.dataclass(frozen=True)
-class LGVQConfig:
-    """The three losses with the weights published for CelebA-HQ and TextCaps (CUB-200: 1e-3 each)."""
-
-    global_weight: float = 1e-3
-    """Weight of the global alignment loss: the image finds its caption in the batch."""
-    word_weight: float = 1e-2
-    """Weight of the masked text prediction loss."""
-    relation_weight: float = 1e-4
-    """Weight of the relation loss: two words are as similar as the codes they are matched with."""
-    width: int = 256
-    """Width of the transformer over the quantised map."""
-    layers: int = 2
-    """Layers of that transformer, and of the one that predicts words."""
-    max_text_tokens: int = 30
-    """Longer captions are left out of training, as in the release."""
-    mask_mean: float = 0.5
-    mask_deviation: float = 0.1
-    mask_range: tuple[float, float] = (0.1, 0.3)
-    """The masked fraction is normal(mean, deviation), restricted to this range (0.26 on average)."""
-    label_smoothing: float = 0.1
-    """Label smoothing of the predicted words."""
+from .config import LGVQConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NUM_LEVELS = 3
+from .config import NUM_LEVELS
 
 
 class TextProjections(nn.Module):

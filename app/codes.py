@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tavq.commands.codebook import nearest_words, occurrences, patch_in_context
 from tavq.data.embedding_cache import EmbeddingCache
 from tavq.pipeline import Pipeline
+from tavq.tokenizer.contact_sheet import nearest_words, occurrences, patch_in_context
 
 from .gallery import drawn_tokens
 

@@ -13,7 +13,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from tavq.generator.sampling import RENAMED_FIELDS
+from tavq.generator.config import RENAMED_FIELDS
 from tavq.results import PARAMETERS_FIELD, RECIPE_FIELD
 
 MAX_PROMPT_LETTERS = 1000

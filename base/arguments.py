@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import functools
 import io
+import json
 import os
 import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -25,12 +27,14 @@ import tyro
 import yaml
 
 Config = TypeVar("Config")
+HELP_FLAGS = {"-h", "--help"}
 USER_ERRORS = (
     ValueError,
     TypeError,
     FileNotFoundError,
     FileExistsError,
     NotADirectoryError,
+    IsADirectoryError,
     PermissionError,
     FloatingPointError,
 )
@@ -84,13 +88,38 @@ def _tyro(config_class: type, argv: list[str], prog: str, **options: Any) -> Any
     """Call tyro; fold the box that it draws around an error into the one line that matters."""
     stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(stderr):
+        with contextlib.redirect_stderr(stderr), _unwrapped(argv):
             return tyro.cli(config_class, args=argv, prog=prog, **options)
     except SystemExit as exit_:
         if exit_.code in (0, None):
             raise
-        message = _first_section(stderr.getvalue())
-    raise ValueError(f"{message}; see {prog} --help")
+        message = _first_section(stderr.getvalue()).rstrip(".")
+        meant = _meant(argv, stderr.getvalue())
+    raise ValueError(f"{message}; {f'did you mean {meant}? ' if meant else ''}see {prog} --help")
+
+
+def _meant(argv: Sequence[str], box: str) -> str:
+    """The flag that is nearest to an unknown one, among those that tyro offers; "" if there is none."""
+    offered = re.findall(r"^[│\s]+(--[\w.-]+)", box.partition("Perhaps you meant")[2], flags=re.MULTILINE)
+    unknown = [word for word in argv if word.startswith("--") and f"{word}" in box.partition("\n")[2]]
+    near = [flag for word in unknown for flag in difflib.get_close_matches(word, offered, n=1)]
+    return near[0] if near else ""
+
+
+@contextlib.contextmanager
+def _unwrapped(argv: Sequence[str]) -> Iterator[None]:
+    """Let tyro write each message on one line, as wrapping breaks words; help is wrapped all the same."""
+    if HELP_FLAGS & set(argv):
+        yield
+        return
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "10000"
+    try:
+        yield
+    finally:
+        del os.environ["COLUMNS"]
+        if before is not None:
+            os.environ["COLUMNS"] = before
 
 
 def _first_section(box: str) -> str:
@@ -102,7 +131,8 @@ def _first_section(box: str) -> str:
         lines, rules = lines[2:], [number - 2 for number in rules[1:]]
     end = rules[0] if rules else len(lines)
     message = " ".join(lines[:end]) or "the arguments could not be read"
-    return re.sub(r"^Error parsing \w+: ", "", message)  # the name of our dataclass helps nobody
+    message = re.sub(r"^Error parsing (\w+: )?", "", message)  # the name of our dataclass helps nobody
+    return message.replace("invalid literal for int() with base 10:", "expected a whole number, got")
 
 
 def load_yaml(config_class: type[Config], path: Path) -> Config:
@@ -173,6 +203,11 @@ def run_main(main: EntryPoint) -> EntryPoint:
                 sys.exit(130)
 
     return guarded
+
+
+def print_json(value: Any) -> None:
+    """Print a value as one line of JSON, as --json asks for."""
+    print(json.dumps(value, ensure_ascii=False), flush=True)
 
 
 def _complain(error: Exception | str) -> int:

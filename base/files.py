@@ -28,6 +28,36 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_directory(path: Path) -> None:
+    """Raise an error if `path` cannot become, or is not, a directory to write into.
+
+    Raises:
+        NotADirectoryError: it, or a part of the way to it, is a file.
+        PermissionError: it, or the folder that it would be made in, is not writable.
+    """
+    place = path
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise NotADirectoryError(f"{place} is a file, and --out needs a directory; name another")
+    if not os.access(place, os.W_OK):
+        raise PermissionError(f"{place} cannot be written to; name another directory with --out")
+
+
+def check_file(path: Path, *suffixes: str) -> None:
+    """Raise an error if the file `path` cannot be written, or ends in none of `suffixes`, if there are any.
+
+    Raises:
+        IsADirectoryError, NotADirectoryError, PermissionError: something else lies in its place.
+        ValueError: it has another suffix.
+    """
+    if suffixes and path.suffix not in suffixes:
+        raise ValueError(f"{path} ends in {path.suffix or 'nothing'}, expected {' or '.join(suffixes)}")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory, and a file is to be written; name a file")
+    check_directory(path.parent)
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, 64 hexadecimal digits."""
     with path.open("rb") as file:

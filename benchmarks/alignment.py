@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tavq.alignment.aligner import AlignmentConfig, TextAligner, sample_texts
+from tavq.alignment.aligner import TextAligner, sample_texts
+from tavq.alignment.config import AlignmentConfig
 from tavq.alignment.transport import gaussian_cost, transport_cost
 from tavq.alignment.unit_index import SampledTexts, UnitIndex
 from tavq.base.arguments import parse, run_main
@@ -35,8 +36,9 @@ from tavq.data.images import to_tensor
 from tavq.data.layouts import open_dataset
 from tavq.data.text_encoder import TextEncoder
 from tavq.eval.table import with_block, write_block
+from tavq.tokenizer.config import RUN_PRESETS, TokenizerRun
 from tavq.tokenizer.model import TAVQTokenizer
-from tavq.tokenizer.train import RUN_PRESETS, TokenizerRun, TokenizerTrainer
+from tavq.tokenizer.train import TokenizerTrainer
 
 LEVELS = (1, 2, 3)
 OURS = ("none", "gaussian", "sampled", "full")

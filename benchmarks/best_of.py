@@ -18,10 +18,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tavq.base.arguments import parse, run_main
-from tavq.data.layouts import default_data, open_dataset
+from tavq.base.weights import CHECKPOINT
+from tavq.data.config import default_data
+from tavq.data.layouts import open_dataset
 from tavq.eval.judge import open_judge
-from tavq.generator.sampling import SamplingConfig
-from tavq.pipeline import CHECKPOINT, Pipeline, RankBy, combine_scores
+from tavq.generator.config import SamplingConfig
+from tavq.pipeline import Pipeline, RankBy, combine_scores
 from tavq.tokenizer.retrieval import alignment_scores
 
 RANK = 10

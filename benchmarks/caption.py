@@ -15,14 +15,15 @@ import torch
 from PIL import Image
 
 from tavq.base.arguments import parse, run_main
-from tavq.captioner.decoding import GREEDY, DecodingConfig, decode_word_ids, to_captions
+from tavq.base.weights import shipped_checkpoint
+from tavq.captioner.config import GREEDY, DecodingConfig
+from tavq.captioner.decoding import decode_word_ids, to_captions
 from tavq.captioner.model import Captioner
 from tavq.data.dataset import readable_images
 from tavq.data.images import to_tensor
 from tavq.data.layouts import open_dataset
 from tavq.eval.table import with_block, write_block
 from tavq.tokenizer.model import TAVQTokenizer
-from tavq.training.checkpoint import shipped_checkpoint
 
 SETTINGS = {"greedy": GREEDY, "beam 5": DecodingConfig(beam=5)}
 PARTS = ("reading", "tokenizer", "decoder", "words")

@@ -25,10 +25,10 @@ import torch
 from tavq.base.arguments import parse, run_main
 from tavq.data.text_encoder import TextEncoder, TokenStates
 from tavq.eval.table import with_block, write_block
+from tavq.generator.config import PRESETS, Precision, SamplingConfig
 from tavq.generator.engine import Engine
-from tavq.generator.linear import Precision
-from tavq.generator.model import PRESETS, GeneratorConfig, GeneratorModel
-from tavq.generator.sampling import SamplingConfig, batch_gumbel_noise, sample
+from tavq.generator.model import GeneratorConfig, GeneratorModel
+from tavq.generator.sampling import batch_gumbel_noise, sample
 
 PRECISIONS: tuple[Precision, ...] = ("float32", "int8", "bfloat16")
 IMAGE_COLUMNS = ((1, 1, 1), (1, 8, 1), (8, 1, 4), (8, 4, 4))

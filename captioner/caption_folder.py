@@ -10,23 +10,23 @@ import collections
 import csv
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from tqdm.auto import tqdm
 
 from tavq.base.files import atomic_write
 from tavq.base.journal import read_journal
+from tavq.base.progress import Progress
 from tavq.data.dataset import Example, ImageTextDataset, readable_images
 from tavq.data.images import squash
 from tavq.data.layouts_folder import IMAGE_SUFFIXES
 
+from .config import OUTPUT_SUFFIXES
 from .decoding import Caption
 
 CaptionImages = Callable[[Sequence[Image.Image]], Sequence[Sequence[Caption]]]
-OUTPUT_SUFFIXES = (".jsonl", ".json", ".csv", "")
 CSV_COLUMNS = ("image", "caption", "score")
 
 
@@ -38,10 +38,23 @@ def caption_folder(
     batch_size: int = 32,
     size_px: int | None = None,
 ) -> int:
-    """Caption every image in `folder` and below that `out` does not hold yet.
+    """Caption every image in `folder` and below that `out` does not hold yet, see `caption_files`."""
+    images = images_in(Path(folder))
+    return caption_files(images, out, caption_images, batch_size=batch_size, size_px=size_px)
+
+
+def caption_files(
+    images: Mapping[str, Path],
+    out: str | Path,
+    caption_images: CaptionImages,
+    *,
+    batch_size: int = 32,
+    size_px: int | None = None,
+) -> int:
+    """Caption every image that `out` does not hold yet.
 
     Args:
-        folder: searched for image files of any usual kind.
+        images: name of each image in the output -> its file.
         out: `.jsonl`, `.json` or `.csv` file, or a directory of `.txt` files with the names of the images
             (`a.jpg.txt` and `a.png.txt` where both images exist, else `a.txt`).
         caption_images: RGB images -> captions of each, best first.
@@ -53,29 +66,27 @@ def caption_folder(
         How many images were captioned by this call. Unreadable images are named in one warning.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no image in it.
         ValueError: the output has an unknown suffix, or more than 1 % of the images are unreadable.
     """
-    folder = Path(folder)
     out = Path(out)
     if out.suffix not in OUTPUT_SUFFIXES:
         raise ValueError(
             f"cannot write {out.suffix} files ({out}); name a .jsonl, .json or .csv file, or a directory"
         )
 
-    names = _image_names(folder)
+    names = list(images)
     text_files = _text_files(out, names)
     # JSON lines can be appended to, so there the output is its own journal.
     journal = out if out.suffix == ".jsonl" else out.with_name(f"{out.name}.unfinished.jsonl")
     done = _captioned(out, text_files) | {row["image"] for row in read_journal(journal)}
     remaining = [name for name in names if name not in done]
 
-    examples = [Example(name, folder / name, (), None, "") for name in remaining]
-    dataset = ImageTextDataset(str(folder), examples)
+    examples = [Example(name, images[name], (), None, "") for name in remaining]
+    dataset = ImageTextDataset("images", examples)
     count = 0
     with (
         journal.open("a", encoding="utf-8") as file,
-        tqdm(total=len(names), initial=len(names) - len(remaining), unit="image", disable=None) as bar,
+        Progress(total=len(names), initial=len(names) - len(remaining), unit="image") as bar,
     ):
         for batch in _batches(dataset, batch_size, len(names), size_px):
             groups = caption_images([image for _, image in batch])
@@ -92,23 +103,30 @@ def caption_folder(
     return count
 
 
-def _image_names(folder: Path) -> list[str]:
-    """List the image files in `folder` and below, as paths relative to it."""
+def images_in(folder: Path) -> dict[str, Path]:
+    """Find the image files in `folder` and below: path relative to it -> path.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no image in it.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}; give one that holds images")
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise FileNotFoundError(f"no image in {folder}; expected one of {', '.join(sorted(IMAGE_SUFFIXES))}")
-    return [file.relative_to(folder).as_posix() for file in files]
+    return {file.relative_to(folder).as_posix(): file for file in files}
 
 
 def _text_files(out: Path, names: list[str]) -> dict[str, Path]:
     """Map each image to its text file in the directory `out`."""
-    stems = {name: Path(name).with_suffix("") for name in names}
+    # Of an absolute path, and of one that leads upwards, only the name lies below `out`.
+    inside = {name: Path(name) for name in names}
+    inside = {n: Path(p.name) if p.is_absolute() or ".." in p.parts else p for n, p in inside.items()}
+    stems = {name: path.with_suffix("") for name, path in inside.items()}
     # Where a.jpg and a.png lie side by side, one a.txt would be overwritten by the other.
     counts = collections.Counter(stems.values())
     return {
-        name: out / (f"{name}.txt" if counts[stem] > 1 else stem.with_name(f"{stem.name}.txt"))
+        name: out / (f"{inside[name]}.txt" if counts[stem] > 1 else stem.with_name(f"{stem.name}.txt"))
         for name, stem in stems.items()
     }
 

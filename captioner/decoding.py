@@ -23,64 +23,9 @@ from torch import Tensor
 
 from tavq.base.seeding import mixed_seed
 
+from .config import DecodingConfig
 from .likelihood import pad_captions, word_log_probs
-from .model import Captioner, Style
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodingConfig:
-    """Options for decoding captions."""
-
-    beam: int = 5
-    """Number of beams; 1 is greedy decoding."""
-    n_best: int = 1
-    """Number of captions per image, best first. With a temperature above 0, so many captions are sampled."""
-    length_penalty: float = 1.0
-    """Exponent of the length that divides a beam's log-probability; above 1 it favours longer captions."""
-    no_repeat_ngram: int = 3
-    """No n-gram of this length occurs twice in a caption; 0 allows all repetitions."""
-    max_words: int | None = None
-    """Maximum length of a caption; by default the one that the captioner was trained for."""
-    style: Style = "short"
-    """short gives captions, long gives descriptions (if the captioner was trained on dense text)."""
-    temperature: float = 0.0
-    """Temperature of the softmax. 0 searches for the likeliest caption, a value above 0 samples."""
-    seed: int = 0
-    """Seed of the samples."""
-    top_p: float = 1.0
-    """Nucleus sampling: samples come from the likeliest words that hold this much probability."""
-    alignment: float = 0.0
-    """Weight of the alignment score of codes and sentence, which is added to the mean log-probability when
-    beams or samples are ranked. 0 turns it off; 4 was best on Flickr8k."""
-
-    @property
-    def num_candidates(self) -> int:
-        """Number of captions per image that are decoded, before the ranking takes `n_best` of them."""
-        # Alignment ranks the beams, so it needs all of them. Samples are ranked as they are.
-        ranks_beams = bool(self.alignment) and self.temperature == 0
-        return self.beam if ranks_beams else self.n_best
-
-    def __post_init__(self) -> None:
-        for name in ("beam", "n_best"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(
-                f"temperature is {self.temperature} and top_p {self.top_p}, "
-                "expected temperature >= 0 and 0 < top_p <= 1"
-            )
-        if self.temperature == 0 and self.n_best > self.beam:
-            raise ValueError(
-                f"n_best is {self.n_best} and beam {self.beam}; widen the beam, or sample with a temperature"
-            )
-        if self.alignment < 0 or (self.alignment and self.num_candidates == 1):
-            raise ValueError(
-                f"alignment is {self.alignment} with {self.num_candidates} candidates an image, "
-                "expected 0 or more, and several candidates to rank: widen the beam, or sample several"
-            )
-
-
-GREEDY = DecodingConfig(beam=1, no_repeat_ngram=0)
+from .model import Captioner
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -25,62 +25,10 @@ from tavq.base.hub import DATA_ONLY, TRANSFORMERS_FILES, directory_of
 from tavq.training.checkpoint import Checkpointed
 from tavq.training.provenance import TokenProvenance
 
+from .config import CaptionerShape, Style
 from .vocabulary import PretrainedVocabulary, Vocabulary, WordVocabulary
 
 TEXT_TOKENIZER_FOLDER = "text_tokenizer"
-Style = Literal["short", "long"]
-
-
-@dataclasses.dataclass(frozen=True)
-class CaptionerShape:
-    """Size of the captioner."""
-
-    decoder: str | None = None
-    """Pretrained causal language model of transformers, a directory or hf:OWNER/NAME. None trains a small
-    GPT-2 from scratch."""
-    width: int = 192
-    """Width of the image encoder, and of the decoder that is trained from scratch."""
-    num_heads: int = 6
-    """Attention heads of both."""
-    encoder_layers: int = 2
-    """Bidirectional blocks of the image encoder."""
-    decoder_layers: int = 3
-    """Blocks of the decoder that is trained from scratch."""
-    max_words: int = 20
-    """Maximum length of a caption, in words (in sub-words with a pretrained decoder)."""
-    long_words: int = 0
-    """Maximum length of a long description, a second style for data with dense text. 0 trains captions
-    only."""
-    quality_buckets: int = 0
-    """Number of quality tokens: a training caption starts with the token of its alignment score's quantile;
-    captions are decoded with the best one. 0 turns this off."""
-    dropout: float = 0.1
-    """Dropout in the encoder and in the decoder that is trained from scratch."""
-    token_dropout: float = 0.1
-    """Fraction of the image tokens that are replaced by a mask token in training."""
-
-    def __post_init__(self) -> None:
-        check_bounds(
-            self,
-            width=(1, 2**16),
-            num_heads=(1, 1024),
-            encoder_layers=(0, 1000),
-            decoder_layers=(1, 1000),
-            max_words=(1, 2**14),
-            long_words=(0, 2**14),
-            quality_buckets=(0, 1000),
-            dropout=(0, 1),
-            token_dropout=(0, 1),
-        )
-        if self.width % self.num_heads:
-            raise ValueError(f"num_heads {self.num_heads} does not divide width {self.width}; take a divisor")
-
-
-PRESETS: dict[str, CaptionerShape] = {
-    "flickr8k": CaptionerShape(),
-    "tiny": CaptionerShape(width=32, num_heads=2, encoder_layers=1, decoder_layers=1, max_words=16),
-    "base": CaptionerShape(width=768, num_heads=12, encoder_layers=4, decoder_layers=12, max_words=40),
-}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -26,11 +25,10 @@ from torch import Tensor
 
 from tavq.training.task import StepOutput
 
+from .config import Baseline
 from .likelihood import word_log_probs
 from .model import Captioner
 from .reward import END, CiderD, ends_in_function_word, with_end
-
-Baseline = Literal["greedy", "samples"]
 
 
 @dataclass(frozen=True)

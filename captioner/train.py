@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -17,127 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tavq.data.tokens import TokenSet, open_tokens
+from tavq.training.dry_run import dry_run
 from tavq.training.loop import train
 from tavq.training.provenance import TokenProvenance
-from tavq.training.task import StepOutput, Task, TrainingConfig
+from tavq.training.task import StepOutput, Task
 
+from .config import GREEDY, CaptionerRun
 from .dataset import AlignmentScores, CaptionDataset, caption_targets, quality_buckets
-from .decoding import GREEDY, decode_word_ids
-from .model import PRESETS, Captioner, CaptionerConfig, CaptionerShape, create_captioner
+from .decoding import decode_word_ids
+from .model import Captioner, CaptionerConfig, create_captioner
 from .reward import CiderD, DocumentFrequencies, ends_in_function_word, with_end
-from .self_critical import Baseline, self_critical_loss
+from .self_critical import self_critical_loss
 from .vocabulary import WordVocabulary, metric_words
 
 EVALUATION_BATCH = 100
-
-
-@dataclasses.dataclass(frozen=True)
-class CaptionerRun:
-    """Train the captioner (ids -> text).
-
-    Example: tavq train captioner --tokens runs/a/tokens --tokenizer runs/a/tokenizer --out runs/a/captioner
-    """
-
-    tokens: Path = Path("runs/tokens")
-    """Token set that `tavq tokenize` wrote."""
-    out: Path = Path("runs/captioner")
-    """Directory of the run, for the checkpoint, the log and the state to resume from."""
-    preset: str = "flickr8k"
-    """flickr8k or flickr8k-self-critical, tiny or tiny-self-critical (seconds on a CPU), base."""
-    config: Path | None = None
-    """YAML file of these fields, instead of a preset."""
-    stage: Literal["cross-entropy", "self-critical"] = "cross-entropy"
-    """Training loss. self-critical needs a captioner in --start."""
-    start: Path | None = None
-    """Captioner to start from; its size and vocabulary stay. The tokens must come from its codebook, unless
-    --tokenizer names a tokenizer that was trained further."""
-    tokenizer: Path | None = None
-    """Tokenizer that made the tokens. Its codebook initialises the code embeddings (they are random without),
-    and --model.quality-buckets needs its alignment scores."""
-    captions_per_image: int = 5
-    """Captions per image and step; they share one pass over the image."""
-    min_word_count: int = 5
-    """Words that occur less often in the training captions become the unknown word."""
-    label_smoothing: float = 0.1
-    """Label smoothing of the cross-entropy."""
-    samples_per_image: int = 5
-    """Captions that self-critical training samples per image."""
-    sample_temperature: float = 0.3
-    """Temperature of these samples. At 1 they score far below the greedy caption, and training makes captions
-    alike."""
-    baseline: Baseline = "samples"
-    """Reward baseline of a sample: the greedy caption (Rennie et al.), or the mean of the other samples
-    (Luo)."""
-    model: CaptionerShape = PRESETS["flickr8k"]
-    training: TrainingConfig = TrainingConfig(
-        steps=1280,
-        batch_size=16,
-        learning_rate=2e-3,
-        warmup_steps=120,
-        weight_decay=0.05,
-        optimizer="muon",
-        ema_decay=0.995,
-        evaluate_every=320,
-        patience=4,
-    )
-
-    def __post_init__(self) -> None:
-        if self.samples_per_image < 2:
-            raise ValueError(f"samples_per_image is {self.samples_per_image}, expected 2 or more")
-        if self.sample_temperature <= 0:
-            raise ValueError(f"sample_temperature is {self.sample_temperature}, expected above 0")
-        if self.model.quality_buckets and self.stage == "cross-entropy" and self.tokenizer is None:
-            raise ValueError(
-                f"model.quality_buckets is {self.model.quality_buckets}, which needs the alignment score "
-                "of image and caption; name the --tokenizer that gives it"
-            )
-
-
-_TINY = CaptionerRun(
-    preset="tiny",
-    model=PRESETS["tiny"],
-    min_word_count=1,
-    training=TrainingConfig(
-        steps=60, batch_size=8, learning_rate=3e-3, warmup_steps=5, ema_decay=0.9, evaluate_every=60
-    ),
-)
-RUN_PRESETS: dict[str, CaptionerRun] = {
-    "flickr8k": CaptionerRun(),
-    "flickr8k-self-critical": CaptionerRun(
-        preset="flickr8k-self-critical",
-        stage="self-critical",
-        training=TrainingConfig(
-            steps=100,
-            learning_rate=3e-5,
-            warmup_steps=10,
-            weight_decay=0.0,
-            ema_decay=0.98,
-            evaluate_every=20,
-            patience=5,
-        ),
-    ),
-    "tiny": _TINY,
-    "tiny-self-critical": dataclasses.replace(
-        _TINY,
-        preset="tiny-self-critical",
-        stage="self-critical",
-        training=TrainingConfig(
-            steps=10, batch_size=8, learning_rate=1e-3, warmup_steps=2, ema_decay=0.9, evaluate_every=10
-        ),
-    ),
-    "base": CaptionerRun(
-        preset="base",
-        model=PRESETS["base"],
-        training=TrainingConfig(
-            steps=100_000,
-            batch_size=64,
-            learning_rate=2e-4,
-            warmup_steps=2000,
-            evaluate_every=2000,
-            patience=5,
-        ),
-    ),
-}
 
 
 class CaptionerTrainer(nn.Module):
@@ -253,7 +145,11 @@ def train_captioner(
     task = CaptionerTask(run, codebook, alignment_scores)
     # `run.start` decides the size, not the flags: the saved configuration shall say what was trained.
     shape = task.model.captioner.config.shape
-    train(task, run.training, run.out, dataclasses.replace(run, model=shape))
+    resolved = dataclasses.replace(run, model=shape)
+    if run.dry_run:
+        dry_run(task, run.training, resolved)
+    else:
+        train(task, run.training, run.out, resolved)
 
 
 def _initial_captioner(run: CaptionerRun, tokens: TokenSet, codebook: Tensor | None) -> Captioner:

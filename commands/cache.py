@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from tavq.base.arguments import parse, run_main
+from tavq.base.arguments import parse, print_json, run_main
 from tavq.base.cache import CACHES, cache_directory, cache_root
 
 
@@ -22,6 +22,8 @@ class CacheRun:
 
     clear: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[NAME ...]")] = None
     """Caches to clear. Without a name all caches are cleared."""
+    json: bool = False
+    """Print one line of JSON for each result, instead of text."""
 
     def __post_init__(self) -> None:
         for name in self.clear or ():
@@ -31,10 +33,12 @@ class CacheRun:
 @run_main
 def main(argv: Sequence[str] | None = None) -> None:
     run = parse(CacheRun, argv, prog="tavq cache")
-    if run.clear is None:
-        list_caches()
+    if run.clear is not None:
+        clear_caches(run.clear or tuple(CACHES), as_json=run.json)
+    elif run.json:
+        print_json({"directory": str(cache_root()), "bytes": {name: cache_size(name) for name in CACHES}})
     else:
-        clear_caches(run.clear or tuple(CACHES))
+        list_caches()
 
 
 def list_caches() -> None:
@@ -46,13 +50,16 @@ def list_caches() -> None:
     print(f"{'total':<16}{_readable(sum(sizes.values())):>10}")
 
 
-def clear_caches(names: Sequence[str]) -> None:
+def clear_caches(names: Sequence[str], *, as_json: bool = False) -> None:
     """Delete caches, and print how much each took."""
     for name in names:
         size = cache_size(name)
         if cache_directory(name).exists():
             shutil.rmtree(cache_directory(name))
-        print(f"{name}: cleared {_readable(size)}")
+        if as_json:
+            print_json({"cleared": name, "bytes": size})
+        else:
+            print(f"{name}: cleared {_readable(size)}")
 
 
 def cache_size(name: str) -> int:

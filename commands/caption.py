@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tyro.conf import OmitArgPrefixes, Positional
 
-from tavq.base.arguments import parse, run_main
+from tavq.base.arguments import parse, print_json, run_main
 from tavq.base.device import Device, choose_device
-from tavq.captioner.caption_folder import caption_folder
-from tavq.captioner.decoding import DecodingConfig
-from tavq.data.images import load_image
-from tavq.pipeline import CHECKPOINT, Pipeline
+from tavq.base.files import check_directory, check_file
+from tavq.base.weights import CHECKPOINT
+from tavq.captioner.config import OUTPUT_SUFFIXES, DecodingConfig
+
+if TYPE_CHECKING:
+    from tavq.pipeline import Pipeline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +27,10 @@ class CaptionRun:
     """
 
     images: Positional[tuple[Path, ...]]
-    """Images, or one folder of them. A folder needs --out; images already described there are skipped."""
+    """Images, or one folder of them. A folder needs --out."""
     out: Path | None = None
-    """File (.jsonl, .json or .csv) or directory of .txt files for the captions of a folder."""
+    """File (.jsonl, .json or .csv) or directory of .txt files for the captions. Images already described
+    there are skipped."""
     show_scores: bool = False
     """Print the score of each caption and the probability of each word. For a folder, .jsonl and .json files
     hold them."""
@@ -36,6 +40,8 @@ class CaptionRun:
     """Directory or hf:OWNER/NAME that holds tokenizer/ and captioner/."""
     device: Device = "auto"
     """Device to run on."""
+    json: bool = False
+    """Print one line of JSON for each result, instead of text."""
     decoding: OmitArgPrefixes[DecodingConfig] = DecodingConfig()
 
 
@@ -48,36 +54,58 @@ def main(argv: Sequence[str] | None = None) -> None:
     if missing:
         raise FileNotFoundError(f"no image {missing[0]}; check the path")
     is_folder = any(path.is_dir() for path in run.images)
-    if is_folder and (len(run.images) > 1 or run.out is None or run.show_scores or run.unsure_below):
+    if is_folder and (len(run.images) > 1 or run.out is None):
+        raise ValueError("a folder is described into a file: tavq caption photos/ --out captions.jsonl")
+    if run.out is not None and (run.show_scores or run.unsure_below or run.json):
         raise ValueError(
-            "a folder is described into a file (.jsonl and .json with the probability of each word): "
-            "tavq caption photos/ --out captions.jsonl"
+            "--show-scores, --unsure-below and --json are for printing; leave them out with --out, whose "
+            ".jsonl and .json files hold the probability of each word"
         )
-    if not is_folder and run.out is not None:
-        raise ValueError("captions of images are printed; give a folder, or leave out --out")
+    if run.out is not None:
+        check_output(run.out)
 
+    from tavq.captioner.caption_folder import images_in
+    from tavq.pipeline import Pipeline
+
+    images = images_in(run.images[0]) if is_folder else {str(path): path for path in run.images}
     pipeline = Pipeline.from_pretrained(run.checkpoint, choose_device(run.device))
     if run.out is not None:
-        describe_folder(pipeline, run, run.out)
+        write_captions(pipeline, run, images, run.out)
     else:
         for path in run.images:
             print_captions(pipeline, path, run)
 
 
-def describe_folder(pipeline: Pipeline, run: CaptionRun, out: Path) -> None:
-    """Write the captions of a folder's images to `out`."""
-    count = caption_folder(
-        run.images[0],
+def check_output(out: Path) -> None:
+    """Refuse a file that captions cannot be written to, before the models are loaded."""
+    if out.suffix not in OUTPUT_SUFFIXES:
+        raise ValueError(f"cannot write {out}; name a .jsonl, .json or .csv file, or a directory")
+    if out.suffix == "":
+        check_directory(out)
+    else:
+        check_file(out)
+
+
+def write_captions(pipeline: Pipeline, run: CaptionRun, images: Mapping[str, Path], out: Path) -> None:
+    """Write the captions of images, by name in the output, to `out`."""
+    from tavq.captioner.caption_folder import caption_files
+
+    count = caption_files(
+        images,
         out,
-        lambda images: pipeline.caption(images, run.decoding),
+        lambda batch: pipeline.caption(batch, run.decoding),
         size_px=pipeline.tokenizer.image_size_px,
     )
-    print(f"{count} images described in {out}")
+    print(f"{count} image{'' if count == 1 else 's'} described in {out}")
 
 
 def print_captions(pipeline: Pipeline, path: Path, run: CaptionRun) -> None:
     """Print the captions of one image, best first."""
-    for caption in pipeline.caption([load_image(path)], run.decoding)[0]:
+    captions = pipeline.caption(path, run.decoding)[0]
+    if run.json:
+        print_json({"image": str(path), "captions": captions.to_json()})
+        return
+    for caption in captions:
         text = caption.marked(run.unsure_below) if run.unsure_below else caption.text
         print(text if len(run.images) == 1 else f"{path}\t{text}")
         if run.show_scores:

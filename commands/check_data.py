@@ -14,6 +14,7 @@ from tyro.conf import Positional
 
 from tavq.base.arguments import parse, run_main
 from tavq.base.device import Device, choose_device
+from tavq.base.weights import shipped_checkpoint
 from tavq.data.dataset import ImageTextDataset
 from tavq.data.embedding_cache import EmbeddingCache
 from tavq.data.images import UnreadableImageError, to_tensor
@@ -24,7 +25,6 @@ from tavq.tokenizer.data_checks import caption_fit, near_duplicates, sibling_agr
 from tavq.tokenizer.heatmaps import check_aligned
 from tavq.tokenizer.model import TAVQTokenizer
 from tavq.tokenizer.retrieval import text_encoder_of
-from tavq.training.checkpoint import shipped_checkpoint
 
 SURE = 0.7  # probability from which a caption counts as one of another language; 0 of 3,893 English ones do
 FEWEST_LETTERS = 20  # of shorter captions the language cannot be told

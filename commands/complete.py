@@ -5,22 +5,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from PIL import Image
-from torch import Tensor
 from tyro.conf import OmitArgPrefixes, Positional
 
-from tavq.base.arguments import parse, run_main
+from tavq.base.arguments import parse, print_json, run_main
 from tavq.base.device import Device, choose_device
+from tavq.base.files import check_directory
 from tavq.base.seeding import RANDOM, image_seeds
-from tavq.data.images import load_image
-from tavq.generator.sampling import SamplingConfig
-from tavq.inputs import check_prompts, mask_of
-from tavq.pipeline import CHECKPOINT, Pipeline
+from tavq.base.weights import CHECKPOINT
+from tavq.generator.config import SamplingConfig, check_negative_prompt
+from tavq.prompts import check_prompts
 
 from .generate import free_names
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
 
 SHARE = "share="
 
@@ -54,11 +55,14 @@ class CompleteRun:
     """Directory or hf:OWNER/NAME that holds tokenizer/ and generator/."""
     device: Device = "auto"
     """Device to run on."""
+    json: bool = False
+    """Print one line of JSON for each result, instead of text."""
     sampling: OmitArgPrefixes[SamplingConfig] = SamplingConfig()
 
     def __post_init__(self) -> None:
         if self.num_images < 1:
             raise ValueError(f"num_images is {self.num_images}, expected 1 or more")
+        check_negative_prompt(self.negative_prompt, self.sampling)
         if (self.keep is None) == (self.mask is None):
             raise ValueError(
                 "name the part that stays by --keep top|bottom|left|right|box=x,y,w,h|share=0.3, "
@@ -69,6 +73,11 @@ class CompleteRun:
 @run_main
 def main(argv: Sequence[str] | None = None) -> None:
     run = parse(CompleteRun, argv, prog="tavq complete")
+    check_prompts([run.prompt])
+    check_directory(run.out)
+
+    from tavq.data.images import load_image
+
     image = load_image(run.image)
     seeds = image_seeds(run.seed, run.num_images)
     options: dict[str, Any] = {
@@ -79,11 +88,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
 
     # All of the flags are checked before the models are loaded.
-    check_prompts([run.prompt])
     share = _share(run.keep) if run.keep is not None and run.keep.startswith(SHARE) else None
     mask = _mask_of(run, image) if share is None else None
+
+    from tavq.pipeline import Pipeline
+
     pipeline = Pipeline.from_pretrained(run.checkpoint, choose_device(run.device))
-    if run.seed == RANDOM:
+    if run.seed == RANDOM and not run.json:
         print(f"seed {seeds[0]}")
     if share is not None:
         results = pipeline.vary(image, share, **options)
@@ -93,13 +104,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     for result in results:
         path = next(free_names(run.out))
         result.save(path)
-        print(path)
+        if run.json:
+            print_json({"file": str(path), **result.recipe})
+        else:
+            print(path)
 
 
 def _mask_of(run: CompleteRun, image: Image.Image) -> Tensor:
     if run.keep is not None:
         return completion_mask(run.keep, *image.size)
     if run.mask is not None:
+        from tavq.inputs import mask_of
+
         mask = mask_of(run.mask)
         if not mask.any():
             raise ValueError(f"{run.mask} has no white part, so nothing is to be generated; paint it white")
@@ -109,6 +125,8 @@ def _mask_of(run: CompleteRun, image: Image.Image) -> Tensor:
 
 def completion_mask(keep: str, width: int, height: int) -> Tensor:
     """Turn --keep into a mask (H, W) bool, True where the image is generated anew."""
+    import torch
+
     halves = {
         "top": (0, 0, width, height // 2),
         "bottom": (0, height // 2, width, height - height // 2),

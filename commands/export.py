@@ -9,12 +9,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from tavq.base.arguments import parse, run_main
-from tavq.captioner.model import Captioner
-from tavq.generator.model import GeneratorModel
-from tavq.tokenizer.model import TAVQTokenizer
-from tavq.training.checkpoint import CONFIG_FILE, local_directory, read_json
-
-MODELS = (TAVQTokenizer, GeneratorModel, Captioner)
+from tavq.base.weights import CONFIG_FILE, local_directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +32,17 @@ class ExportRun:
 @run_main
 def main(argv: Sequence[str] | None = None) -> None:
     run = parse(ExportRun, argv, prog="tavq export")
+
+    from tavq.captioner.model import Captioner
+    from tavq.generator.model import GeneratorModel
+    from tavq.tokenizer.model import TAVQTokenizer
+    from tavq.training.checkpoint import read_json
+
+    models = (TAVQTokenizer, GeneratorModel, Captioner)
     directory = local_directory(run.source)
     path = directory / CONFIG_FILE
     kind = read_json(path).get("kind") if path.is_file() else None
-    model_class = next((model for model in MODELS if kind in (model.kind, *model.former_kinds)), None)
+    model_class = next((model for model in models if kind in (model.kind, *model.former_kinds)), None)
     if model_class is None:
         raise ValueError(
             f"{directory} holds no tokenizer, generator or captioner; name the directory of one of them"

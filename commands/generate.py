@@ -10,14 +10,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
 from tyro.conf import OmitArgPrefixes, Positional
 
 from tavq.base.arguments import from_dict, parse, run_main
 from tavq.base.device import Device, choose_device
+from tavq.base.files import check_directory
+from tavq.base.progress import Progress
 from tavq.base.seeding import RANDOM, image_seeds
-from tavq.generator.sampling import SamplingConfig
-from tavq.pipeline import CHECKPOINT, Pipeline, RankBy, check_prompts, read_recipe
+from tavq.base.weights import CHECKPOINT
+from tavq.generator.config import SamplingConfig, check_negative_prompt
+from tavq.prompts import check_prompts
+from tavq.ranking import RankBy
 
 PROMPTS_AT_ONCE = 16
 RESULTS_FILE = "result.jsonl"
@@ -58,11 +61,16 @@ class GenerateRun:
     """Directory or hf:OWNER/NAME that holds tokenizer/, generator/ and captioner/."""
     device: Device = "auto"
     """Device to run on."""
+    json: bool = False
+    """Print one line of JSON for each result, instead of text."""
     sampling: OmitArgPrefixes[SamplingConfig] = SamplingConfig()
 
     def __post_init__(self) -> None:
         if self.num_images < 1:
             raise ValueError(f"num_images is {self.num_images}, expected 1 or more")
+        if self.best_of < 1:
+            raise ValueError(f"best_of is {self.best_of}, expected 1 or more")
+        check_negative_prompt(self.negative_prompt, self.sampling)
         if self.unconditional:
             if self.prompts or self.prompts_file or self.from_png:
                 raise ValueError("--unconditional takes no prompt; leave out the prompt, or the flag")
@@ -86,7 +94,12 @@ class Jobs:
 @run_main
 def main(argv: Sequence[str] | None = None) -> None:
     run = parse(GenerateRun, argv, prog="tavq generate")
+
+    check_directory(run.out)
     jobs = jobs_of_recipe(run.from_png) if run.from_png else jobs_of_flags(run)
+
+    from tavq.pipeline import Pipeline
+
     pipeline = Pipeline.from_pretrained(run.checkpoint, choose_device(run.device))
     for part, required in jobs.required_hashes.items():
         present = pipeline.hashes.get(part, "none")
@@ -96,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "name the --checkpoint that generated it"
             )
 
-    with tqdm(total=len(jobs.prompts_and_seeds), unit="image", disable=None) as bar:
+    with Progress(total=len(jobs.prompts_and_seeds), unit="image") as bar:
         for start in range(0, len(jobs.prompts_and_seeds), PROMPTS_AT_ONCE):
             batch = jobs.prompts_and_seeds[start : start + PROMPTS_AT_ONCE]
             prompts = [prompt for prompt, _ in batch]
@@ -108,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 with (run.out / RESULTS_FILE).open("a") as results:
                     results.write(json.dumps({"file": path.name, **result.recipe}) + "\n")
                 bar.update(1)
-                bar.write(str(path))
+                bar.write(json.dumps({"file": str(path), **result.recipe}) if run.json else str(path))
 
 
 def jobs_of_flags(run: GenerateRun) -> Jobs:
@@ -117,7 +130,7 @@ def jobs_of_flags(run: GenerateRun) -> Jobs:
     check_prompts(prompts)  # all of them, so that no mistake shows after an hour
     prompts = [""] if run.unconditional else prompts
     seeds = image_seeds(run.seed, run.num_images)
-    if run.seed == RANDOM:
+    if run.seed == RANDOM and not run.json:
         print(f"seed {seeds[0]}")
     pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
     options = {name: getattr(run, name) for name in OPTIONS}
@@ -126,6 +139,8 @@ def jobs_of_flags(run: GenerateRun) -> Jobs:
 
 def jobs_of_recipe(path: Path) -> Jobs:
     """Return the image that the recipe in a PNG describes."""
+    from tavq.results import read_recipe
+
     recipe = read_recipe(path)
     absent = {"prompt", "seed", "settings", "checkpoints"} - set(recipe)
     if absent:

@@ -10,18 +10,20 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from PIL import Image
 from tyro.conf import Positional
 
-from tavq.alignment.aligner import LEVEL_NAMES
-from tavq.base.arguments import parse, run_main
+from tavq.alignment.config import LEVEL_NAMES
+from tavq.base.arguments import parse, print_json, run_main
 from tavq.base.device import Device, choose_device
-from tavq.data.dataset import readable_images
-from tavq.data.images import load_image, write_png
-from tavq.data.layouts import open_dataset
-from tavq.pipeline import CHECKPOINT, Pipeline
-from tavq.tokenizer.heatmaps import UnitMap, heat_overlay, overview
+from tavq.base.files import check_directory
+from tavq.base.weights import CHECKPOINT
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from tavq.tokenizer.heatmaps import UnitMap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,8 @@ class HeatmapRun:
     """Directory or hf:OWNER/NAME that holds tokenizer/."""
     device: Device = "auto"
     """Device to run on."""
+    json: bool = False
+    """Print one line of JSON for each result, instead of text."""
 
     def __post_init__(self) -> None:
         has_pair = self.image is not None and self.text is not None
@@ -65,15 +69,28 @@ class HeatmapRun:
 @run_main
 def main(argv: Sequence[str] | None = None) -> None:
     run = parse(HeatmapRun, argv, prog="tavq heatmap")
+    check_directory(run.out)
+
+    from tavq.pipeline import Pipeline
+
     pairs = _pairs(run)
     pipeline = Pipeline.from_pretrained(run.checkpoint, choose_device(run.device))
     for name, image, text in pairs:
         maps = pipeline.heatmaps(image, text)
-        print(write_maps(run.out / name, image, maps))
+        overview = write_maps(run.out / name, image, maps)
+        if run.json:
+            units = [{"unit": unit_map.unit, "map": unit_map.map.tolist()} for unit_map in maps]
+            print_json({"name": name, "file": str(overview), "units": units})
+        else:
+            print(overview)
 
 
 def _pairs(run: HeatmapRun) -> Iterator[tuple[str, Image.Image, str]]:
     """Return (name, image, text) of each pair to show."""
+    from tavq.data.dataset import readable_images
+    from tavq.data.images import load_image
+    from tavq.data.layouts import open_dataset
+
     if run.data is not None:
         dataset = open_dataset(run.data, run.split)
         images = itertools.islice(readable_images(dataset), run.count)
@@ -85,6 +102,9 @@ def _pairs(run: HeatmapRun) -> Iterator[tuple[str, Image.Image, str]]:
 
 def write_maps(folder: Path, image: Image.Image, maps: Sequence[UnitMap]) -> Path:
     """Write one image per unit, and overview.png, whose path is returned."""
+    from tavq.data.images import write_png
+    from tavq.tokenizer.heatmaps import heat_overlay, overview
+
     for number, unit_map in enumerate(maps, 1):
         kind = LEVEL_NAMES[unit_map.kind - 1].removesuffix("s")
         title = re.sub(r"[^a-z0-9]+", "-", unit_map.unit.lower()).strip("-")[:40]

@@ -11,10 +11,9 @@ from tyro.conf import Positional
 from tavq.base.arguments import parse, run_main
 from tavq.base.device import Device, choose_device
 from tavq.base.files import file_hash
+from tavq.base.weights import CHECKPOINT, WEIGHTS_FILE, local_directory
 from tavq.photo_index import PhotoIndex
-from tavq.pipeline import CHECKPOINT
 from tavq.tokenizer.model import TAVQTokenizer
-from tavq.training.checkpoint import WEIGHTS_FILE, local_directory
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,13 +7,12 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
 from tyro.conf import Positional
 
-from tavq.base.arguments import parse, run_main
+from tavq.base.arguments import parse, print_json, run_main
 from tavq.base.device import Device, choose_device
-from tavq.data.images import grid, load_image, squash, write_png
-from tavq.pipeline import CHECKPOINT, Pipeline
+from tavq.base.files import check_directory
+from tavq.base.weights import CHECKPOINT
 
 SHEET_IMAGE_PX = 288  # small images are enlarged to about this side on the sheet
 
@@ -33,6 +32,9 @@ class ReconstructRun:
     checkpoint: str = CHECKPOINT
     """Directory or hf:OWNER/NAME that holds tokenizer/."""
     device: Device = "auto"
+    """Device to run on."""
+    json: bool = False
+    """Print one line of JSON for each result, instead of text."""
 
 
 @run_main
@@ -44,22 +46,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     if twice:
         raise ValueError(f"several images are called {twice[0]}; their reconstructions would share a name")
 
+    check_directory(run.out)
+
+    from PIL import Image
+
+    from tavq.data.images import grid, load_image, squash, write_png
+    from tavq.pipeline import Pipeline
+
+    loaded = [load_image(path) for path in run.images]
     pipeline = Pipeline.from_pretrained(run.checkpoint, choose_device(run.device))
     images, originals = [], []
-    for path in run.images:
-        image = load_image(path)
+    for image in loaded:
         images.append(squash(image, pipeline.tokenizer.image_size_px))
         originals.append(squash(image, pipeline.tokenizer.decode_size_px))
-    reconstructions = [result.image for result in pipeline.reconstruct(images)]
-    for path, image in zip(run.images, reconstructions, strict=True):
-        _write(image, run.out / f"{path.stem}.reconstruction.png")
+    results = pipeline.reconstruct(images)
+    reconstructions = [result.image for result in results]
+    for path, result in zip(run.images, results, strict=True):
+        file = run.out / f"{path.stem}.reconstruction.png"
+        result.save(file)
+        if run.json:
+            print_json({"image": str(path), "file": str(file), "ids": result.ids.tolist()})
+        else:
+            print(file)
 
     sheet = grid(originals + reconstructions, columns=len(images))
     scale = max(1, SHEET_IMAGE_PX // originals[0].width)
     enlarged = sheet.resize((scale * sheet.width, scale * sheet.height), Image.Resampling.NEAREST)
-    _write(enlarged, run.out / "sheet.png")
-
-
-def _write(image: Image.Image, path: Path) -> None:
-    write_png(image, path)
-    print(path)
+    write_png(enlarged, run.out / "sheet.png")
+    if not run.json:
+        print(run.out / "sheet.png")

@@ -10,11 +10,11 @@ from tyro.conf import Positional
 
 from tavq.base.arguments import parse, run_main
 from tavq.base.device import Device
+from tavq.base.weights import CHECKPOINT
 from tavq.commands.index import open_index
 from tavq.data.images import load_image
 from tavq.data.thumbnail_page import Card, write_page
 from tavq.photo_index import Hit
-from tavq.pipeline import CHECKPOINT
 from tavq.tokenizer.retrieval import text_encoder_of
 
 

@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tavq.base.arguments import parse, run_main
-from tavq.tokenizer.train_decoder import DECODER_PRESETS, DecoderRun, DecoderTask
-from tavq.training.loop import train
+from tavq.tokenizer.run_config import DECODER_PRESETS, DecoderRun
 
 
 @run_main
 def main(argv: Sequence[str] | None = None) -> None:
     run = parse(DecoderRun, argv, prog="tavq train decoder", presets=DECODER_PRESETS)
-    train(DecoderTask(run), run.training, run.out, run)
+
+    from tavq.tokenizer.train_decoder import DecoderTask
+    from tavq.training.dry_run import dry_run
+    from tavq.training.loop import train
+
+    task = DecoderTask(run)
+    if run.dry_run:
+        dry_run(task, run.training, run)
+    else:
+        train(task, run.training, run.out, run)

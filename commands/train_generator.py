@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tavq.base.arguments import parse, run_main
-from tavq.generator.train import RUN_PRESETS, GeneratorRun, train_generator
-from tavq.tokenizer.model import TAVQTokenizer
+from tavq.generator.config import RUN_PRESETS, GeneratorRun
 
 
 @run_main
 def main(argv: Sequence[str] | None = None) -> None:
     run = parse(GeneratorRun, argv, prog="tavq train generator", presets=RUN_PRESETS)
+
+    from tavq.generator.train import train_generator
+    from tavq.tokenizer.model import TAVQTokenizer
+
     if run.tokenizer is None:
         train_generator(run)
         return

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from tyro.conf import Positional
 
 from tavq.alignment.units import split_units
-from tavq.base.arguments import parse, run_main
+from tavq.base.arguments import parse, print_json, run_main
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +21,8 @@ class UnitsRun:
 
     text: Positional[str]
     """The text, or - for standard input."""
+    json: bool = False
+    """Print one line of JSON for each result, instead of text."""
 
 
 @run_main
@@ -29,5 +31,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = sys.stdin.read() if run.text == "-" else run.text
     if not text.strip():
         raise ValueError('the text is empty; write one, as in: tavq units "a dog jumps over a log"')
-    for kind, units in dataclasses.asdict(split_units(text)).items():
+    found = dataclasses.asdict(split_units(text))
+    if run.json:
+        print_json(found)
+        return
+    for kind, units in found.items():
         print(f"{kind}: " + "; ".join(units))

@@ -10,12 +10,12 @@ lists), `metadata.jsonl` (Hugging Face imagefolder), WebDataset shards (`*.tar`)
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from .config import SPLITS
 from .contained import LinkCheck
 from .dataset import Example, ImageTextDataset
 from .layouts_folder import IMAGE_SUFFIXES, has_metadata, read_metadata, read_sidecars
@@ -24,16 +24,10 @@ from .layouts_shards import read_shards
 from .long_text import attach_long_text
 from .shapes import shapes_examples
 
-SPLITS = ("train", "val", "test")
 _KNOWN = (
     "dataset_*.json, annotations/captions_*.json, Flickr8k's captions.txt, metadata.jsonl, "
     "*.tar shards or images with .txt side-cars"
 )
-
-
-def default_data() -> str:
-    """Return the dataset that the environment variable TAVQ_DATA names, "" without it."""
-    return os.environ.get("TAVQ_DATA", "")
 
 
 def check_data_is_named(path: str | Path) -> None:

@@ -8,13 +8,14 @@ import io
 import itertools
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from PIL import Image
 
 from tavq.base.hub import DATA_ONLY, TRANSFORMERS_FILES, directory_of
+
+from .config import VisionLanguageConfig
 
 MAX_SIDE_PX = 1024  # larger images are scaled down before they are sent
 FAILURES_IN_A_ROW = 10  # so many say that the server is down
@@ -32,37 +33,11 @@ class VisionLanguageModel(Protocol):
         """Give back connections; nothing is asked afterwards."""
 
 
-@dataclass(frozen=True)
-class VisionLanguageConfig:
-    """The model that looks at the images."""
-
-    model: str = ""
-    """Directory or hf:OWNER/NAME of a transformers image-text-to-text model. With --endpoint, the name that
-    the server gives its model."""
-    endpoint: str = ""
-    """Address of a server that speaks the OpenAI chat protocol, such as http://127.0.0.1:8000/v1 (vLLM,
-    Ollama, llama.cpp, SGLang). Its key is read from the environment variable OPENAI_API_KEY."""
-    requests: int = 8
-    """Requests that a server is sent at once."""
-    retries: int = 5
-    """Further attempts after an error or a timeout, with growing pauses between them."""
-    timeout_s: float = 120.0
-    """Time limit of one request, in seconds."""
-    max_tokens: int = 300
-    """Longest answer, in the model's tokens."""
-
-    def __post_init__(self) -> None:
-        for name, least in {"requests": 1, "retries": 0, "max_tokens": 1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected {least} or more")
-
-    def open(self, device: str) -> VisionLanguageModel:
-        """Load the local model, or connect to the server."""
-        if not self.model:
-            raise ValueError(
-                "no model is named; give --model DIR, or --endpoint URL and the --model it serves"
-            )
-        return Endpoint(self) if self.endpoint else LocalModel(self, device)
+def open_model(config: VisionLanguageConfig, device: str) -> VisionLanguageModel:
+    """Load the local model, or connect to the server."""
+    if not config.model:
+        raise ValueError("no model is named; give --model DIR, or --endpoint URL and the --model it serves")
+    return Endpoint(config) if config.endpoint else LocalModel(config, device)
 
 
 class LocalModel:

@@ -20,14 +20,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from tavq.base.arguments import parse, run_main
 from tavq.base.cache import cache_directory
 from tavq.base.device import Device, choose_device
+from tavq.base.progress import Progress
 from tavq.captioner.reward import CiderD, DocumentFrequencies
+from tavq.data.config import default_data
 from tavq.data.dataset import ImageTextDataset
-from tavq.data.layouts import default_data, open_dataset
+from tavq.data.layouts import open_dataset
 from tavq.eval.evaluation import RESIZE, print_metrics, reference_set
 from tavq.eval.results import caption_fields, make_protocol, with_intervals, write_results
 from tavq.metrics.captions import caption_metrics
@@ -155,7 +156,7 @@ def best_constant(train: ImageTextDataset, val: ImageTextDataset, tried: int, rn
     images = range(len(val))
     scores = [
         cider.scores([words] * len(val), images).mean()
-        for words in tqdm(words_of(candidates), desc="constant captions", disable=None)
+        for words in Progress(words_of(candidates), desc="constant captions")
     ]
     return candidates[scores.index(max(scores))]
 
@@ -165,7 +166,7 @@ def consensus(train: ImageTextDataset, nearest: Tensor) -> list[str]:
     words = [words_of(example.captions) for example in train.examples]
     frequencies = DocumentFrequencies.of(words)
     chosen = []
-    for rows in tqdm(nearest.tolist(), desc="consensus", disable=None):
+    for rows in Progress(nearest.tolist(), desc="consensus"):
         captions = [caption for row in rows for caption in train[row].captions]
         votes = [caption for row in rows for caption in words[row]]
         # Each caption also votes for itself, which adds the same to all of them.

@@ -5,7 +5,6 @@ Shapes: n images, H W image size in px.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sysconfig
 from collections.abc import Mapping
@@ -16,86 +15,59 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tavq.base.arguments import print_json
 from tavq.base.cache import cache_directory
-from tavq.base.device import Device, choose_device
+from tavq.base.device import choose_device
+from tavq.base.weights import CONFIG_FILE, local_directory
 from tavq.data.dataset import ImageTextDataset, readable_images
 from tavq.data.images import to_pil, to_pixels
-from tavq.data.layouts import default_data, open_dataset
+from tavq.data.layouts import open_dataset
+from tavq.eval.config import EvaluationRun
 from tavq.metrics.features import FeatureNetwork, ImageSet, load_network, refuse_training_network
-from tavq.pipeline import CHECKPOINT, Pipeline
+from tavq.pipeline import Pipeline
 from tavq.tokenizer.provenance import migrate_provenance
-from tavq.training.checkpoint import CONFIG_FILE, local_directory
 
 REFERENCE_SIZE_PX = 224
 RESIZE = f"squashed to {REFERENCE_SIZE_PX} x {REFERENCE_SIZE_PX}, antialiased bicubic (Pillow)"
 
 
-@dataclasses.dataclass(frozen=True)
-class EvaluationRun:
-    """Flags of every evaluation."""
+def open_evaluation(run: EvaluationRun, needs: tuple[str, ...]) -> tuple[Pipeline, ImageTextDataset]:
+    """Open the checkpoint and the evaluated images.
 
-    checkpoint: str = CHECKPOINT
-    """Directory or hf:OWNER/NAME that holds tokenizer/, generator/ and captioner/."""
-    data: str = dataclasses.field(default_factory=default_data)
-    """Dataset: a directory in any known layout, or `shapes`. By default the one that TAVQ_DATA names."""
-    split: str = "test"
-    """Split to measure. Choices are made on val; test is run once, on the frozen recipe."""
-    limit: int | None = None
-    """Number of images, from the first of the split on; all by default. The result file records it."""
-    out: Path | None = None
-    """Result file to write. By default CHECKPOINT/results/NAME.json."""
-    label: str | None = None
-    """Name of this result in tables. By default the name of the checkpoint."""
-    device: Device = "auto"
-    """Device to run on."""
-    compare: Path | None = None
-    """Another result file to compare with: prints both with the difference and its interval. Results of
-    different protocols are refused."""
+    Args:
+        run: the flags.
+        needs: parts that the checkpoint must have, such as ("tokenizer", "captioner").
+    """
+    directory = local_directory(run.checkpoint)
+    libraries = Path(sysconfig.get_path("purelib"))
+    if run.publish and (not Path(run.checkpoint).is_dir() or directory.is_relative_to(libraries)):
+        raise ValueError(f"results cannot lie beside the weights of {run.checkpoint}; leave out --publish")
 
-    def __post_init__(self) -> None:
-        if self.compare is not None and not self.compare.is_file():
-            raise FileNotFoundError(f"no result file {self.compare} to compare with; check --compare")
+    absent = [part for part in needs if not (directory / part / CONFIG_FILE).is_file()]
+    if absent:
+        raise FileNotFoundError(
+            f"{directory} has no {absent[0]}/{CONFIG_FILE}; expected a directory that holds "
+            f"{', '.join(f'{part}/' for part in needs)}"
+        )
 
-    def open(self, needs: tuple[str, ...]) -> tuple[Pipeline, ImageTextDataset]:
-        """Open the checkpoint and the evaluated images.
+    dataset = open_dataset(run.data, run.split).take(run.limit)
+    return Pipeline(directory, choose_device(run.device)), dataset
 
-        Args:
-            needs: parts that the checkpoint must have, such as ("tokenizer", "captioner").
-        """
-        directory = local_directory(self.checkpoint)
-        libraries = Path(sysconfig.get_path("purelib"))
-        if self.out is None and (not Path(self.checkpoint).is_dir() or directory.is_relative_to(libraries)):
-            raise ValueError(
-                f"results cannot lie beside the weights of {self.checkpoint}; say with --out where to write"
-            )
 
-        absent = [part for part in needs if not (directory / part / CONFIG_FILE).is_file()]
-        if absent:
-            raise FileNotFoundError(
-                f"{directory} has no {absent[0]}/{CONFIG_FILE}; expected a directory that holds "
-                f"{', '.join(f'{part}/' for part in needs)}"
-            )
+def other_split(run: EvaluationRun, n: int) -> ImageTextDataset:
+    """Return the first `n` examples of a split that is not evaluated."""
+    return open_dataset(run.data, "train" if run.split != "train" else "val").take(n)
 
-        dataset = open_dataset(self.data, self.split).take(self.limit)
-        return Pipeline(directory, choose_device(self.device)), dataset
 
-    def other_split(self, n: int) -> ImageTextDataset:
-        """Return the first `n` examples of a split that is not evaluated."""
-        return open_dataset(self.data, "train" if self.split != "train" else "val").take(n)
-
-    def result_path(self, name: str) -> Path:
-        """Return the result file of the evaluation called `name`."""
-        return self.out or Path(self.checkpoint) / "results" / f"{name}.json"
-
-    def protocol_fields(self, pipeline: Pipeline, dataset: ImageTextDataset) -> dict[str, Any]:
-        """Return the fields of the protocol that every evaluation records."""
-        return {
-            "label": self.label or Path(self.checkpoint).name,
-            "data": dataset.name,
-            "split": self.split,
-            "limit": self.limit,
-            "checkpoints": pipeline.hashes,
-        }
+def protocol_fields(run: EvaluationRun, pipeline: Pipeline, dataset: ImageTextDataset) -> dict[str, Any]:
+    """Return the fields of the protocol that every evaluation records."""
+    return {
+        "label": run.name,
+        "data": dataset.name,
+        "split": run.split,
+        "limit": run.limit,
+        "checkpoints": pipeline.hashes,
+    }
 
 
 def squashed_images(dataset: ImageTextDataset, size_px: int) -> tuple[Tensor, list[int]]:
@@ -168,6 +140,11 @@ def reference_set(dataset: ImageTextDataset) -> tuple[ImageSet, list[int]]:
     """Return the readable images at the size at which all images are measured, and their indices."""
     images, indices = squashed_images(dataset, REFERENCE_SIZE_PX)
     return ImageSet(images), indices
+
+
+def print_results(path: Path, metrics: Mapping[str, Mapping[str, Any]], protocol: Mapping[str, Any]) -> None:
+    """Print a result file as one line of JSON, as --json asks for."""
+    print_json({"path": str(path), "metrics": metrics, "protocol": protocol})
 
 
 def print_metrics(metrics: Mapping[str, Mapping[str, Any]], path: Path) -> None:

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from tavq.alignment.projections import NUM_LEVELS
-from tavq.captioner.decoding import GREEDY
+from tavq.alignment.config import NUM_LEVELS
+from tavq.base.progress import Progress
+from tavq.captioner.config import GREEDY
 from tavq.data.dataset import ImageTextDataset, readable_images
 from tavq.data.images import grid, to_pixels
 from tavq.eval.evaluation import uint8_to_pil
@@ -59,7 +59,7 @@ def cycle_captions(judge: Pipeline, images: Tensor) -> list[str]:
     """Return the judge's greedy caption of each image (n, 3, S, S) uint8."""
     pil_images = uint8_to_pil(images)
     captions: list[str] = []
-    for start in tqdm(range(0, len(pil_images), IMAGES_AT_ONCE), desc="judging", disable=None):
+    for start in Progress(range(0, len(pil_images), IMAGES_AT_ONCE), desc="judging"):
         batch = judge.caption(pil_images[start : start + IMAGES_AT_ONCE], GREEDY)
         captions += [candidates[0].text for candidates in batch]
     return captions
@@ -100,7 +100,7 @@ def nearest_training_images(pipeline: Pipeline, images: Tensor, training: ImageT
     size = images.shape[-1]
     queries = lookup(pipeline.encode(uint8_to_pil(images)).flatten(1)).flatten(1)
     best = [(-np.inf, 0)] * len(images)  # similarity and index of the nearest training image so far
-    bar = tqdm(readable_images(training), total=len(training), desc="nearest training images", disable=None)
+    bar = Progress(readable_images(training), total=len(training), desc="nearest training images")
     for index, image in bar:
         codes = lookup(pipeline.encode([image]).flatten(1)).flatten(1)
         similarities = (queries @ codes.T)[:, 0].tolist()

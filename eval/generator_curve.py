@@ -19,15 +19,16 @@ from tyro.conf import Positional
 
 from tavq.base.arguments import parse, run_main
 from tavq.base.files import atomic_write
+from tavq.base.weights import shipped_checkpoint
+from tavq.data.config import default_data
 from tavq.data.dataset import ImageTextDataset
-from tavq.data.layouts import default_data, open_dataset
+from tavq.data.layouts import open_dataset
 from tavq.eval.evaluation import at_reference_size, image_metric_options, open_network, reference_set
-from tavq.eval.run_t2i import generate_images
-from tavq.generator.sampling import SamplingConfig
+from tavq.eval.t2i import generate_images
+from tavq.generator.config import SamplingConfig
 from tavq.metrics.features import FeatureNetwork, ImageSet
 from tavq.metrics.frechet import image_metrics
 from tavq.pipeline import Pipeline
-from tavq.training.checkpoint import shipped_checkpoint
 from tavq.training.loop import EVALUATED_FOLDER
 from tavq.training.run_folder import read_log
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from tavq.base.progress import Progress
 from tavq.data.dataset import ImageTextDataset
 from tavq.data.images import from_pixels
 from tavq.eval.evaluation import resized, squashed_images, training_networks
@@ -65,7 +65,7 @@ def judge_features(judge: Pipeline, images: Tensor) -> Tensor:
     tokenizer = judge.tokenizer
     batches = resized(images, tokenizer.image_size_px).split(IMAGES_AT_ONCE)
     features = []
-    for batch in tqdm(batches, desc="features of the judge", disable=None):
+    for batch in Progress(batches, desc="features of the judge"):
         trunk = tokenizer.encoder.trunk_features(from_pixels(batch).to(judge.device))[-1]
         features.append(trunk.mean(dim=1).float().cpu())
     return torch.cat(features)

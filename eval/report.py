@@ -48,9 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise FileNotFoundError(f"no folder {config.results}; name the one that holds the result files")
     results = [read_results(path) for path in sorted(config.results.glob("*.json"))]
     if not results:
-        raise ValueError(
-            f"{config.results} holds no result file; make one with an eval/run_*.py or tavq score"
-        )
+        raise ValueError(f"{config.results} holds no result file; make one with tavq eval or tavq score")
     page = render(results, sorted(config.results.glob("*.png")), config.runs)
     with atomic_write(config.out) as temporary:
         temporary.write_text(page, encoding="utf-8")

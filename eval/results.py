@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from tavq.base.files import atomic_write
-from tavq.metrics import captions, spectral
+from tavq.metrics import captions, spectral_scores
 from tavq.metrics.bootstrap import Interval, Score, bootstrap_interval, paired_difference
 
 METRIC_LIBRARIES = ("torch-fidelity", "pycocoevalcap", "pillow")
@@ -118,7 +118,7 @@ def with_intervals(statistics: Mapping[str, np.ndarray]) -> dict[str, dict[str, 
 
 def score_of(metric: str) -> Score:
     """Return the function that turns the summed statistics of a metric into its value."""
-    return spectral.score_of(metric) or captions.score_of(metric)
+    return spectral_scores.score_of(metric) or captions.score_of(metric)
 
 
 def make_protocol(*, task: str, ids: Iterable[str], started: float, **fields: Any) -> dict[str, Any]:

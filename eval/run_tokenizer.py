@@ -7,192 +7,19 @@ Shapes: n images, S image size in px, h w token grid.
 
 from __future__ import annotations
 
-import dataclasses
-import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-from tqdm.auto import tqdm
-
-from tavq.alignment.projections import NUM_LEVELS
 from tavq.base.arguments import parse, run_main
-from tavq.data.dataset import ImageTextDataset
-from tavq.data.images import to_uint8
-from tavq.eval.evaluation import (
-    EvaluationRun,
-    at_reference_size,
-    image_metric_options,
-    network_fields,
-    open_network,
-    print_metrics,
-    reference_set,
-    resized,
-    squashed_images,
-)
-from tavq.eval.judge import JUDGE_DISTANCE, JudgeDistance, judge_fields, open_judge
-from tavq.eval.results import format_comparison, make_protocol, measured, with_intervals, write_results
-from tavq.metrics.features import FeatureNetwork, ImageSet
-from tavq.metrics.frechet import image_metrics
-from tavq.metrics.image import psnr, ssim
-from tavq.metrics.spectral import WEAVE_FIELDS, flat_patches, octave_statistics, weave_statistics
-from tavq.pipeline import Pipeline
-from tavq.tokenizer.codebook_usage import codebook_usage
-from tavq.tokenizer.retrieval import alignment_scores, image_to_text_ranks, text_to_image_ranks
-
-RECALLS = (1, 5, 10)
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenizerEvaluation(EvaluationRun):
-    """Measure a tokenizer: reconstruction, use of the codebook, retrieval through the codes.
-
-    Example: python eval/run_tokenizer.py --features mobilenet_v2_features.pt --out results/tokenizer.json
-    """
-
-    features: Path | None = None
-    """TorchScript feature network (uint8 B,3,H,W -> B,D), which names the metric. By default Inception v3."""
-    frechet: bool = True
-    """Measure rFID or rFD. Without it no feature network is needed."""
-    judge: str | None = None
-    """Checkpoint whose encoder measures a second Frechet distance. It must have another codebook."""
-    retrieval: bool = True
-    """Measure text-to-image and image-to-text recall, where the tokenizer is aligned with text."""
+from tavq.eval.config import TokenizerEvaluation
 
 
 @run_main
 def main(argv: Sequence[str] | None = None) -> None:
-    run = parse(TokenizerEvaluation, argv, prog="python eval/run_tokenizer.py")
-    started = time.monotonic()
-    pipeline, dataset = run.open(("tokenizer",))
-    tokenizer = pipeline.tokenizer
-    judge = open_judge(run.judge, pipeline) if run.judge else None
-    network = open_network(run.features, pipeline.directory) if run.frechet else None
+    run = parse(TokenizerEvaluation, argv, prog="tavq eval tokenizer")
 
-    originals, indices = squashed_images(dataset, tokenizer.image_size_px)
-    evaluated = ImageTextDataset(dataset.name, [dataset[index] for index in indices])
-    shrunk = originals  # at the size that is decoded
-    if tokenizer.decode_size_px != tokenizer.image_size_px:
-        shrunk, _ = squashed_images(evaluated, tokenizer.decode_size_px)
-    ids, decoded = reconstruct(pipeline, originals)
+    from tavq.eval.reconstruction import evaluate_tokenizer
 
-    per_image = pixel_statistics(decoded, originals, shrunk)
-    if run.retrieval and tokenizer.aligned_levels:
-        per_image |= retrieval_hits(pipeline, evaluated, ids)
-
-    metrics: dict[str, Any] = {}
-    floors: dict[str, float] = {}
-    protocol = run.protocol_fields(pipeline, evaluated)
-    protocol |= {"image_size_px": tokenizer.image_size_px, "weave": WEAVE_FIELDS}
-    if network is not None:
-        reference, _ = reference_set(evaluated)
-        name = network.frechet_name
-        distances = [frechet_distance(pipeline, images, network, reference) for images in (decoded, shrunk)]
-        metrics[f"r{name}"] = measured(distances[0], len(ids))
-        floors[f"{name} of photos at {tokenizer.decode_size_px} px"] = distances[1]
-        protocol |= network_fields(network, len(reference))
-    if judge is not None:
-        judge_distance = JudgeDistance(judge, evaluated)
-        metrics[f"r{JUDGE_DISTANCE}"] = measured(judge_distance(decoded), len(ids))
-        floors |= judge_distance.floors(shrunk, run.other_split(len(ids)))
-        protocol |= judge_fields(judge, pipeline, ("tokenizer",))
-    metrics |= with_intervals(per_image) | usage_metrics(ids[:, -1].cpu(), tokenizer.num_codes)
-
-    path = run.result_path("tokenizer")
-    result = make_protocol(task="tokenizer", ids=evaluated.ids, started=started, **protocol, floors=floors)
-    write_results(path, metrics, result, per_image=per_image, ids=evaluated.ids)
-    print_metrics(metrics, path)
-    for floor, value in floors.items():
-        print(f"floor: {floor} {value:.1f}")
-    if run.compare is not None:
-        print(format_comparison(run.compare, path))
-
-
-def reconstruct(pipeline: Pipeline, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Encode and decode images, one at a time.
-
-    Args:
-        images: (n, 3, S, S) uint8.
-
-    Returns:
-        ids of all levels (n, 3, h, w), and decoded images (n, 3, S', S') uint8.
-    """
-    tokenizer = pipeline.tokenizer
-    ids: list[Tensor] = []
-    decoded: list[Tensor] = []
-    for image in tqdm(images, desc="reconstructing", unit="image", disable=None):
-        levels = tokenizer.encode_levels((image[None].float() / 127.5 - 1).to(pipeline.device))
-        ids.append(levels)
-        decoded.append(to_uint8(tokenizer.decode(levels[:, -1])).cpu())
-    return torch.cat(ids), torch.cat(decoded)
-
-
-def pixel_statistics(decoded: Tensor, originals: Tensor, shrunk: Tensor) -> dict[str, np.ndarray]:
-    """Return the statistics of each reconstruction, by metric, that need no network.
-
-    Args:
-        decoded: (n, 3, S', S') uint8.
-        originals: (n, 3, S, S) uint8, at the size that is encoded. PSNR and SSIM are measured there, so that
-            tokenizers that decode at another size can be compared.
-        shrunk: (n, 3, S', S') uint8, the originals at the size that is decoded. Spectra are measured there.
-    """
-    small = resized(decoded, originals.shape[-1])
-    flat = flat_patches(shrunk)
-    return {
-        "PSNR": psnr(small, originals)[:, None],
-        "SSIM": ssim(small, originals)[:, None],
-        **octave_statistics(decoded, shrunk),
-        **weave_statistics(decoded, flat, shrunk, flat),
-    }
-
-
-def frechet_distance(
-    pipeline: Pipeline, images: Tensor, network: FeatureNetwork, reference: ImageSet
-) -> float:
-    """Return the Frechet distance of images (n, 3, H, W) uint8 from the real ones."""
-    options = image_metric_options(len(reference), str(pipeline.device))
-    scores = image_metrics(ImageSet(at_reference_size(images)), reference, network, **options)
-    return scores.values[network.frechet_name]
-
-
-def usage_metrics(ids: Tensor, num_codes: int) -> dict[str, dict[str, Any]]:
-    """Return usage and perplexity as metrics, with the number of tokens counted (see `codebook_usage`)."""
-    usage = codebook_usage(ids, num_codes)
-    return {
-        name: measured(getattr(usage, name), len(ids), tokens=usage.tokens)
-        for name in ("usage", "perplexity")
-    }
-
-
-def retrieval_hits(pipeline: Pipeline, dataset: ImageTextDataset, ids: Tensor) -> dict[str, np.ndarray]:
-    """Search with the first caption of each image among all images, and with each image among all captions.
-
-    Args:
-        ids: (n, 3, h, w). Those of the last level are the tokens; recall of the others is reported apart.
-
-    Returns:
-        Whether each query found its answer, (n, 1), by metric.
-    """
-    tokenizer = pipeline.tokenizer
-    image_of_caption = [row for row, example in enumerate(dataset.examples) for _ in example.captions]
-    captions = [caption for example in dataset.examples for caption in example.captions]
-    vectors = pipeline.alignment_encoder.encode(captions)
-    first_caption = torch.tensor([image_of_caption.index(row) for row in range(len(ids))])
-
-    hits: dict[str, np.ndarray] = {}
-    for level in sorted(set(tokenizer.aligned_levels.values()), reverse=True):
-        scores = alignment_scores(tokenizer, ids[:, level - 1], vectors, level).cpu()
-        ranks = {"t2i": text_to_image_ranks(scores[:, first_caption], torch.arange(len(ids)))}
-        if level == NUM_LEVELS:
-            ranks["i2t"] = image_to_text_ranks(scores, torch.tensor(image_of_caption))
-        for task, task_ranks in ranks.items():
-            for k in RECALLS if level == NUM_LEVELS else RECALLS[-1:]:
-                name = f"{task}_R@{k}" if level == NUM_LEVELS else f"{task}_R@{k} of Z_{level}"
-                hits[name] = (task_ranks < k).double().numpy()[:, None]
-    return hits
+    evaluate_tokenizer(run)
 
 
 if __name__ == "__main__":

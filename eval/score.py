@@ -7,21 +7,21 @@ Score other people's output with the same code and the same protocol block as ou
 
 from __future__ import annotations
 
-import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tyro.conf import Positional
 
-from tavq.base.arguments import parse, run_main
+from tavq.base.arguments import parse, print_json, run_main
 from tavq.base.cache import cache_directory
 from tavq.base.device import Device, choose_device
-from tavq.base.files import file_sha256
+from tavq.base.files import check_file, file_sha256
 from tavq.data.annotations import check_string, parse_json, read_text
+from tavq.eval.config import ScoreFaithfulness
 from tavq.eval.results import (
     caption_fields,
     format_comparison,
@@ -30,7 +30,6 @@ from tavq.eval.results import (
     with_intervals,
     write_results,
 )
-from tavq.eval.score_faithfulness import ScoreFaithfulness, score_faithfulness
 from tavq.metrics.captions import Backend, caption_metrics
 
 KARPATHY_IDS = ("cocoid", "imgid", "filename", "stem")
@@ -59,6 +58,8 @@ class ScoreCaptions:
     """Name of this result in tables. By default the name of the file with the captions."""
     compare: Path | None = None
     """Another result file to compare with: prints both with the difference and its interval."""
+    json: bool = False
+    """Print one line of JSON instead of text."""
 
 
 @dataclass(frozen=True)
@@ -90,29 +91,49 @@ class ScoreImages:
     """Name of this result in tables. By default the name of the folder."""
     compare: Path | None = None
     """Another result file to compare with: prints both with the difference."""
+    json: bool = False
+    """Print one line of JSON instead of text."""
 
 
 @run_main
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run `tavq score captions|images|faithfulness`."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    kinds: dict[str, tuple[type, Callable[[Any], None]]] = {
-        "captions": (ScoreCaptions, score_captions),
-        "images": (ScoreImages, score_images),
-        "faithfulness": (ScoreFaithfulness, score_faithfulness),
-    }
-    if argv[:1] in (["--help"], ["-h"]):
-        print(__doc__)
-        return
-    if not argv or argv[0] not in kinds:
-        raise ValueError(f"{' '.join(argv[:1]) or 'nothing'} to score; choose one of: {', '.join(kinds)}")
+def captions(argv: Sequence[str] | None = None) -> None:
+    """Run `tavq score captions`."""
+    config = parse(ScoreCaptions, argv, prog="tavq score captions")
+    _check_paths(config)
+    score_captions(config)
+    _print_comparison(config)
 
-    config_class, run = kinds[argv[0]]
-    config: Any = parse(config_class, argv[1:], prog=f"tavq score {argv[0]}")
+
+@run_main
+def images(argv: Sequence[str] | None = None) -> None:
+    """Run `tavq score images`."""
+    config = parse(ScoreImages, argv, prog="tavq score images")
+    _check_paths(config)
+    score_images(config)
+    _print_comparison(config)
+
+
+@run_main
+def faithfulness(argv: Sequence[str] | None = None) -> None:
+    """Run `tavq score faithfulness`."""
+    config = parse(ScoreFaithfulness, argv, prog="tavq score faithfulness")
+    _check_paths(config)
+
+    from tavq.eval.score_faithfulness import score_faithfulness
+
+    score_faithfulness(config)
+    _print_comparison(config)
+
+
+def _check_paths(config: ScoreCaptions | ScoreImages | ScoreFaithfulness) -> None:
+    """Refuse what the flags name and is not there, before anything is computed."""
     if config.compare is not None and not config.compare.is_file():
         raise FileNotFoundError(f"no result file {config.compare} to compare with; check --compare")
-    run(config)
-    if config.compare is not None:
+    check_file(config.out, ".json")
+
+
+def _print_comparison(config: ScoreCaptions | ScoreImages | ScoreFaithfulness) -> None:
+    if config.compare is not None and not config.json:
         print(format_comparison(config.compare, config.out))
 
 
@@ -135,6 +156,9 @@ def score_captions(config: ScoreCaptions) -> None:
         skipped=scores.skipped,
     )
     write_results(config.out, metrics, protocol, per_image=scores.statistics, ids=scores.ids)
+    if config.json:
+        print_json({"path": str(config.out), "metrics": metrics, "protocol": protocol})
+        return
     print(f"{len(scores.ids)} images, tokenised by {scores.backend}")
     _print_metrics(metrics, scores.skipped)
 
@@ -176,6 +200,9 @@ def score_images(config: ScoreImages) -> None:
         kid=kid,
     )
     write_results(config.out, metrics, protocol)
+    if config.json:
+        print_json({"path": str(config.out), "metrics": metrics, "protocol": protocol})
+        return
     _print_metrics(metrics, {} if "IS" in metrics else {"IS": "needs a network that classifies"})
 
 
@@ -261,7 +288,3 @@ def _print_metrics(metrics: dict[str, dict[str, Any]], skipped: dict[str, str]) 
         print(f"{name:<20}{entry['value']:>12.5f}{interval}")
     for name, reason in skipped.items():
         print(f"{name:<20}{'-':>12}  {reason}")
-
-
-if __name__ == "__main__":
-    main()

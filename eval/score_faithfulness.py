@@ -12,56 +12,30 @@ import json
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from tqdm.auto import tqdm
-from tyro.conf import OmitArgPrefixes, Positional
 
 from tavq.alignment.units import split_units
-from tavq.base.device import Device, choose_device
+from tavq.base.arguments import print_json
+from tavq.base.device import choose_device
 from tavq.base.journal import append_row, read_journal
+from tavq.base.progress import Progress
 from tavq.data.annotations import numbered_lines, parse_object
 from tavq.data.dataset import Example, ImageTextDataset
 from tavq.data.images import load_image, to_pixels
-from tavq.data.vision_language import AnswerError, VisionLanguageConfig, answer_all
+from tavq.data.vision_language import AnswerError, answer_all, open_model
+from tavq.eval.config import ScoreFaithfulness
 from tavq.eval.faithfulness import judge_images
 from tavq.eval.results import make_protocol, with_intervals, write_results
-from tavq.pipeline import CHECKPOINT, Pipeline
+from tavq.pipeline import Pipeline
 
 QUESTION = 'Does this image show "{unit}"? Answer yes or no.'
 YES_SHARE = "faithfulness"
 JUDGED_SIZE_PX = 256
-
-
-@dataclass(frozen=True)
-class ScoreFaithfulness:
-    """Measure whether generated images show what their prompts ask for.
-
-    Without --model, the captioner of another checkpoint describes the images. With it, a vision-language
-    model is asked about every phrase and word of the prompt. The same command resumes.
-
-    Example: tavq score faithfulness out/ --model hf:OWNER/NAME --out faithfulness.json
-    """
-
-    generated: Positional[Path]
-    """Folder that tavq generate wrote, with result.jsonl."""
-    out: Path
-    """Result file to write. The answers lie beside it, in NAME.answers.jsonl."""
-    vlm: OmitArgPrefixes[VisionLanguageConfig] = VisionLanguageConfig(max_tokens=8)
-    judge: str = CHECKPOINT
-    """Checkpoint whose captioner judges where no --model is named: a directory or hf:OWNER/NAME. It must have
-    another codebook than the images."""
-    device: Device = "auto"
-    """Device to run on."""
-    label: str | None = None
-    """Name of this result in tables. By default the name of the folder."""
-    compare: Path | None = None
-    """Another result file to compare with: prints both with the difference and its interval."""
 
 
 def score_faithfulness(run: ScoreFaithfulness) -> None:
@@ -86,6 +60,9 @@ def score_faithfulness(run: ScoreFaithfulness) -> None:
         floors=floors,
     )
     write_results(run.out, metrics, protocol, per_image=statistics, ids=dataset.ids)
+    if run.json:
+        print_json({"path": str(run.out), "metrics": metrics, "protocol": protocol})
+        return
     for name, entry in metrics.items():
         print(f"{name:<24}{entry['value']:>10.4f}  [{entry['low']:.4f}, {entry['high']:.4f}]  n={entry['n']}")
         if name in floors:
@@ -150,8 +127,8 @@ def by_questions(
 
     unanswered: list[str] = []
     unclear = 0
-    with tqdm(total=len(wanted), initial=len(wanted) - len(remaining), unit="question", disable=None) as bar:
-        model = run.vlm.open(choose_device(run.device)) if remaining else None
+    with Progress(total=len(wanted), initial=len(wanted) - len(remaining), unit="question") as bar:
+        model = open_model(run.vlm, choose_device(run.device)) if remaining else None
         for key, answer in answer_all(model, questions()) if model else ():
             bar.update(1)
             if isinstance(answer, AnswerError):

@@ -12,12 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import safe_open
-
+from tavq.base.weights import WEIGHTS_FILE
 from tavq.eval.cells import format_metric, markdown_row
 from tavq.eval.results import Results
-from tavq.tokenizer.model import TAVQTokenizer
-from tavq.training.checkpoint import WEIGHTS_FILE
 
 BASELINES = "baselines"
 """Task of result files that hold reference points alone."""
@@ -128,6 +125,8 @@ def make_models(directories: Sequence[Path]) -> str:
 
 def sizes_of(directory: Path) -> str:
     """Return in words what a tokenizer reads and writes."""
+    from tavq.tokenizer.model import TAVQTokenizer
+
     tokenizer = TAVQTokenizer.from_pretrained(directory)
     h, w = tokenizer.grid_size
     return (
@@ -138,6 +137,8 @@ def sizes_of(directory: Path) -> str:
 
 def parameters(weights: Path) -> int:
     """Return the number of values in a file of weights."""
+    from safetensors import safe_open
+
     with safe_open(weights, framework="np") as tensors:
         shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]
     total = 0

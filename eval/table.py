@@ -1,25 +1,25 @@
 """tavq table results/*.json [--readme README.md] [--check]
 
-Make the tables between the marker lines of a Markdown file from result files, never by hand. The markers say
+Print a table of result files, or write the tables between the marker lines of a Markdown file. These say
 what belongs there: `<!-- results: begin -->` and `<!-- results: end -->` all metrics, one table a protocol;
 `summary` the main metrics with their reference points; `models` the weights that ship.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tyro.conf import Positional
 
 from tavq.base.arguments import parse, run_main
 from tavq.base.files import atomic_write
+from tavq.base.weights import shipped_checkpoint
 from tavq.eval.cells import TIMES_100, format_difference, format_metric, markdown_row
 from tavq.eval.results import Results, compare, protocol_differences, read_results
 from tavq.eval.summary import BASELINES, make_models, make_summary
-from tavq.training.checkpoint import shipped_checkpoint
 
 MEANINGS = {
     "power ": "power: of the reconstruction over the photo's, by cycles an image",
@@ -39,20 +39,22 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Table:
-    """Make the tables of a Markdown file from result files.
+    """Print a table of result files, or write the tables of a Markdown file.
 
-    Example: tavq table checkpoints/flickr8k/results/*.json --readme docs/results.md
+    Examples: tavq table results/mine/*.json;  tavq table results/mine/*.json --readme docs/results.md
     """
 
     results: Positional[tuple[Path, ...]]
     """The result files. Files of one protocol share a table and are compared with the first."""
-    readme: Path = Path("README.md")
-    """The file with the marker lines of `results` (all metrics), `summary` (main metrics and reference
-    points) or `models` (sizes of the weights)."""
+    block: Literal["results", "summary", "models"] = "results"
+    """Table to print: all metrics, the main metrics with their reference points, or the sizes of the
+    weights."""
+    readme: Path | None = None
+    """Markdown file to write into, between the marker lines of these blocks, instead of printing one."""
     models: tuple[Path, ...] = field(default_factory=lambda: (shipped_checkpoint(),))
     """Checkpoints that the block `models` lists."""
     check: bool = False
-    """Change nothing; exit 2 if the tables are stale."""
+    """With --readme: change nothing; exit 2 if the tables are stale."""
 
 
 @run_main
@@ -61,8 +63,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(Table, argv, prog="tavq table")
     if not config.results:
         raise ValueError("no result files given; name at least one, such as results/*.json")
-    if not config.readme.is_file():
+    if config.readme is not None and not config.readme.is_file():
         raise FileNotFoundError(f"no file {config.readme}; name one with --readme")
+    if config.check and config.readme is None:
+        raise ValueError("--check compares a page with its results; name the page with --readme")
 
     results = [read_results(path) for path in config.results]
     makers: dict[str, Callable[[], str]] = {
@@ -70,21 +74,32 @@ def main(argv: Sequence[str] | None = None) -> None:
         "summary": lambda: make_summary(results),
         "models": lambda: make_models(config.models),
     }
-    text = config.readme.read_text(encoding="utf-8")
+    if config.readme is None:
+        print(makers[config.block]())
+    else:
+        write_tables(config.readme, makers, check=config.check)
+
+
+def write_tables(page: Path, makers: Mapping[str, Callable[[], str]], *, check: bool) -> None:
+    """Write the blocks of a Markdown file whose marker lines it has; with `check` compare them instead.
+
+    Raises:
+        ValueError: it has no marker line, or `check` finds a table that is not the one in the file.
+    """
+    text = page.read_text(encoding="utf-8")
     blocks = [name for name in makers if begin_marker(name) in text]
     if not blocks:
         raise ValueError(
-            f"{config.readme} has no marker line; put {begin_marker('results')} and below it "
+            f"{page} has no marker line; put {begin_marker('results')} and below it "
             f"{end_marker('results')} where the tables belong"
         )
-
     for name in blocks:
-        if not config.check:
-            write_block(config.readme, name, makers[name]())
-        elif with_block(config.readme, name, makers[name]()) != text:
-            raise ValueError(f"the tables in {config.readme} are stale; run tavq table without --check")
-    if config.check:
-        print(f"{config.readme}: up to date")
+        if not check:
+            write_block(page, name, makers[name]())
+        elif with_block(page, name, makers[name]()) != text:
+            raise ValueError(f"the tables in {page} are stale; run tavq table without --check")
+    if check:
+        print(f"{page}: up to date")
 
 
 def begin_marker(name: str) -> str:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from typing import Any, Literal
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
-Attention = Literal["auto", "sdpa", "xformers"]
+from .config import Attention
+
 BIAS_ALIGNMENT = 8  # xformers wants each row of a bias to start at a multiple of 8 numbers
 
 

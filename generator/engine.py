@@ -30,7 +30,8 @@ from torch import Tensor
 from tavq.data.text_encoder import TokenStates
 
 from .attention import attend
-from .linear import Precision, prepared_linear
+from .config import Precision
+from .linear import prepared_linear
 from .model import Block, GeneratorConfig, GeneratorModel
 
 SampleTokens = Callable[[Tensor, int | Tensor], Tensor]

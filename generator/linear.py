@@ -6,13 +6,13 @@ Shapes: R rows, I inputs, O outputs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Precision = Literal["float32", "bfloat16", "int8"]
+from .config import Precision
+
 Linear = Callable[[Tensor], Tensor]
 """(R, I) -> (R, O)."""
 INT8_MAX = 127.0

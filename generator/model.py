@@ -24,44 +24,8 @@ from tavq.base.bounds import check_bounds
 from tavq.training.checkpoint import Checkpointed
 from tavq.training.provenance import TokenProvenance
 
-from .attention import Attention, attend
-
-
-@dataclasses.dataclass(frozen=True)
-class GeneratorShape:
-    """Size of the generator, and the text that it reads."""
-
-    width: int = 256
-    """Width of the residual stream (D)."""
-    num_layers: int = 5
-    num_heads: int = 4
-    hidden_width: int = 704
-    """Width of the gated feed-forward layer."""
-    max_text_tokens: int = 32
-    """Slots for text tokens (T). Every text takes all of them, so that the length of other prompts never
-    matters."""
-    dropout: float = 0.1
-    attention: Attention = "auto"
-    """Attention kernel: auto, sdpa, or xformers (CUDA only)."""
-    text_encoder: str = "minilm"
-    """Text encoder: minilm, or a directory or hf:OWNER/NAME of a transformers text model."""
-
-    def __post_init__(self) -> None:
-        check_bounds(
-            self,
-            width=(1, 2**16),
-            num_layers=(1, 1000),
-            num_heads=(1, 1024),
-            hidden_width=(1, 2**18),
-            max_text_tokens=(1, 2**14),
-        )
-        if self.width % (4 * self.num_heads):
-            raise ValueError(
-                f"width is {self.width} with {self.num_heads} heads; expected a multiple of "
-                f"{4 * self.num_heads}, as rope rotates pairs of numbers in each head by row and by column"
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}, expected 0 <= dropout < 1")
+from .attention import attend
+from .config import Attention, GeneratorShape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,13 +61,6 @@ class GeneratorConfig(GeneratorShape):
     def sequence_length(self) -> int:
         """Slots of a whole sequence (T + N)."""
         return self.max_text_tokens + self.num_tokens
-
-
-PRESETS: dict[str, GeneratorShape] = {
-    "flickr8k": GeneratorShape(),
-    "tiny": GeneratorShape(width=32, num_layers=2, num_heads=2, hidden_width=64),
-    "base": GeneratorShape(width=768, num_layers=14, num_heads=12, hidden_width=2048, max_text_tokens=64),
-}
 
 
 class GeneratorModel(Checkpointed):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -19,72 +18,9 @@ from torch import Tensor
 from tavq.base.seeding import mixed_seed
 from tavq.data.text_encoder import TokenStates
 
+from .config import SamplingConfig
 from .engine import Engine, autoregressive_decode, speculative_decode
-from .linear import Precision
 from .model import GeneratorModel
-
-RENAMED_FIELDS = {"guidance": "guidance_scale"}
-"""Field of `SamplingConfig` in recipes of earlier versions -> its name today."""
-EARLIER_VALUES = {"guidance_schedule": "constant", "guidance_start": 0.0}
-"""Fields that earlier recipes lack -> what they meant."""
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingConfig:
-    """How ids are sampled."""
-
-    guidance_scale: float = 7.0
-    """Scale of classifier-free guidance: logits = null + scale * (text - null). 1 turns it off."""
-    guidance_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """How guidance rises from the first token to the last, where it has its full scale."""
-    guidance_start: float = 1 / 3
-    """Part of the guidance that the first token has, 0 (none) to 1, where the schedule is not constant."""
-    temperature: float = 1.0
-    """Temperature of the softmax. 0 takes the likeliest code each time."""
-    top_k: int = 100
-    """Sample among this many likeliest codes. 0 means all."""
-    top_p: float = 1.0
-    """Sample among the fewest likeliest codes that hold this much probability (nucleus sampling)."""
-    precision: Precision = "float32"
-    """Precision of the weights while decoding. int8 (for CPUs; it also rounds the inputs of each layer) and
-    bfloat16 (for CUDA) are faster and change a few tokens."""
-    micro_batch: int = 1
-    """Images decoded together. Smaller batches are padded to it, so that every image is computed alike."""
-    draft_tokens: int = 8
-    """Tokens drafted and verified in one forward pass (speculative decoding). 1 drafts none. The tokens stay
-    the same. 8 with micro_batch 1 is fast for one image, 1 with micro_batch 4 for many."""
-    compile: bool = False
-    """Compile the forward pass with torch.compile. Compiling takes half a minute and pays on CUDA; on the CPU
-    the engine's own layouts are faster (docs/experiments.md)."""
-
-    def __post_init__(self) -> None:
-        limits = {
-            "guidance_scale": (self.guidance_scale >= 0, "0 or more"),
-            "temperature": (self.temperature >= 0, "0 or more"),
-            "top_k": (self.top_k >= 0, "0 (all) or more"),
-            "guidance_start": (0 <= self.guidance_start <= 1, "0 to 1"),
-            "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
-            "micro_batch": (self.micro_batch >= 1, "1 or more"),
-            "draft_tokens": (self.draft_tokens >= 1, "1 (no drafts) or more"),
-        }
-        for name, (holds, expected) in limits.items():
-            if not holds:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected {expected}; change it")
-        if self.precision not in get_args(Precision):
-            raise ValueError(f"precision is {self.precision!r}; choose {', '.join(get_args(Precision))}")
-        if self.guidance_schedule not in ("constant", "linear", "cosine"):
-            raise ValueError(
-                f"guidance_schedule is {self.guidance_schedule!r}; choose constant, linear or cosine"
-            )
-
-    def guidance_scale_at(self, position: int, num_tokens: int) -> float:
-        """Return the guidance scale of the token at `position`."""
-        progress = position / max(1, num_tokens - 1)
-        if self.guidance_schedule == "constant":
-            return self.guidance_scale
-        rise = progress if self.guidance_schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
-        part = self.guidance_start + (1 - self.guidance_start) * rise
-        return 1 + (self.guidance_scale - 1) * part
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,12 +25,14 @@ from tavq.data.images import grid, to_pil
 from tavq.data.text_encoder import TextEncoder
 from tavq.data.tokens import TokenMeta, TokenSet, open_tokens
 from tavq.training.checkpoint import tensor_hash
+from tavq.training.dry_run import dry_run
 from tavq.training.loop import train
 from tavq.training.provenance import TokenProvenance
-from tavq.training.task import StepOutput, Task, TrainingConfig
+from tavq.training.task import StepOutput, Task
 
-from .model import PRESETS, GeneratorConfig, GeneratorModel, GeneratorShape
-from .sampling import SamplingConfig, sample
+from .config import RUN_PRESETS, GeneratorRun, GeneratorShape
+from .model import GeneratorConfig, GeneratorModel
+from .sampling import sample
 from .text_states import pack_states
 
 EVALUATION_BATCH = 100
@@ -38,76 +40,6 @@ NUM_SAMPLES = 16  # images in the sample grid
 
 Decode = Callable[[Tensor], Tensor]
 """ids (B, h, w) -> images (B, 3, H, W)."""
-
-
-@dataclasses.dataclass(frozen=True)
-class GeneratorRun:
-    """Train the generator (text -> ids).
-
-    Example: tavq train generator --tokens runs/tokens --tokenizer runs/tokenizer --out runs/generator
-    """
-
-    tokens: Path = Path("runs/tokens")
-    """Token set that `tavq tokenize` made."""
-    out: Path = Path("runs/generator")
-    """Directory of the run. It holds the checkpoint, the log and the state to resume from."""
-    preset: str = "flickr8k"
-    """Preset: flickr8k, tiny (seconds on a CPU) or base (about 100 M weights, 256 tokens)."""
-    config: Path | None = None
-    """YAML file of these fields, instead of a preset."""
-    start: Path | None = None
-    """Generator to train further, such as one whose tokenizer has been trained further since. It decides the
-    shape of the model."""
-    tokenizer: Path | None = None
-    """Tokenizer whose codebook initialises the token embeddings and which decodes the sample images."""
-    label_smoothing: float = 0.05
-    """Fraction of the target that is spread over all codes."""
-    null_text_rate: float = 0.1
-    """Fraction of captions that are replaced by the learned null text, for classifier-free guidance."""
-    sampling: SamplingConfig = SamplingConfig()
-    """How the sample images are sampled."""
-    model: GeneratorShape = PRESETS["flickr8k"]
-    training: TrainingConfig = TrainingConfig(
-        steps=1280,
-        batch_size=16,
-        learning_rate=2e-3,
-        warmup_steps=120,
-        weight_decay=0.1,
-        betas=(0.9, 0.95),
-        optimizer="muon",
-        ema_decay=0.995,
-        evaluate_every=320,
-        patience=6,
-    )
-
-    def __post_init__(self) -> None:
-        for name in ("label_smoothing", "null_text_rate"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 <= {name} < 1")
-
-
-RUN_PRESETS: dict[str, GeneratorRun] = {
-    "flickr8k": GeneratorRun(),
-    "tiny": GeneratorRun(
-        preset="tiny",
-        model=PRESETS["tiny"],
-        training=TrainingConfig(
-            steps=60, batch_size=8, learning_rate=3e-3, warmup_steps=10, ema_decay=0.9, evaluate_every=30
-        ),
-    ),
-    "base": GeneratorRun(
-        preset="base",
-        model=PRESETS["base"],
-        training=TrainingConfig(
-            steps=100_000,
-            batch_size=64,
-            learning_rate=3e-4,
-            warmup_steps=2000,
-            evaluate_every=2000,
-            patience=10,
-        ),
-    ),
-}
 
 
 def train_generator(run: GeneratorRun, decode: Decode | None = None, codebook: Tensor | None = None) -> None:
@@ -124,7 +56,10 @@ def train_generator(run: GeneratorRun, decode: Decode | None = None, codebook: T
             "use the command `tavq train generator`"
         )
     task = GeneratorTask(run, decode, codebook)
-    train(task, run.training, run.out, task.run)
+    if run.dry_run:
+        dry_run(task, run.training, task.run)
+    else:
+        train(task, run.training, run.out, task.run)
 
 
 class GeneratorTask(Task["GeneratorTrainer", GeneratorModel]):

@@ -23,8 +23,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .bootstrap import Score
-
 OCTAVES = ((1, 3), (3, 6), (6, 12), (12, 24), (24, 48), (48, 96))
 """Cycles an image, lower limit included, upper one not; the first is wider than an octave."""
 PERIODS_PX = (2, 4, 8)
@@ -124,35 +122,6 @@ def weave_statistics(
         columns += [_prominence_sums(pixels, mask), mask.sum(dim=(1, 2)).double().expand(len(PERIODS_PX), -1)]
     sums_Ln4 = torch.stack(columns, dim=-1).numpy()
     return {f"weave {period} px": rows for period, rows in zip(PERIODS_PX, sums_Ln4, strict=True)}
-
-
-def score_of(metric: str) -> Score | None:
-    """Return the function that turns the summed statistics of a metric into its value.
-
-    None if the metric is none of this module's.
-    """
-    return _SCORES.get(metric.split()[0])
-
-
-def _power(sums: np.ndarray, n: int) -> np.ndarray:
-    return _ratio(sums[..., 0], sums[..., 1])
-
-
-def _correlation(sums: np.ndarray, n: int) -> np.ndarray:
-    # Images without any detail in an octave have none of the originals': 0, not the ratio of round-off.
-    images, originals, cross = sums[..., 0], sums[..., 1], sums[..., 2]
-    return np.where(images > 1e-20 * originals, _ratio(cross, np.sqrt(images * originals)), 0.0)
-
-
-def _weave(sums: np.ndarray, n: int) -> np.ndarray:
-    return np.exp(sums[..., 0] / sums[..., 1] - sums[..., 2] / sums[..., 3])
-
-
-_SCORES: dict[str, Score] = {"power": _power, "correlation": _correlation, "weave": _weave}
-
-
-def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
 
 
 def _luma(images: Tensor) -> Tensor:

@@ -16,10 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tavq.base.arguments import parse, run_main
-from tavq.data.layouts import check_data_is_named, default_data
+from tavq.data.config import default_data
+from tavq.data.layouts import check_data_is_named
 from tavq.eval.results import Results, read_results
 from tavq.eval.table import write_block
-from tavq.tokenizer.train import LossConfig
+from tavq.tokenizer.config import LossConfig
 from tavq.training.run_folder import claim_folder
 
 ROOT = Path(__file__).resolve().parent.parent

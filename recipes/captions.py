@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tavq.base.arguments import parse, run_main
-from tavq.data.layouts import check_data_is_named, default_data
+from tavq.data.config import default_data
+from tavq.data.layouts import check_data_is_named
 from tavq.eval.cells import format_difference
 from tavq.eval.results import Results, compare, read_results
 from tavq.eval.table import make_tables

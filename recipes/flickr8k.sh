@@ -66,7 +66,7 @@ features=()
 judge=()
 [ -n "$JUDGE" ] && judge=(--judge "$JUDGE")
 evaluate() { # NAME FLAGS...
-    "$PYTHON" "eval/run_$1.py" --checkpoint "$READY" --data "$DATA" --split "$SPLIT" --device "$DEVICE" \
+    tavq eval "$1" --publish --checkpoint "$READY" --data "$DATA" --split "$SPLIT" --device "$DEVICE" \
         --label "$PRESET-$ALIGN" $EVAL_FLAGS "${@:2}"
 }
 

@@ -5,12 +5,16 @@ Heavy libraries are imported by the command that needs them, so that `tavq --hel
 
 from __future__ import annotations
 
-import argparse
+import difflib
 import importlib
+import importlib.metadata
 import re
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tavq.base.arguments import EntryPoint
 
 COMMANDS = {
     "generate": "draw images from text",
@@ -33,47 +37,108 @@ COMMANDS = {
     "units": "show the words, phrases and sentences of a text",
     "cache": "show what is kept on disk to save time, or clear it",
     "export": "copy a checkpoint for sharing, in half precision",
+    "eval tokenizer": "measure reconstruction, use of the codebook and retrieval",
+    "eval t2i": "measure generated images against real ones",
+    "eval caption": "measure captions against human ones",
     "blind": "lay reconstructions by two tokenizers side by side, in secret order",
-    "score": "score anybody's captions or images",
-    "table": "make the README's tables from result files",
+    "score captions": "score anybody's captions",
+    "score images": "score anybody's images",
+    "score faithfulness": "score whether images show what their prompts ask for",
+    "table": "print tables of result files, or write them into a page",
     "report": "one page of results, curves and images",
+    "completion": "print a script that completes commands and flags in your shell",
 }
-EVALUATION = ("blind", "score", "table", "report")
-ROOMS = {"demo": "app"} | dict.fromkeys(EVALUATION, "eval")  # the others lie in commands/
+"""Command -> its purpose."""
+GROUPS = {name.split()[0] for name in COMMANDS if " " in name}
+MODULES = {
+    "demo": "app.demo",
+    "eval tokenizer": "eval.run_tokenizer",
+    "eval t2i": "eval.run_t2i",
+    "eval caption": "eval.run_caption",
+    "blind": "eval.blind",
+    "score captions": "eval.score:captions",
+    "score images": "eval.score:images",
+    "score faithfulness": "eval.score:faithfulness",
+    "table": "eval.table",
+    "report": "eval.report",
+    "completion": "completion",
+}
+"""Command -> its module, and the function if it is not `main`; the others lie in commands/, named as they are
+typed."""
+HELP = ("-h", "--help", "help")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run `tavq COMMAND ...`; `tavq COMMAND --help` shows the flags of a command, with examples."""
+    """Run `tavq COMMAND ...`; `tavq COMMAND --help` shows the flags of a command, with an example."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    for words in (2, 1):
-        name = " ".join(argv[:words])
+    try:
+        _run(argv)
+    except KeyboardInterrupt:  # while the command is imported; `run_main` takes over afterwards
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def _run(argv: list[str]) -> None:
+    if argv[:1] == ["help"] and len(argv) > 1:
+        argv = [*argv[1:], "--help"]
+    for count in (2, 1):
+        name = " ".join(argv[:count])
         if name in COMMANDS:
-            module = f"tavq.{ROOMS.get(name, 'commands')}.{re.sub('[ -]', '_', name)}"
-            importlib.import_module(module).main(argv[words:])
+            entry_point(name)(argv[count:])
             return
-    _parser().parse_args(argv or ["--help"])
+
+    first = argv[0] if argv else "help"
+    if first in HELP:
+        print(_overview())
+    elif first in ("-V", "--version"):
+        print(f"tavq {importlib.metadata.version('ta-vq')}")
+    elif first in GROUPS and (len(argv) == 1 or argv[1] in HELP):
+        print(_listing([name for name in COMMANDS if name.startswith(f"{first} ")]))
+        print(f"\ntavq {first} NAME --help shows the flags, with an example.")
+    else:
+        _refuse(argv)
 
 
-def _parser() -> argparse.ArgumentParser:
-    width = max(map(len, COMMANDS))
-    listing = "\n".join(f"  {name:<{width}}  {purpose}" for name, purpose in COMMANDS.items())
-    parser = _Parser(
-        prog="tavq",
-        usage="tavq COMMAND ...",
-        description="Text-aligned image tokens: text to image, image to text, and the training of both.",
-        epilog=f"commands:\n{listing}\n\ntavq COMMAND --help shows the flags of a command, with examples.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def entry_point(name: str) -> EntryPoint:
+    """Import a command, and return its function."""
+    module, _, function = MODULES.get(name, f"commands.{re.sub('[ -]', '_', name)}").partition(":")
+    return getattr(importlib.import_module(f"tavq.{module}"), function or "main")
+
+
+def _refuse(argv: list[str]) -> None:
+    """Name the command that is meant, or where the commands are listed; exit with 2."""
+    first = argv[0]
+    if first in GROUPS:
+        typed = argv[1]
+        choices = [name.split()[1] for name in COMMANDS if name.startswith(f"{first} ")]
+        way_out = "choose one of: " + ", ".join(choices)
+        above = f"{first} "
+    else:
+        typed = first
+        choices = [*COMMANDS, *GROUPS]
+        way_out = "tavq --help lists the commands"
+        above = ""
+    meant = difflib.get_close_matches(typed, choices, n=1, cutoff=0.7)
+    if meant:
+        way_out = f"did you mean tavq {above}{meant[0]}?"
+    kind = "option" if first.startswith("-") else "command"
+    print(f"error: there is no {kind} {above + typed!r}; {way_out}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _overview() -> str:
+    return (
+        "usage: tavq COMMAND ...\n\n"
+        "Text-aligned image tokens: text to image, image to text, and the training of both.\n\n"
+        f"{_listing(list(COMMANDS))}\n\n"
+        "tavq COMMAND --help, or tavq help COMMAND, shows the flags of a command, with an example.\n"
+        "tavq --version prints the version. --debug after a command shows the traceback of an error."
     )
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
-    return parser
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says of a mistake one line, as the commands do."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {message}; tavq --help lists the commands", file=sys.stderr)
-        sys.exit(2)
+def _listing(names: list[str]) -> str:
+    width = max(map(len, names))
+    return "\n".join(["commands:", *(f"  {name:<{width}}  {COMMANDS[name]}" for name in names)])
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from tavq.base.seeding import image_seeds
-from tavq.captioner.decoding import DecodingConfig
+from tavq.captioner.config import DecodingConfig
 from tavq.data.images import ImageSource, open_image
-from tavq.generator.sampling import SamplingConfig
+from tavq.generator.config import SamplingConfig
+from tavq.prompts import check_prompts, negatives_of, texts_of
 
 WHITE_FROM = 128  # grey level of a mask image from which on a pixel counts as white
 Settings = TypeVar("Settings", SamplingConfig, DecodingConfig)
@@ -60,22 +61,6 @@ def jobs_of(
     ]
 
 
-def texts_of(texts: str | Sequence[str], name: str) -> list[str]:
-    """Return one text or several as a list; anything else is a TypeError that names the argument."""
-    found = [texts] if isinstance(texts, str) else list(texts)
-    for text in found:
-        if not isinstance(text, str):
-            raise TypeError(f"{name} is a {type(text).__name__}, expected a text or a list of texts")
-    return found
-
-
-def negatives_of(negative_prompt: str | Sequence[str] | None, count: int) -> list[str | None]:
-    """Return the negative prompt of each prompt; None where there is none, or a blank one."""
-    if negative_prompt is None or isinstance(negative_prompt, str):
-        negative_prompt = [negative_prompt or ""] * count
-    return [text if text.strip() else None for text in texts_of(negative_prompt, "negative_prompt")]
-
-
 def with_options(settings: Settings, options: Mapping[str, Any]) -> Settings:
     """Return `settings` with some fields replaced; an unknown name is a TypeError that lists them."""
     names = [field.name for field in dataclasses.fields(settings)]
@@ -92,10 +77,3 @@ def mask_of(mask: Tensor | ImageSource) -> Tensor:
     if isinstance(mask, np.ndarray) and mask.dtype == bool:
         return torch.from_numpy(mask)
     return torch.from_numpy(np.array(open_image(mask).convert("L"))) >= WHITE_FROM
-
-
-def check_prompts(prompts: Sequence[str]) -> None:
-    """Raise ValueError if a prompt is empty."""
-    texts_of(prompts, "prompt")
-    if not all(prompt.strip() for prompt in prompts):
-        raise ValueError("the prompt is empty; describe the image in a few words")

@@ -20,25 +20,29 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from tavq.alignment.projections import NUM_LEVELS
+from tavq.alignment.config import NUM_LEVELS
 from tavq.base.files import file_hash
 from tavq.base.seeding import mixed_seed
-from tavq.captioner.decoding import DecodingConfig, decode_captions
+from tavq.base.weights import CHECKPOINT, WEIGHTS_FILE, local_directory, shipped_checkpoint
+from tavq.captioner.config import DecodingConfig
+from tavq.captioner.decoding import decode_captions
 from tavq.captioner.likelihood import log_likelihood
 from tavq.captioner.model import Captioner
 from tavq.data.images import ImageSource, blend, open_image, open_images, to_pil, to_tensor
 from tavq.data.text_encoder import TextEncoder, TokenStates
+from tavq.generator.config import SamplingConfig
 from tavq.generator.model import GeneratorModel
-from tavq.generator.sampling import SamplingConfig, sample, stream
-from tavq.inputs import Job, check_prompts, jobs_of, mask_of, with_options
+from tavq.generator.sampling import sample, stream
+from tavq.inputs import Job, jobs_of, mask_of, with_options
+from tavq.prompts import check_prompts
 from tavq.ranking import RankBy, combine_scores
 from tavq.results import Captions, Generated, Reconstruction, read_recipe, recipe_line
 from tavq.tokenizer.heatmaps import UnitMap, check_aligned, unit_maps
 from tavq.tokenizer.model import TAVQTokenizer
 from tavq.tokenizer.retrieval import alignment_scores, text_encoder_of
-from tavq.training.checkpoint import WEIGHTS_FILE, local_directory, shipped_checkpoint
 
 __all__ = [
+    "CHECKPOINT",
     "Captions",
     "Generated",
     "Pipeline",
@@ -47,8 +51,6 @@ __all__ = [
     "read_recipe",
     "recipe_line",
 ]
-
-CHECKPOINT = str(shipped_checkpoint())
 
 
 class Pipeline:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RankBy = Literal["likelihood", "alignment", "sum"]
 
@@ -23,7 +23,7 @@ def combine_scores(scores: Sequence[Tensor]) -> Tensor:
     """
     if len(scores) == 1:
         return scores[0]
-    total = torch.zeros_like(scores[0])
+    total = scores[0] * 0
     for score in scores:
         deviation = score.std(-1, keepdim=True).clamp_min(1e-6)
         total = total + (score - score.mean(-1, keepdim=True)) / deviation

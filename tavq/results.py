@@ -11,14 +11,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from tavq.base.files import atomic_write
 from tavq.captioner.decoding import Caption
 from tavq.data.images import write_png
-from tavq.generator.sampling import EARLIER_VALUES, RENAMED_FIELDS
+from tavq.generator.config import EARLIER_VALUES, RENAMED_FIELDS
 
 RECIPE_FIELD = "tavq"  # PNG text field that holds the recipe as JSON
 PARAMETERS_FIELD = "parameters"  # PNG text field that other programs write and show: the recipe for people
@@ -124,8 +124,11 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no image {path}; name a PNG that tavq generate wrote")
-    with Image.open(path) as image:
-        text = getattr(image, "text", {}).get(RECIPE_FIELD)
+    try:
+        with Image.open(path) as image:
+            text = getattr(image, "text", {}).get(RECIPE_FIELD)
+    except UnidentifiedImageError:
+        text = None
     if text is None:
         raise ValueError(f"{path} carries no recipe; only PNG files that tavq generate wrote do")
     recipe = json.loads(text)

@@ -13,13 +13,14 @@ os.environ.setdefault("TAVQ_CACHE", str(Path(tempfile.gettempdir()) / "tavq-test
 import pytest
 import torch
 
-from tavq.captioner.model import PRESETS as CAPTIONER_PRESETS
+from tavq.captioner.config import PRESETS as CAPTIONER_PRESETS
 from tavq.captioner.model import Captioner, CaptionerConfig
 from tavq.data.text_encoder import TextEncoder
-from tavq.generator.model import PRESETS as GENERATOR_PRESETS
+from tavq.generator.config import PRESETS as GENERATOR_PRESETS
 from tavq.generator.model import GeneratorConfig, GeneratorModel
 from tavq.pipeline import Pipeline
-from tavq.tokenizer.model import PRESETS, TAVQTokenizer, TokenizerConfig
+from tavq.tokenizer.config import PRESETS
+from tavq.tokenizer.model import TAVQTokenizer, TokenizerConfig
 from tavq.tokenizer.provenance import TokenizerProvenance
 
 torch.set_num_threads(1)  # the models are tiny, and two threads collapse where another process is busy

@@ -12,7 +12,7 @@ from PIL import Image
 from tavq.cli import main
 from tavq.data.images import squash
 from tavq.data.layouts import open_dataset
-from tavq.eval.blind import chosen_images, reconstruction
+from tavq.eval.blind_sheets import chosen_images, reconstruction
 from tavq.tokenizer.model import TAVQTokenizer
 
 CELL_PX = 192

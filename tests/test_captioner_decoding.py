@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tavq.captioner.config import GREEDY, PRESETS, DecodingConfig
 from tavq.captioner.dataset import caption_targets
-from tavq.captioner.decoding import GREEDY, Caption, DecodingConfig, Word, decode_captions, decode_word_ids
-from tavq.captioner.model import PRESETS, Captioner, CaptionerConfig
+from tavq.captioner.decoding import Caption, Word, decode_captions, decode_word_ids
+from tavq.captioner.model import Captioner, CaptionerConfig
 
 WORDS = tuple(f"w{i}" for i in range(30))
 SETTINGS = {

@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tavq.captioner.config import GREEDY, PRESETS
 from tavq.captioner.dataset import caption_targets
-from tavq.captioner.decoding import GREEDY, decode_captions
+from tavq.captioner.decoding import decode_captions
 from tavq.captioner.likelihood import log_likelihood, word_log_probs
-from tavq.captioner.model import PRESETS, Captioner, CaptionerConfig, create_captioner
+from tavq.captioner.model import Captioner, CaptionerConfig, create_captioner
 from tavq.captioner.vocabulary import PretrainedVocabulary, WordVocabulary, detokenize, metric_words
 
 WORDS = tuple(

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from tavq.captioner import self_critical
-from tavq.captioner.model import PRESETS, Captioner, CaptionerConfig
+from tavq.captioner.config import PRESETS, Baseline
+from tavq.captioner.model import Captioner, CaptionerConfig
 from tavq.captioner.reward import CiderD, with_end
-from tavq.captioner.self_critical import Baseline, Rollout, sample_rollout, self_critical_loss
+from tavq.captioner.self_critical import Rollout, sample_rollout, self_critical_loss
 
 WORDS = tuple("a dog man the runs in on snow red grass".split())
 TEMPERATURE = 0.5

@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 import torch
 
+from tavq.captioner.config import PRESETS, RUN_PRESETS, CaptionerRun, DecodingConfig
 from tavq.captioner.dataset import quality_buckets
-from tavq.captioner.decoding import DecodingConfig, decode_captions
-from tavq.captioner.model import PRESETS, Captioner
+from tavq.captioner.decoding import decode_captions
+from tavq.captioner.model import Captioner
 from tavq.captioner.reward import CiderD, with_end
 from tavq.captioner.self_critical import advantages, sample_rollout, self_critical_loss
-from tavq.captioner.train import RUN_PRESETS, CaptionerRun, CaptionerTask, train_captioner
+from tavq.captioner.train import CaptionerTask, train_captioner
 from tavq.captioner.vocabulary import metric_words
-from tavq.commands.train_captioner import caption_alignment_scores, main
+from tavq.commands.train_captioner import main
 from tavq.data.tokens import TokenMeta, TokenRecord, open_tokens, write_tokens
+from tavq.tokenizer.caption_scores import caption_alignment_scores
 from tavq.training.provenance import TokenProvenance
 
 NOUNS, PLACES = ("dog", "girl", "man", "bird"), ("snow", "grass", "water", "street")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 
+from tavq.base.weights import shipped_checkpoint
 from tavq.commands.train_captioner import main as train_captioner
 from tavq.commands.train_generator import main as train_generator
 from tavq.commands.train_tokenizer import main as train_tokenizer
@@ -21,9 +22,9 @@ from tavq.data.text_encoder import TextEncoder
 from tavq.data.tokens import TokenMeta, TokenRecord, write_tokens
 from tavq.generator.model import GeneratorModel
 from tavq.pipeline import Pipeline
-from tavq.tokenizer.model import PRESETS, TAVQTokenizer
+from tavq.tokenizer.config import PRESETS
+from tavq.tokenizer.model import TAVQTokenizer
 from tavq.training import building
-from tavq.training.checkpoint import shipped_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 

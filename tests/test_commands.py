@@ -13,16 +13,18 @@ import pytest
 import torch
 from PIL import Image
 
-from tavq.captioner.decoding import DecodingConfig
+from tavq.captioner.config import DecodingConfig
 from tavq.cli import main
+from tavq.data.config import SPLITS
 from tavq.data.images import load_image
-from tavq.data.layouts import SPLITS
 from tavq.data.text_encoder import TokenStates
 from tavq.data.tokens import open_tokens
+from tavq.generator.config import SamplingConfig
 from tavq.generator.model import GeneratorModel
-from tavq.generator.sampling import SamplingConfig, sample
+from tavq.generator.sampling import sample
 from tavq.pipeline import RankBy, read_recipe
-from tavq.tokenizer.model import PRESETS, TAVQTokenizer
+from tavq.tokenizer.config import PRESETS
+from tavq.tokenizer.model import TAVQTokenizer
 from tavq.tokenizer.retrieval import alignment_scores
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -349,10 +351,8 @@ def test_bad_photos_are_refused_and_nothing_is_written(tmp_path, checkpoint, ref
         assert expected in refused("complete", photo, "a cat", "--keep", "top", *out)
     assert "no image; name one" in refused("caption", *checkpoint)
     assert "several images are called" in refused("reconstruct", PHOTO, PHOTO, *out)
-    out = ["--out", tmp_path / "captions.jsonl"]
-    assert "give a folder, or leave out --out" in refused("caption", PHOTO, *out, *checkpoint)
-    flags = ["--show-scores", *out]
-    assert "with the probability of each word" in refused("caption", PHOTO.parent, *flags, *checkpoint)
+    flags = ["--show-scores", "--out", tmp_path / "captions.jsonl"]
+    assert "hold the probability of each word" in refused("caption", PHOTO.parent, *flags, *checkpoint)
     assert not (tmp_path / "out").exists()
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from tavq.data.dataset import Example, ImageTextDataset, join_captions, readable_images
 from tavq.data.images import UnreadableImageError
 from tavq.data.layouts import open_dataset
-from tavq.eval.evaluation import EvaluationRun
+from tavq.eval.config import EvaluationRun
 from tavq.tokenizer.training_images import TrainingImages
 
 

@@ -13,8 +13,16 @@ from PIL import Image
 from tavq.data.dataset import Example, ImageTextDataset
 from tavq.data.images import UnreadableImageError, from_pixels, to_uint8
 from tavq.data.layouts import open_dataset
-from tavq.eval import faithfulness, generator_curve, run_caption, run_t2i, run_tokenizer
-from tavq.eval.evaluation import EvaluationRun, squashed_images
+from tavq.eval import (
+    faithfulness,
+    generator_curve,
+    run_caption,
+    run_t2i,
+    run_tokenizer,
+    t2i,
+)
+from tavq.eval.config import EvaluationRun
+from tavq.eval.evaluation import open_evaluation, squashed_images
 from tavq.eval.faithfulness import cycle_cider
 from tavq.eval.judge import JudgeDistance, judge_features
 from tavq.eval.results import read_results, with_intervals
@@ -182,7 +190,7 @@ def test_a_generated_image_is_measured_where_it_is_flat_itself():
     examples = [Example(f"{i}", functools.partial(photo, i), ("a dog",), None, "test") for i in range(24)]
     dataset = ImageTextDataset("made up", examples)
     with pytest.warns(UserWarning):
-        statistics = run_t2i.weave_of_generated((noise + grid).to(torch.uint8), dataset)
+        statistics = t2i.weave_of_generated((noise + grid).to(torch.uint8), dataset)
     rows = statistics["weave 4 px"]
     assert rows[5, 1] == 9 and rows[5, 3] == 0 and (rows[:5, 3] == 9).all()
     assert with_intervals(statistics)["weave 4 px"]["low"] > 2
@@ -238,8 +246,8 @@ def test_a_killed_t2i_evaluation_goes_on_where_it_stopped(checkpoint, judge, net
     out = tmp_path / "t2i.json"
     flags = ["--checkpoint", str(checkpoint), *LIMIT, "--features", str(network), "--out", str(out)]
     flags += ["--seeds", "2", "--judge", str(judge), "--neighbours", "2"]
-    monkeypatch.setattr(run_t2i, "PROMPTS_AT_ONCE", 4)
-    drawn = run_t2i.Pipeline.generate
+    monkeypatch.setattr(t2i, "PROMPTS_AT_ONCE", 4)
+    drawn = t2i.Pipeline.generate
     prompts_drawn = []
 
     def killed(self, prompts, *rest):
@@ -248,7 +256,7 @@ def test_a_killed_t2i_evaluation_goes_on_where_it_stopped(checkpoint, judge, net
         prompts_drawn.extend(prompts)
         return drawn(self, prompts, *rest)
 
-    monkeypatch.setattr(run_t2i.Pipeline, "generate", killed)
+    monkeypatch.setattr(t2i.Pipeline, "generate", killed)
     with pytest.raises(SystemExit):
         run_t2i.main(flags)
     assert not out.exists()
@@ -257,7 +265,7 @@ def test_a_killed_t2i_evaluation_goes_on_where_it_stopped(checkpoint, judge, net
         prompts_drawn.extend(prompts)
         return drawn(self, prompts, *rest)
 
-    monkeypatch.setattr(run_t2i.Pipeline, "generate", counted)
+    monkeypatch.setattr(t2i.Pipeline, "generate", counted)
     run_t2i.main(flags)
     assert len(prompts_drawn) == 24, "two seeds of 12 pictures, none drawn twice"
     with_another_decoder(checkpoint)
@@ -320,6 +328,6 @@ def test_a_part_that_is_missing_is_named(checkpoint, capsys):
 
 def test_results_never_go_into_the_installed_package(monkeypatch, tmp_path):
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(Path(CHECKPOINT).parent.parent))
-    with pytest.raises(ValueError, match=r"results cannot lie beside the weights of .*; say with --out"):
-        EvaluationRun(data="shapes").open(())
-    EvaluationRun(data="shapes", out=tmp_path / "result.json").open(())
+    with pytest.raises(ValueError, match=r"results cannot lie beside the weights of .*; leave out"):
+        open_evaluation(EvaluationRun(data="shapes", publish=True), ())
+    open_evaluation(EvaluationRun(data="shapes"), ())

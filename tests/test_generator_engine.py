@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from tavq.data.text_encoder import TokenStates
+from tavq.generator.config import PRESETS
 from tavq.generator.engine import Engine, apply_cfg, autoregressive_decode, l2_normalize, speculative_decode
-from tavq.generator.model import PRESETS, GeneratorConfig, GeneratorModel, rms_norm
+from tavq.generator.model import GeneratorConfig, GeneratorModel, rms_norm
 
 TINY = GeneratorConfig.of(PRESETS["tiny"], num_codes=64, grid_size=(4, 4))
 N = TINY.num_tokens

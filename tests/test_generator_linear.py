@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from tavq.data.text_encoder import TokenStates
+from tavq.generator.config import PRESETS, SamplingConfig
 from tavq.generator.linear import prepared_linear
-from tavq.generator.model import PRESETS, GeneratorConfig, GeneratorModel
-from tavq.generator.sampling import SamplingConfig, sample
+from tavq.generator.model import GeneratorConfig, GeneratorModel
+from tavq.generator.sampling import sample
 
 
 def inputs(rows: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,13 +12,8 @@ import torch
 
 from tavq.data.text_encoder import TokenStates
 from tavq.generator import attention
-from tavq.generator.model import (
-    PRESETS,
-    GeneratorConfig,
-    GeneratorModel,
-    apply_rotary_emb,
-    precompute_rope_cache,
-)
+from tavq.generator.config import PRESETS
+from tavq.generator.model import GeneratorConfig, GeneratorModel, apply_rotary_emb, precompute_rope_cache
 
 TINY = GeneratorConfig.of(PRESETS["tiny"], num_codes=64, grid_size=(4, 4))
 

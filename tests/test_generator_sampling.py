@@ -11,16 +11,10 @@ import pytest
 import torch
 
 from tavq.data.text_encoder import TokenStates
+from tavq.generator.config import PRESETS, SamplingConfig
 from tavq.generator.engine import Engine
-from tavq.generator.model import PRESETS, GeneratorConfig, GeneratorModel
-from tavq.generator.sampling import (
-    SamplingConfig,
-    gumbel_noise,
-    sample,
-    sample_next_token,
-    stream,
-    top_k_top_p_filtering,
-)
+from tavq.generator.model import GeneratorConfig, GeneratorModel
+from tavq.generator.sampling import gumbel_noise, sample, sample_next_token, stream, top_k_top_p_filtering
 
 TINY = GeneratorConfig.of(PRESETS["tiny"], num_codes=64, grid_size=(4, 4))
 SETTINGS = SamplingConfig(guidance_scale=2.0, guidance_schedule="constant", micro_batch=4, draft_tokens=1)

@@ -12,10 +12,11 @@ from tavq.commands.train_generator import main
 from tavq.data.text_encoder import TextEncoder
 from tavq.data.tokens import TokenMeta, TokenRecord, open_tokens, write_tokens
 from tavq.generator import text_states, train
+from tavq.generator.config import RUN_PRESETS, SamplingConfig
 from tavq.generator.model import GeneratorModel
-from tavq.generator.sampling import SamplingConfig, sample
+from tavq.generator.sampling import sample
 from tavq.generator.text_states import pack_states
-from tavq.generator.train import RUN_PRESETS, GeneratorTask, TokenExamples, train_generator
+from tavq.generator.train import GeneratorTask, TokenExamples, train_generator
 from tavq.training.checkpoint import tensor_hash
 from tavq.training.loop import EVALUATED_FOLDER
 from tavq.training.provenance import TokenProvenance

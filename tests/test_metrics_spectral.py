@@ -13,9 +13,9 @@ from tavq.metrics.spectral import (
     PATCH_PX,
     flat_patches,
     octave_statistics,
-    score_of,
     weave_statistics,
 )
+from tavq.metrics.spectral_scores import score_of
 
 OCTAVES_OF_96_PX = {"1-3": 0.2, "3-6": 0.1, "6-12": 0.05, "12-24": 0.03, "24-48": 0.02}
 """And how far noise may be from its expectation: low octaves hold few frequencies."""

@@ -8,15 +8,18 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from tavq.captioner.train import RUN_PRESETS as CAPTIONER_RUNS
+from tavq.captioner.config import RUN_PRESETS as CAPTIONER_RUNS
 from tavq.captioner.train import CaptionerTask
 from tavq.data.layouts import open_dataset
 from tavq.data.tokens import TokenMeta, TokenRecord, write_tokens
-from tavq.generator.train import RUN_PRESETS as GENERATOR_RUNS
+from tavq.generator.config import RUN_PRESETS as GENERATOR_RUNS
 from tavq.generator.train import GeneratorTask
 from tavq.tokenizer import train as tokenizer_train
 from tavq.tokenizer import train_decoder
-from tavq.tokenizer.model import PRESETS, TAVQTokenizer
+from tavq.tokenizer.config import PRESETS, LossConfig
+from tavq.tokenizer.config import RUN_PRESETS as TOKENIZER_RUNS
+from tavq.tokenizer.model import TAVQTokenizer
+from tavq.tokenizer.run_config import DECODER_PRESETS
 from tavq.training.loop import train
 from tavq.training.run_folder import read_log
 
@@ -57,14 +60,14 @@ def tokens_dir(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("align", ["ot", "lgvq"])
 def test_the_tokenizer(few_shapes, perceptual_network, tmp_path, align):
-    preset = tokenizer_train.RUN_PRESETS["tiny"]
+    preset = TOKENIZER_RUNS["tiny"]
     run = dataclasses.replace(
         preset,
         training=dataclasses.replace(preset.training, steps=STEPS),
         align=align,
         perceptual=str(perceptual_network),
         distill=perceptual_network,
-        losses=tokenizer_train.LossConfig(adversarial_start=0.3, texture=0.1, augmentation=0.5),
+        losses=LossConfig(adversarial_start=0.3, texture=0.1, augmentation=0.5),
         fit_steps=0,
     )
     log = train_in_bfloat16(tokenizer_train.TokenizerTask(run), run, tmp_path / "run")
@@ -75,7 +78,7 @@ def test_the_tokenizer(few_shapes, perceptual_network, tmp_path, align):
 def test_the_decoder(few_shapes, perceptual_network, tmp_path):
     TAVQTokenizer(PRESETS["tiny"]).save_pretrained(tmp_path / "tokenizer")
     run = dataclasses.replace(
-        train_decoder.DECODER_PRESETS["tiny"],
+        DECODER_PRESETS["tiny"],
         tokenizer=tmp_path / "tokenizer",
         perceptual=str(perceptual_network),
     )

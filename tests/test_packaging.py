@@ -31,10 +31,12 @@ ROWS = (
     {"data", "metrics"},
     {"training", "alignment"},
     {"tokenizer", "generator", "captioner"},
-    {"inputs", "ranking", "results"},
+    {"prompts", "ranking"},
+    {"inputs", "results"},
     {"pipeline", "photo_index"},
     {"commands", "eval"},
     {"app"},
+    {"completion"},
     {"cli", "__init__"},
     {"__main__"},
 )

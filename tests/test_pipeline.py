@@ -12,7 +12,8 @@ from PIL import Image
 
 import tavq
 from tavq.data.images import load_image, open_image, open_images
-from tavq.generator.sampling import SamplingConfig, sample
+from tavq.generator.config import SamplingConfig
+from tavq.generator.sampling import sample
 from tavq.pipeline import Pipeline, read_recipe
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -25,9 +25,10 @@ from tavq.alignment.units import split_units
 from tavq.base.arguments import USER_ERRORS, parse
 from tavq.commands.complete import completion_mask
 from tavq.commands.generate import GenerateRun, read_prompts
+from tavq.data.config import SPLITS
 from tavq.data.dataset import join_captions
 from tavq.data.images import UnreadableImageError, load_image
-from tavq.data.layouts import SPLITS, open_dataset
+from tavq.data.layouts import open_dataset
 from tavq.data.tokens import TokenMeta, TokenRecord, TokenSet, open_tokens, write_tokens
 
 settings.register_profile(

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tavq.eval import cells, report, results, score, table
+from tavq.cli import main
+from tavq.eval import cells, report, results, table
 from tavq.eval.results import compare, make_protocol, measured, read_results, with_intervals, write_results
 
 FIXTURE = Path(__file__).parent / "fixtures/coco_captions.json"
@@ -177,8 +178,8 @@ def test_refused_files(tmp_path):
 
 def test_score_captions(tmp_path, coco):
     arguments = ["captions", *map(str, coco), "--backend", "python", "--out"]
-    score.main([*arguments, str(tmp_path / "a.json")])
-    score.main([*arguments, str(tmp_path / "b.json"), "--compare", str(tmp_path / "a.json")])
+    main(["score", *arguments, str(tmp_path / "a.json")])
+    main(["score", *arguments, str(tmp_path / "b.json"), "--compare", str(tmp_path / "a.json")])
     first, second = read_results(tmp_path / "a.json"), read_results(tmp_path / "b.json")
     assert first.metrics == second.metrics
     expected = json.loads(FIXTURE.read_text())["pycocoevalcap"]
@@ -216,7 +217,7 @@ def test_score_captions_karpathy(tmp_path, coco):
         ("c", tmp_path / "renamed.json", tmp_path / "stems.json"),
     ):
         out = str(tmp_path / f"{name}.json")
-        score.main(["captions", str(captions_), str(references), "--backend", "python", "--out", out])
+        main(["score", "captions", str(captions_), str(references), "--backend", "python", "--out", out])
     assert all(row.difference == 0 for row in compare(tmp_path / "a.json", tmp_path / "b.json"))
     a, c = (read_results(tmp_path / f"{name}.json").metrics["CIDEr"]["value"] for name in "ac")
     assert a == c
@@ -238,7 +239,7 @@ def test_score_captions_karpathy(tmp_path, coco):
 def test_score_captions_refuses(tmp_path, coco, capsys, results_, words):
     coco[0].write_text(json.dumps(results_))
     with pytest.raises(SystemExit) as exit_:
-        score.main(["captions", *map(str, coco), "--out", str(tmp_path / "out.json")])
+        main(["score", "captions", *map(str, coco), "--out", str(tmp_path / "out.json")])
     error = capsys.readouterr().err
     assert exit_.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and words in error
     assert not (tmp_path / "out.json").exists()
@@ -268,7 +269,7 @@ def test_score_images(tmp_path, monkeypatch):
     ]
     for name in ("a", "b"):
         folders = [str(tmp_path / "g"), str(tmp_path / "r")]
-        score.main(["images", *folders, *options, "--out", str(tmp_path / f"{name}.json")])
+        main(["score", "images", *folders, *options, "--out", str(tmp_path / f"{name}.json")])
     first, second = read_results(tmp_path / "a.json"), read_results(tmp_path / "b.json")
     assert first.metrics == second.metrics
     assert set(first.metrics) == {"FD-mean", "KID", "precision", "recall"}
@@ -289,6 +290,9 @@ def test_table(tmp_path, pair, capsys):
     assert text.startswith("# Title\n") and text.endswith("end\n") and "old" not in text
     assert "| ours |" in text and text.count("| a |") == 1
     table.main([*arguments, "--check"])
+    capsys.readouterr()
+    table.main([*map(str, pair)])
+    assert capsys.readouterr().out.strip() in text and readme.read_text() == text, "printed, not written"
     with pytest.raises(ValueError, match="speed: begin"):
         table.write_block(readme, "speed", "| fast |")
     with pytest.raises(FileNotFoundError, match="no file"):

@@ -16,13 +16,15 @@ from torch import nn
 from vector_quantize_pytorch import VectorQuantize
 
 from tavq.alignment.adapters import Adapter, adapt
-from tavq.alignment.aligner import AlignmentConfig, TextAligner
+from tavq.alignment.aligner import TextAligner
+from tavq.alignment.config import AlignmentConfig
 from tavq.alignment.unit_index import SampledTexts, TextUnits
 from tavq.commands import align
 from tavq.data.images import to_tensor
 from tavq.data.layouts import open_dataset
 from tavq.tokenizer.adapter import TAVQAdapter
-from tavq.tokenizer.model import PRESETS, TAVQTokenizer
+from tavq.tokenizer.config import PRESETS
+from tavq.tokenizer.model import TAVQTokenizer
 from tavq.training.run_folder import read_log
 
 SIZE = 32

@@ -7,15 +7,17 @@ import torch
 import torch.nn.functional as F
 
 from tavq.alignment.adapters import adapt
-from tavq.alignment.aligner import AlignmentConfig, TextAligner, differentiable_lookup, sample_texts
+from tavq.alignment.aligner import TextAligner, differentiable_lookup, sample_texts
+from tavq.alignment.config import AlignmentConfig
 from tavq.alignment.late_interaction import late_interaction_costs, late_interaction_unit_cost
 from tavq.alignment.transport import single_unit_cost
 from tavq.alignment.unit_index import NegativeBank, SampledTexts, TextUnits, UnitIndex
 from tavq.data.images import to_tensor
 from tavq.data.layouts import open_dataset
 from tavq.data.text_encoder import TextEncoder
+from tavq.tokenizer.config import PRESETS
 from tavq.tokenizer.fit_projections import codes_of_images, fit_projections
-from tavq.tokenizer.model import PRESETS, TAVQTokenizer
+from tavq.tokenizer.model import TAVQTokenizer
 from tavq.tokenizer.retrieval import alignment_scores, text_to_image_ranks
 
 CONFIG = AlignmentConfig(samples=8, bank_size=16)

@@ -10,7 +10,7 @@ from tavq.commands import codebook, train_tokenizer
 from tavq.data.dataset import ImageTextDataset
 from tavq.data.layouts import open_dataset
 from tavq.data.text_encoder import TextEncoder
-from tavq.tokenizer import train
+from tavq.tokenizer import contact_sheet, train
 from tavq.tokenizer.codebook_usage import (
     SAMPLE_TOKENS,
     CodebookMonitor,
@@ -19,7 +19,8 @@ from tavq.tokenizer.codebook_usage import (
     level_ids,
     usage_chart,
 )
-from tavq.tokenizer.model import PRESETS, TAVQTokenizer, TokenizerConfig
+from tavq.tokenizer.config import PRESETS
+from tavq.tokenizer.model import TAVQTokenizer, TokenizerConfig
 from tavq.tokenizer.provenance import TokenizerProvenance
 from tavq.training.run_folder import read_log
 
@@ -135,18 +136,18 @@ def test_the_chart_falls_from_left_to_right():
 
 def test_codes_are_the_most_used_then_others_in_use():
     counts = torch.tensor([5, 0, 9, 1, 2, 0, 3])
-    codes = codebook.select_codes(counts, 2, 2, seed=0)
+    codes = contact_sheet.select_codes(counts, 2, 2, seed=0)
     assert codes[:2] == [2, 0] and len(codes) == 4 and set(codes[2:]) < {3, 4, 6}
-    assert codes == codebook.select_codes(counts, 2, 2, seed=0)
-    assert codebook.select_codes(counts, 10, 10, seed=0) == [2, 0, 6, 4, 3]
+    assert codes == contact_sheet.select_codes(counts, 2, 2, seed=0)
+    assert contact_sheet.select_codes(counts, 10, 10, seed=0) == [2, 0, 6, 4, 3]
 
 
 def test_patches_come_from_different_photos_first():
     ids = torch.zeros(3, 2, 2, dtype=torch.long)
     ids[1, 1], ids[1, 0, 1], ids[2] = 1, 1, 1  # photo 0 has the code four times, photo 1 once
-    found = codebook.occurrences(ids, 0, 3, seed=0)
+    found = contact_sheet.occurrences(ids, 0, 3, seed=0)
     assert {photo for photo, _, _ in found[:2]} == {0, 1} and len(set(found)) == 3
-    assert codebook.occurrences(ids, 7, 3, seed=0) == []
+    assert contact_sheet.occurrences(ids, 7, 3, seed=0) == []
 
 
 @pytest.mark.parametrize(
@@ -155,7 +156,7 @@ def test_patches_come_from_different_photos_first():
 def test_the_frame_marks_the_token_in_the_middle_but_at_the_edge(place, middle):
     photo, (y, x) = Image.new("RGB", (80, 80)), place
     photo.paste((255, 0, 0), (10 * x, 10 * y, 10 * x + 10, 10 * y + 10))
-    patch = np.asarray(codebook.patch_in_context(photo, place, (8, 8), 2)).astype(int)
+    patch = np.asarray(contact_sheet.patch_in_context(photo, place, (8, 8), 2)).astype(int)
     red = np.argwhere((patch[..., 0] > 200) & (patch[..., 1] < 60))
     white = np.argwhere((patch > 250).all(-1))
     assert np.allclose(red.mean(0) / len(patch), middle, atol=0.03)
@@ -171,7 +172,7 @@ def test_near_words_are_those_of_the_code_and_not_those_near_all():
             return torch.nn.functional.normalize(torch.eye(65)[ids] + common, dim=-1)
 
     words = torch.eye(65)[[64, 5, 9]]
-    found = codebook.nearest_words(Narrow(PRESETS["tiny"]), [5, 9], torch.arange(64), words, 3, 1)
+    found = contact_sheet.nearest_words(Narrow(PRESETS["tiny"]), [5, 9], torch.arange(64), words, 3, 1)
     assert found == {5: [1], 9: [2]}
 
 
@@ -183,7 +184,7 @@ def test_the_command_draws_a_sheet_and_prints_the_use(aligned_folder, tmp_path, 
     assert "of 3,200 tokens of level 3 (shapes val)" in printed and printed.count("times") <= 3
     words = [line.split("times")[1].split(",") for line in printed.splitlines() if line.startswith("code")]
     assert all(len(near) == 5 for near in words)
-    assert Image.open(tmp_path / "sheet.png").width == codebook.LABEL_PX + 3 * 75
+    assert Image.open(tmp_path / "sheet.png").width == contact_sheet.LABEL_PX + 3 * 75
 
 
 def test_a_plain_tokenizer_has_a_sheet_without_words(tmp_path, capsys):

@@ -10,17 +10,13 @@ from PIL import Image
 
 from tavq.data.image_folder import with_more_images
 from tavq.data.layouts import open_dataset
+from tavq.tokenizer.config import PRESETS, RUN_PRESETS, ReconstructionLossConfig
 from tavq.tokenizer.discriminator import CUTOUT, ProjectedDiscriminator, augment
-from tavq.tokenizer.losses import (
-    PerceptualNetwork,
-    ReconstructionLoss,
-    ReconstructionLossConfig,
-    pooled_l1,
-    texture_distance,
-)
-from tavq.tokenizer.model import PRESETS, TAVQTokenizer
-from tavq.tokenizer.train import RUN_PRESETS, TokenizerTask
-from tavq.tokenizer.train_decoder import DECODER_PRESETS, DecoderTask, with_decoder_shape
+from tavq.tokenizer.losses import PerceptualNetwork, ReconstructionLoss, pooled_l1, texture_distance
+from tavq.tokenizer.model import TAVQTokenizer
+from tavq.tokenizer.run_config import DECODER_PRESETS
+from tavq.tokenizer.train import TokenizerTask
+from tavq.tokenizer.train_decoder import DecoderTask, with_decoder_shape
 from tavq.tokenizer.training_images import TrainingImages
 
 CONFIG = ReconstructionLossConfig(adversarial_start=0.0, first_map=0)

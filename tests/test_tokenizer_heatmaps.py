@@ -10,8 +10,9 @@ from PIL import Image
 from tavq.commands.heatmap import main
 from tavq.data.text_encoder import TextEncoder
 from tavq.pipeline import Pipeline
+from tavq.tokenizer.config import PRESETS
 from tavq.tokenizer.heatmaps import check_aligned, heat_overlay, text_plan, unit_maps
-from tavq.tokenizer.model import PRESETS, TAVQTokenizer, TokenizerConfig
+from tavq.tokenizer.model import TAVQTokenizer, TokenizerConfig
 from tavq.tokenizer.provenance import TokenizerProvenance
 
 WORDS = ("black", "dog", "jump", "log")

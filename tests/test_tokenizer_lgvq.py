@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tavq.alignment.lgvq import CaptionMasker, LanguageGuidance, LGVQConfig, MaskedCaptions, mask_words
+from tavq.alignment.config import LGVQConfig
+from tavq.alignment.lgvq import CaptionMasker, LanguageGuidance, MaskedCaptions, mask_words
 from tavq.commands import train_tokenizer
 from tavq.data.text_encoder import TextEncoder
-from tavq.tokenizer.model import PRESETS, TAVQTokenizer
-from tavq.tokenizer.train import RUN_PRESETS, TokenizerTrainer
+from tavq.tokenizer.config import PRESETS, RUN_PRESETS
+from tavq.tokenizer.model import TAVQTokenizer
+from tavq.tokenizer.train import TokenizerTrainer
 from tavq.training.run_folder import read_log
 
 CONFIG = LGVQConfig(width=8, max_text_tokens=4)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tavq.commands.tokenize import variants
-from tavq.tokenizer.model import PRESETS, TAVQTokenizer
+from tavq.tokenizer.config import PRESETS
+from tavq.tokenizer.encode_dataset import variants
+from tavq.tokenizer.model import TAVQTokenizer
 from tavq.tokenizer.retrieval import image_to_text_ranks, recall_at, text_to_image_ranks
 
 

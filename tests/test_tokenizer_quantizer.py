@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from vector_quantize_pytorch import FSQ
 
-from tavq.tokenizer.quantizer import QUANTIZERS, QuantizerConfig, rotate_to
+from tavq.tokenizer.config import QuantizerConfig
+from tavq.tokenizer.quantizer import QUANTIZERS, rotate_to
 
 
 def make(name: str, **changes) -> torch.nn.Module:

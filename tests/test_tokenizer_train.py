@@ -17,11 +17,12 @@ from tavq.data.layouts import open_dataset
 from tavq.tokenizer import distillation
 from tavq.tokenizer import train as tokenizer_train
 from tavq.tokenizer import train_decoder as train_decoder_module
+from tavq.tokenizer.config import RUN_PRESETS
 from tavq.tokenizer.distillation import map_of_view, teacher_maps
 from tavq.tokenizer.losses import FrozenNetwork
 from tavq.tokenizer.model import TAVQTokenizer, TokenizerConfig
 from tavq.tokenizer.provenance import TokenizerProvenance, migrate_provenance
-from tavq.tokenizer.train import HEAD_RATE, RUN_PRESETS, TokenizerTask
+from tavq.tokenizer.train import HEAD_RATE, TokenizerTask
 from tavq.tokenizer.training_images import WHOLE, TrainingImages
 from tavq.training.card import earlier_runs, model_card
 

@@ -18,10 +18,11 @@ from torch import nn
 from tavq.base.files import atomic_write
 from tavq.base.seeding import mixed_seed
 from tavq.commands import train_tokenizer
+from tavq.training.config import TrainingConfig
 from tavq.training.loop import train
 from tavq.training.run_folder import read_log
 from tavq.training.stream import ShuffledStream
-from tavq.training.task import StepOutput, Task, TrainingConfig
+from tavq.training.task import StepOutput, Task
 
 STEPS = 12
 FLAGS = [

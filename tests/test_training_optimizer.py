@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from tavq.training.config import TrainingConfig
 from tavq.training.optimizer import MuonAdamW, orthogonalised
-from tavq.training.task import Task, TrainingConfig
+from tavq.training.task import Task
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])

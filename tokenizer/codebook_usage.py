@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tavq.alignment.aligner import LEVEL_NAMES
+from tavq.alignment.config import LEVEL_NAMES
 from tavq.alignment.unit_index import UnitIndex
 
 from .blocks import to_sequence

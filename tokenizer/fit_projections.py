@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from tavq.alignment.aligner import LEVEL_NAMES, MAX_LOG_SCALE
+from tavq.alignment.aligner import MAX_LOG_SCALE
+from tavq.alignment.config import LEVEL_NAMES
 from tavq.alignment.unit_index import UnitIndex
 from tavq.data.dataset import ImageTextDataset
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from tavq.alignment.aligner import LEVEL_NAMES, AlignmentConfig
+from tavq.alignment.config import LEVEL_NAMES, AlignmentConfig
 from tavq.alignment.transport import sinkhorn_plan
 from tavq.alignment.units import split_units
 from tavq.data.images import grid, to_tensor

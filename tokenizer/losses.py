@@ -18,49 +18,13 @@ from torch import Tensor, nn
 from tavq.base.files import file_hash
 from tavq.training.task import StepOutput
 
+from .config import ReconstructionLossConfig
 from .discriminator import ProjectedDiscriminator, augment
 
 CROPPED_SHARE = 8  # one part in so many of a side is cut off at random before the network sees an image
 MIN_CROPPED_PX = 64
 DISCRIMINATOR_LEAD = 0.02  # fraction of the steps in which the discriminator trains before it is obeyed
 TEXTURE_WINDOWS = 4  # windows a side in which the texture loss compares means and deviations
-
-
-@dataclasses.dataclass(frozen=True)
-class ReconstructionLossConfig:
-    """Weights of the losses that compare a decoded image with its original."""
-
-    l1: float = 1.0
-    """Weight of the pixel loss."""
-    l1_size_px: int = 48
-    """Both images are averaged down to about this size before pixels are compared, since detail finer than
-    a token is invented and pixel losses only punish it. 0 compares every pixel."""
-    perceptual: float = 1.5
-    """Weight of the distance between feature maps."""
-    first_map: int = 1
-    """First map of the network that the perceptual and texture losses compare; 0 is the finest."""
-    texture: float = 0.0
-    """Weight of the distance between local means and deviations of the maps."""
-    adversarial: float = 0.8
-    """Gradient norm of the adversarial loss relative to that of the losses above; needs --perceptual. 0
-    leaves it out."""
-    adversarial_start: float = 0.03
-    """Fraction of training after which the adversarial loss starts."""
-    discriminator_maps: tuple[int, ...] = ()
-    """Maps of the network that the discriminator sees; empty takes all."""
-    discriminator_rate: float = 2e-4
-    """Peak learning rate of the discriminator."""
-    augmentation: float = 0.0
-    """Probability with which an image and its reconstruction are augmented alike before the network sees
-    them."""
-    window_px: int = 128
-    """Side of the part of each image that is decoded and compared in a training step. 0 takes whole
-    images."""
-
-    def __post_init__(self) -> None:
-        for name in ("adversarial_start", "augmentation"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 to 1")
 
 
 class FrozenNetwork:

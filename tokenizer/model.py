@@ -14,99 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tavq.alignment.projections import NUM_LEVELS, TextProjections
+from tavq.alignment.config import NUM_LEVELS
+from tavq.alignment.projections import TextProjections
 from tavq.base.bounds import check_bounds
 from tavq.base.precision import full_precision
 from tavq.training.checkpoint import Checkpointed, tensor_hash
 
 from .blocks import AttentionBlock, ResidualBlock, UpsampleBlock, group_norm, to_map, to_sequence
+from .config import TokenizerShape
 from .provenance import TokenizerProvenance, migrate_provenance
-from .quantizer import QUANTIZERS, QuantizerConfig
+from .quantizer import QUANTIZERS
 
 PIXEL_CHANNELS = 16  # of the decoder's last convolutions, at full resolution
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenizerShape:
-    """Size of the tokenizer."""
-
-    image_size_px: int = 96
-    """Side of the images that are read."""
-    channels: tuple[int, ...] = (96, 192)
-    """Width of each stage; every stage but the first halves the resolution."""
-    patch_px: int = 4
-    """Side of the squares of pixels that become channels before the first stage (space to depth)."""
-    blocks_per_stage: int = 1
-    """Residual blocks of a stage in the encoder; the decoder has one more."""
-    trunk_blocks: int = 4
-    """Attention blocks on the token grid in the encoder; the last three give the levels."""
-    num_heads: int = 6
-    """Heads of each attention block."""
-    projection_width: int = 192
-    """Hidden width of the projections from codes to text."""
-    decoder_blocks: int = 1
-    """Attention blocks on the token grid in the decoder."""
-    upsample_channels: tuple[int, ...] = ()
-    """Width of each decoder stage behind those that mirror the encoder; each doubles the resolution. Empty:
-    one pixel shuffle back to `image_size_px`, as weights of before 0.2 have it."""
-    decoder_noise: bool = False
-    """Add noise to the map of each of these stages, from which fine texture can be made."""
-    quantizer: QuantizerConfig = QuantizerConfig()
-
-    def __post_init__(self) -> None:
-        check_bounds(
-            self,
-            image_size_px=(1, 8192),
-            channels=(1, 2**14),
-            patch_px=(1, 256),
-            blocks_per_stage=(0, 1000),
-            trunk_blocks=(1, 1000),
-            num_heads=(1, 1024),
-            projection_width=(1, 2**16),
-            decoder_blocks=(1, 1000),
-        )
-        if self.upsample_channels:
-            check_bounds(self, upsample_channels=(1, 2**14), decode_size_px=(1, 16384))
-        if self.image_size_px % self.downsampling:
-            raise ValueError(
-                f"image_size_px is {self.image_size_px}, expected a multiple of the downsampling, "
-                f"{self.downsampling}; choose another size"
-            )
-        if self.trunk_blocks <= NUM_LEVELS:
-            raise ValueError(f"trunk_blocks is {self.trunk_blocks}, expected at least {NUM_LEVELS + 1}")
-        if self.channels[-1] % self.num_heads:
-            raise ValueError(
-                f"num_heads {self.num_heads} does not divide the trunk width {self.channels[-1]}"
-            )
-
-    @property
-    def code_dim(self) -> int:
-        """Width of a code (E)."""
-        quantizer = self.quantizer
-        return len(quantizer.fsq_levels) if quantizer.name == "fsq" else quantizer.code_dim
-
-    @property
-    def downsampling(self) -> int:
-        """Pixels a token side."""
-        return self.patch_px * 2 ** (len(self.channels) - 1)
-
-    @property
-    def grid_size(self) -> tuple[int, int]:
-        """(h, w)."""
-        side = self.image_size_px // self.downsampling
-        return side, side
-
-    @property
-    def stage_size(self) -> int:
-        """Side of the decoder's map where its mirrored stages end."""
-        return self.image_size_px // self.patch_px
-
-    @property
-    def decode_size_px(self) -> int:
-        """Side of decoded images; `image_size_px` is that of the images that are read."""
-        if not self.upsample_channels:
-            return self.image_size_px
-        return self.stage_size * 2 ** len(self.upsample_channels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -401,28 +320,3 @@ class TAVQTokenizer(Checkpointed):
                 f"images have shape {tuple(images.shape)}, expected (B, 3, {size}, {size}); resize them first"
             )
         return images
-
-
-PRESETS: dict[str, TokenizerShape] = {
-    "flickr8k": TokenizerShape(decoder_blocks=3, upsample_channels=(64, 32, 16)),
-    "tiny": TokenizerShape(
-        image_size_px=32,
-        channels=(32, 48),
-        num_heads=3,
-        projection_width=64,
-        upsample_channels=(24, 16, 16),
-        quantizer=QuantizerConfig(num_codes=64, code_dim=16),
-    ),
-    "vqgan256": TokenizerShape(
-        image_size_px=256,
-        channels=(64, 128, 256, 512),
-        patch_px=2,
-        blocks_per_stage=2,
-        trunk_blocks=6,
-        num_heads=8,
-        projection_width=512,
-        decoder_blocks=2,
-        upsample_channels=(64,),
-        quantizer=QuantizerConfig(num_codes=1024, code_dim=256),
-    ),
-}

@@ -11,59 +11,15 @@ Shapes: R latents (rows), K codes, E code width.
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tavq.base.bounds import check_bounds
+from .config import QuantizerConfig
 
 RESTART_NOISE = 0.01  # a component, so that two codes drawn from one latent part
 ROWS_AT_ONCE = 65536  # bounds the (R, K) similarity matrix when many vectors are looked up
-
-
-@dataclasses.dataclass(frozen=True)
-class QuantizerConfig:
-    """How latents become ids."""
-
-    name: Literal["nearest", "cvq", "simvq", "ibq", "fsq"] = "nearest"
-    num_codes: int = 1024
-    code_dim: int = 16
-    gradient: Literal["straight-through", "rotation"] = "straight-through"
-    """How the reconstruction's gradient passes the quantiser (for nearest, cvq and simvq)."""
-    commitment: float = 0.05
-    """Weight of the commitment loss, beside 1 for the codebook loss. Too strong, codes and latents
-    collapse."""
-    usage_decay: float = 0.95
-    """Decay of the running usage of each code (for nearest and cvq)."""
-    restart_below: float = 0.1
-    """A code used less often than this fraction of the mean is restarted from the batch (for nearest)."""
-    entropy_weight: float = 0.05
-    """Weight of the entropy penalty (for ibq)."""
-    temperature: float = 0.1
-    """Temperature of the softmax over codes (for ibq and cvq)."""
-    fsq_levels: tuple[int, ...] = (8, 5, 5, 5)
-
-    def __post_init__(self) -> None:
-        check_bounds(
-            self,
-            num_codes=(2, 2**24),
-            code_dim=(1, 2**14),
-            commitment=(0, 1e6),
-            usage_decay=(0, 1),
-            restart_below=(0, 1),
-            entropy_weight=(0, 1e6),
-            temperature=(1e-6, 1e6),
-            fsq_levels=(2, 2**16),
-        )
-        product = math.prod(self.fsq_levels)
-        if self.name == "fsq" and self.num_codes != product:
-            raise ValueError(
-                f"fsq_levels {self.fsq_levels} make {product} codes, num_codes is {self.num_codes}; "
-                f"set it to {product}"
-            )
 
 
 @dataclasses.dataclass(frozen=True)

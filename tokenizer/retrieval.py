@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tavq.alignment.projections import NUM_LEVELS
+from tavq.alignment.config import NUM_LEVELS
 from tavq.alignment.transport import single_unit_cost
 from tavq.data.text_encoder import TextEncoder
 

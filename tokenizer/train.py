@@ -9,14 +9,14 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tavq.alignment.aligner import AlignmentConfig, TextAligner, sample_texts
-from tavq.alignment.lgvq import CaptionMasker, LanguageGuidance, LGVQConfig, MaskedCaptions
-from tavq.alignment.projections import NUM_LEVELS
+from tavq.alignment.aligner import TextAligner, sample_texts
+from tavq.alignment.config import NUM_LEVELS
+from tavq.alignment.lgvq import CaptionMasker, LanguageGuidance, MaskedCaptions
 from tavq.alignment.unit_index import UnitIndex
 from tavq.base.seeding import mixed_seed
 from tavq.data.embedding_cache import EmbeddingCache
@@ -24,119 +24,21 @@ from tavq.data.image_folder import with_more_images
 from tavq.data.keep import keep_only
 from tavq.data.layouts import open_dataset
 from tavq.data.text_encoder import TextEncoder
-from tavq.training.task import StepOutput, Task, TrainingConfig
+from tavq.training.config import TrainingConfig
+from tavq.training.task import StepOutput, Task
 
 from .codebook_usage import CodebookMonitor, level_costs, level_ids, perplexity, usage_chart
+from .config import TokenizerRun
 from .discriminator import ProjectedDiscriminator
 from .distillation import DistillationHead, map_of_view, teacher_maps
 from .fit_projections import fit_projections
-from .losses import FrozenNetwork, ReconstructionLoss, ReconstructionLossConfig
-from .model import PRESETS, Encoded, TAVQTokenizer, TokenizerConfig, TokenizerShape
+from .losses import FrozenNetwork, ReconstructionLoss
+from .model import Encoded, TAVQTokenizer, TokenizerConfig
 from .provenance import TokenizerProvenance
 from .retrieval import alignment_scores, recall_at, text_to_image_ranks
 from .training_images import TrainingImages, image_batches, originals, random_window, reconstruction_sheet
 
 HEAD_RATE = 5.0  # learning rate of the projections to text, relative to that of encoder and decoder
-
-
-@dataclasses.dataclass(frozen=True)
-class LossConfig(ReconstructionLossConfig):
-    """Weights of the losses; those of `align` and `distill`, too, are shares of the reconstruction's gradient
-    norm."""
-
-    adversarial_start: float = 0.5
-    quantizer: float = 1.0
-    align: float = 1.0
-    distill: float = 0.5
-    decode_every: int = 1
-    """In one of so many steps the decoder is run and the reconstruction felt; the others teach the encoder
-    alone, at a third of the cost."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.decode_every < 1:
-            raise ValueError(f"decode_every is {self.decode_every}, expected 1 or more")
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenizerRun:
-    """Train the TA-VQ tokenizer (image <-> ids, aligned with text).
-
-    Example: tavq train tokenizer --data flickr8k/ --out runs/mine/tokenizer --perceptual squeezenet_layers.pt
-    """
-
-    data: str = "shapes"
-    """Dataset: a directory in any known layout, or `shapes` (generated)."""
-    keep: Path | None = None
-    """File of the images and captions to train on, as tavq check-data writes it; all by default."""
-    images: tuple[Path, ...] = ()
-    """Folders of more images, which need no captions; reconstruction and distillation see them."""
-    out: Path = Path("runs/tokenizer")
-    """Directory of the run; holds the checkpoint, its log and the state to resume from."""
-    preset: str = "flickr8k"
-    """flickr8k, tiny (seconds on a CPU) or vqgan256 (256 px, f16, the setting of LG-VQ)."""
-    config: Path | None = None
-    """YAML file of these fields, instead of a preset."""
-    start: Path | None = None
-    """Tokenizer to go on from; its shape stands."""
-    align: Literal["ot", "gaussian", "filip", "lgvq", "none"] = "ot"
-    """How codes are aligned with text; `lgvq` and `none` (plain VQ) are the baselines."""
-    perceptual: str | None = None
-    """`lpips`, or the path of a TorchScript network that gives feature maps; without it L1 alone."""
-    distill: Path | None = None
-    """TorchScript vision network whose last map the latents learn to predict."""
-    text_encoder: str = "minilm"
-    """minilm, or a directory or hf:OWNER/NAME of a transformers text model."""
-    min_usage: float = 0.0
-    """Share of codes in use on the validation split below which training ends with an error; 0 only warns."""
-    model: TokenizerShape = PRESETS["flickr8k"]
-    alignment: AlignmentConfig = AlignmentConfig()
-    """Options for --align ot, gaussian and filip."""
-    fit_steps: int = 500
-    """After the last step, fit the way from codes to text once more in so many steps; 0 does not."""
-    lgvq: LGVQConfig = LGVQConfig()
-    losses: LossConfig = LossConfig()
-    training: TrainingConfig = TrainingConfig(
-        steps=2000,
-        batch_size=16,
-        learning_rate=1.5e-3,
-        warmup_steps=100,
-        betas=(0.9, 0.95),
-        optimizer="muon",
-        ema_decay=0.998,
-        evaluate_every=700,
-    )
-
-    def __post_init__(self) -> None:
-        if self.align != "none" and self.model.quantizer.name == "fsq":
-            raise ValueError(
-                "fsq has no learned codebook to align; add --align none, or choose another quantizer"
-            )
-        if self.images and self.align == "lgvq":
-            raise ValueError(
-                "LG-VQ reads a caption of every image; leave out --images, or choose another --align"
-            )
-
-
-RUN_PRESETS: dict[str, TokenizerRun] = {
-    "flickr8k": TokenizerRun(),
-    "tiny": TokenizerRun(
-        preset="tiny",
-        model=PRESETS["tiny"],
-        alignment=AlignmentConfig(samples=16, bank_size=32),
-        fit_steps=20,
-        training=TrainingConfig(
-            steps=60, batch_size=8, learning_rate=2e-3, warmup_steps=10, ema_decay=0.9, evaluate_every=60
-        ),
-    ),
-    "vqgan256": TokenizerRun(
-        preset="vqgan256",
-        model=PRESETS["vqgan256"],
-        training=TrainingConfig(
-            steps=100_000, batch_size=16, learning_rate=1e-4, warmup_steps=2000, evaluate_every=5000
-        ),
-    ),
-}
 
 
 class TokenizerTrainer(nn.Module):

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tavq.alignment.adapters import Adapter
-from tavq.alignment.aligner import AlignmentConfig, Method, TextAligner, sample_texts
-from tavq.alignment.projections import NUM_LEVELS
+from tavq.alignment.aligner import TextAligner, sample_texts
+from tavq.alignment.config import NUM_LEVELS
 from tavq.alignment.unit_index import UnitIndex
 from tavq.base.files import atomic_write
 from tavq.base.seeding import mixed_seed
@@ -29,65 +29,17 @@ from tavq.data.images import to_uint8
 from tavq.data.layouts import open_dataset
 from tavq.data.text_encoder import TextEncoder
 from tavq.metrics.image import psnr
-from tavq.training.task import StepOutput, Task, TrainingConfig
+from tavq.training.task import StepOutput, Task
 
 from .codebook_usage import CodebookMonitor
 from .losses import GradientBalance, open_perceptual, random_crop_alike
 from .model import TAVQTokenizer
 from .retrieval import image_to_text_ranks, recall_at, scores_of_codes, text_to_image_ranks
+from .run_config import AlignRun
 from .training_images import TrainingImages, image_batches
 
 HEADS_FILE = "heads.safetensors"
 RECALLS = (1, 5, 10)
-
-
-@dataclasses.dataclass(frozen=True)
-class AlignLosses:
-    """Weights of the losses; that of `align` is a share of the reconstruction's gradient norm."""
-
-    l1: float = 1.0
-    perceptual: float = 1.0
-    quantizer: float = 1.0
-    """Weight of the base model's own codebook and commitment losses."""
-    align: float = 0.5
-
-
-@dataclasses.dataclass(frozen=True)
-class AlignRun:
-    """Align the codes of anybody's VQ model with text.
-
-    Example: tavq align --base diffusers:vqgan/ --data flickr8k/ --out runs/aligned --image-size-px 256
-    """
-
-    base: str
-    """The model: diffusers:PATH (a saved VQModel), call:MODULE:FUNCTION (a function that returns a taming,
-    LlamaGen or vector_quantize_pytorch model with its weights), or tavq:PATH (a tokenizer of this project,
-    with --probe-only)."""
-    data: str
-    """Dataset: a directory in any known layout, or `shapes` (generated)."""
-    out: Path
-    """Directory for the aligned model, in the format of its own library, and for report.json."""
-    image_size_px: int | None = None
-    """Side that images are squashed to. By default 128, or that of a tokenizer of this project."""
-    stages: tuple[str, str] | None = None
-    """Submodules of the base whose outputs are levels 1 and 2. By default those behind its global
-    attention."""
-    text_encoder: str = "minilm"
-    """minilm, or a directory or hf:OWNER/NAME of a transformers text model."""
-    perceptual: str | None = None
-    """`lpips`, or the path of a TorchScript network that returns feature maps. Without it L1 alone."""
-    probe_steps: int = 500
-    """Steps in which the projections are fitted to the frozen base."""
-    probe_only: bool = False
-    """Stop after the probe, which measures codes that never saw a text. With tavq:PATH the projections to
-    text are fitted anew and saved with the tokenizer."""
-    method: Method = "ot"
-    """How codes are aligned with text."""
-    alignment: AlignmentConfig = AlignmentConfig()
-    losses: AlignLosses = AlignLosses()
-    training: TrainingConfig = TrainingConfig(
-        steps=2000, batch_size=16, learning_rate=1e-4, warmup_steps=100, evaluate_every=500
-    )
 
 
 class AlignTrainer(nn.Module):

@@ -16,65 +16,19 @@ from torch import Tensor, nn
 
 from tavq.data.image_folder import with_more_images
 from tavq.data.layouts import open_dataset
-from tavq.training.task import StepOutput, Task, TrainingConfig
+from tavq.training.config import TrainingConfig
+from tavq.training.task import StepOutput, Task
 
 from .blocks import to_map
 from .discriminator import ProjectedDiscriminator
-from .losses import ReconstructionLoss, ReconstructionLossConfig
+from .losses import ReconstructionLoss
 from .model import TAVQTokenizer, TokenizerConfig, Window
+from .run_config import DecoderRun
 from .training_images import TrainingImages, image_batches, originals, random_window, reconstruction_sheet
 
 VIEWS = 8  # of each image; few, since the ids of each are kept
 NEW_PARTS = ("upsample", "to_rgb")  # of the decoder; they learn faster than what has been trained before
 TRAINED_RATE = 0.3
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderRun:
-    """Train the decoder of a finished tokenizer further; its ids stay as they are.
-
-    Example: tavq train decoder --tokenizer runs/mine/tokenizer --data flickr8k/ --out runs/mine/decoder
-    """
-
-    tokenizer: Path = Path("runs/tokenizer")
-    """Checkpoint to start from; it is not changed."""
-    data: str = "shapes"
-    """Dataset: a directory in any known layout, or `shapes` (generated)."""
-    images: tuple[Path, ...] = ()
-    """Folders of more images, which need no captions."""
-    out: Path = Path("runs/decoder")
-    """Directory of the run; holds the whole tokenizer, ready to take the place of the first."""
-    preset: str = "flickr8k"
-    """flickr8k, or tiny (seconds on a CPU)."""
-    config: Path | None = None
-    """YAML file of these fields, instead of a preset."""
-    perceptual: str | None = None
-    """`lpips`, or the path of a TorchScript network that gives feature maps. Without it only pixels are
-    compared and there is no discriminator."""
-    upsample_channels: tuple[int, ...] = (64, 32, 16)
-    """Width of each stage at the decoder's end; each doubles the resolution. Stages that the tokenizer
-    lacks start untrained."""
-    decoder_blocks: int = 3
-    """Attention blocks of the decoder on the token grid; those that the tokenizer lacks start untrained."""
-    decoder_noise: bool = False
-    """Add noise to the map of each stage of `upsample_channels`; noise that the tokenizer has stays."""
-    losses: ReconstructionLossConfig = ReconstructionLossConfig()
-    training: TrainingConfig = TrainingConfig(
-        steps=5000,
-        batch_size=16,
-        learning_rate=1e-3,
-        warmup_steps=50,
-        betas=(0.5, 0.99),
-        ema_decay=0.999,
-        evaluate_every=1000,
-    )
-
-
-TINY = TrainingConfig(steps=20, batch_size=8, warmup_steps=5, ema_decay=0.9, evaluate_every=20)
-DECODER_PRESETS: dict[str, DecoderRun] = {
-    "flickr8k": DecoderRun(),
-    "tiny": DecoderRun(preset="tiny", upsample_channels=(24, 16, 16), decoder_blocks=1, training=TINY),
-}
 
 
 def with_decoder_shape(

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import importlib.resources
 import json
 import math
 import tempfile
@@ -26,37 +25,12 @@ from torch import Tensor, nn
 
 from tavq.base.arguments import from_dict, to_plain
 from tavq.base.files import atomic_write, file_sha256
-from tavq.base.hub import HUB_PREFIX, directory_of
+from tavq.base.hub import HUB_PREFIX
+from tavq.base.weights import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, local_directory
 
 from .building import check_fits, check_memory
 
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-CARD_FILE = "README.md"
-FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, "text_tokenizer/*.json", "text_tokenizer/*.txt")
-SHIPPED = "flickr8k"
 MAX_CONFIG_BYTES = 2**24  # the largest of ours, a captioner's with its vocabulary, has 2**15
-
-
-def shipped_checkpoint() -> Path:
-    """Return the directory of the weights that come with the package: tokenizer/, generator/, captioner/.
-
-    It is `checkpoints/flickr8k` in a checkout, and lies in site-packages otherwise.
-    """
-    return Path(str(importlib.resources.files("tavq.checkpoints").joinpath(SHIPPED)))
-
-
-def local_directory(source: str | Path, **hub: Any) -> Path:
-    """Return the directory of the checkpoint `source`: a path, or `hf:OWNER/NAME[@REVISION]`, downloaded.
-
-    Args:
-        source: of one model, or of tokenizer/, generator/ and captioner/.
-        hub: options of `base.hub.directory_of`: revision, token, cache_dir, local_files_only, force_download.
-
-    Raises:
-        FileNotFoundError: no such directory, or no such repository.
-    """
-    return directory_of(source, [pattern for file in FILES for pattern in (file, f"*/{file}")], **hub)
 
 
 def tensor_hash(tensor: Tensor) -> str:

@@ -43,6 +43,7 @@ from tavq.base.arguments import to_plain
 from tavq.base.seeding import mixed_seed
 
 from .card import model_card
+from .config import TrainingConfig
 from .optimizer import MuonAdamW
 from .run_folder import RunLog, StopRequest, claim_folder
 from .state import (
@@ -54,7 +55,7 @@ from .state import (
     split_optimizer_state,
 )
 from .stream import ShuffledStream
-from .task import StepOutput, Task, TrainingConfig
+from .task import StepOutput, Task
 
 ESTIMATE_AT_STEP = 20
 EVALUATED_FOLDER = "evaluated"  # of the weights of every evaluation
@@ -168,13 +169,13 @@ class Trainer:
         began = saved = time.monotonic()
         first_step = state.step
         seconds_before = state.seconds
-        batches = iter(self._loader())
+        batches = iter(self.loader())
         stopping = self._agree(stop.requested)
         if state.step and self._evaluation_due():
             self._evaluate(bar)  # a kill came between the last step and its evaluation
 
         while state.step < config.steps and not stopping:
-            report = self._train_step(batches)
+            report = self.train_step(batches)
             state.step += 1
             state.seconds = seconds_before + time.monotonic() - began
             rate = (state.step - first_step) / (time.monotonic() - began)
@@ -211,7 +212,7 @@ class Trainer:
         flags = torch.tensor(float(flag), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flags, "sum"))
 
-    def _train_step(self, batches: Any) -> dict[str, float]:
+    def train_step(self, batches: Any) -> dict[str, float]:
         """One optimizer step of both players, over `accumulation_steps` forward passes; returns what to "
         "log."""
         step, config = self.state.step, self.config
@@ -267,7 +268,8 @@ class Trainer:
         for group in groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
 
-    def _loader(self) -> DataLoader:
+    def loader(self) -> DataLoader:
+        """Batches from the step on that the run has reached, without end."""
         accelerator, config = self.accelerator, self.config
         stream = ShuffledStream(
             len(cast(Sized, self.task.dataset)),  # torch's Dataset promises no length
@@ -301,14 +303,14 @@ class Trainer:
         if steps_now == ESTIMATE_AT_STEP:
             gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
             bar.write(
-                f"about {_minutes(left)} to go at {examples_per_s:.1f} examples/s; {gib:.1f} GiB so far"
+                f"about {duration(left)} to go at {examples_per_s:.1f} examples/s; {gib:.1f} GiB so far"
             )
         if report:
             self.log.write(self.state.step, report | {"examples_per_s": examples_per_s})
             if bar.disable:
                 values = "  ".join(f"{name} {value:.4g}" for name, value in report.items())
                 print(
-                    f"step {self.state.step}/{self.config.steps}  {_minutes(left)} left  {values}", flush=True
+                    f"step {self.state.step}/{self.config.steps}  {duration(left)} left  {values}", flush=True
                 )
 
     def _evaluate(self, bar: tqdm) -> None:
@@ -448,6 +450,6 @@ def _moving_average(decay: float) -> Callable[..., None]:
     return update
 
 
-def _minutes(seconds: float) -> str:
+def duration(seconds: float) -> str:
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"
