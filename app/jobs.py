@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ipaddress
 import time
+import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
@@ -296,12 +297,13 @@ def client_of(request: fastapi.Request, username: str | None, session_hash: str 
     if username:
         return f"user {username}"
     host = request.client.host if request.client else ""
+    tab = f"{host} {session_hash or uuid.uuid4().hex}"  # a call by curl names no session
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
-        return f"{host} {session_hash}"
+        return tab
     if address.is_loopback:
-        return f"{host} {session_hash}"
+        return tab
     if address.version == 6:  # one household has 2**64 of them
         return str(ipaddress.ip_network((address, 64), strict=False))
     return host

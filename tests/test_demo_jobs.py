@@ -93,6 +93,11 @@ def test_a_client_is_a_user_or_an_address_and_a_tab_on_this_machine(address, use
     assert client_of(SimpleNamespace(client=SimpleNamespace(host=address)), user, "tab") == expected
 
 
+def test_calls_without_a_session_on_this_machine_are_clients_of_their_own():
+    request = SimpleNamespace(client=SimpleNamespace(host="127.0.0.1"))
+    assert client_of(request, None, None) != client_of(request, None, None)
+
+
 @dataclass(frozen=True)
 class Counter:
     """A page with one endpoint, which counts in steps of 50 ms once its gate is open."""
