@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +115,8 @@ def by_questions(
     others = [[unit for unit in own[(i + 1) % len(own)] if unit not in units] for i, units in enumerate(own)]
     wanted = [
         (example.id, unit)
-        for example, units in zip(dataset.examples, map(list.__add__, own, others), strict=True)
-        for unit in units
+        for example, its_units, other_units in zip(dataset.examples, own, others, strict=True)
+        for unit in (*its_units, *other_units)
     ]
     remaining = [key for key in dict.fromkeys(wanted) if key not in asked]
 
@@ -127,9 +127,11 @@ def by_questions(
 
     unanswered: list[str] = []
     unclear = 0
+    answers: Iterable[tuple[str, str | AnswerError]] = ()
+    if remaining:
+        answers = answer_all(open_model(run.vlm, choose_device(run.device)), questions())
     with Progress(total=len(wanted), initial=len(wanted) - len(remaining), unit="question") as bar:
-        model = open_model(run.vlm, choose_device(run.device)) if remaining else None
-        for key, answer in answer_all(model, questions()) if model else ():
+        for key, answer in answers:
             bar.update(1)
             if isinstance(answer, AnswerError):
                 unanswered.append(f"{key} ({answer})")

@@ -222,7 +222,7 @@ def test_the_filip_loss_holds_both_directions_and_the_bank():
             own = 1 - (codes[row] @ unit).max()
             logits = -scale * torch.cat([own[None], others[row]])
             expected += F.cross_entropy(logits[None], torch.tensor([0])) / texts_.mask.sum()
-    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_codes_aligned_by_filip_are_searched_by_their_best_position():
