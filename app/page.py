@@ -56,7 +56,7 @@ def build(pipeline: Pipeline, folder: Path, limits: Limits | None = None) -> Gua
         gr.Markdown(_heading(pipeline))
         with gr.Tabs() as tabs:
             with gr.Tab("Text to image", id=GENERATE):
-                generate = text_to_image(actions, drawn)
+                generate = text_to_image(page, actions, drawn)
             with gr.Tab("Image to text", id=DESCRIBE):
                 describe = image_to_text(actions, paths)
             with gr.Tab("Complete", id=COMPLETE):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -13,7 +14,8 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from tavq.generator.config import RENAMED_FIELDS
+from tavq.generator.config import EARLIER_VALUES, RENAMED_FIELDS
+from tavq.generator.sampling import SamplingConfig
 from tavq.results import PARAMETERS_FIELD, RECIPE_FIELD
 
 MAX_PROMPT_LETTERS = 1000
@@ -44,6 +46,14 @@ def of_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {name: merged[name] for name in FIELDS if name in merged}
 
 
+def unlike_here(recipe: Mapping[str, Any]) -> list[str]:
+    """Name the settings of a recipe that the page has no field for, where they differ from its own."""
+    own = dataclasses.asdict(SamplingConfig())
+    others = EARLIER_VALUES | recipe.get("settings", {})
+    others = {name: value for name, value in others.items() if name not in FIELDS}
+    return [f"{name} {value}" for name, value in others.items() if value != own.get(name, value)]
+
+
 def of_png(path: str | Path) -> tuple[dict[str, Any], list[str]]:
     """Read the settings from a PNG of this program, or of one that writes A1111's `parameters`.
 
@@ -63,7 +73,8 @@ def of_png(path: str | Path) -> tuple[dict[str, Any], list[str]]:
 
     if RECIPE_FIELD in texts:
         try:
-            return of_recipe(json.loads(texts[RECIPE_FIELD])), []
+            recipe = json.loads(texts[RECIPE_FIELD])
+            return of_recipe(recipe), unlike_here(recipe)
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError("the recipe in this PNG is damaged; drop another file") from error
     if PARAMETERS_FIELD in texts:

@@ -106,7 +106,8 @@ class Drawing:
 
     def load_greeting(self, event: gr.SelectData) -> list[Any]:
         """Fill in the prompt and the settings of the image that was clicked."""
-        return self._filled_in(settings.of_recipe(self.drawn[event.index].recipe))
+        recipe = self.drawn[event.index].recipe
+        return self._filled_in(settings.of_recipe(recipe), _missing(settings.unlike_here(recipe)))
 
     def load_entry(self, entries: list[history.Entry], event: gr.SelectData) -> list[Any]:
         return self._filled_in(entries[event.index])
@@ -119,7 +120,7 @@ class Drawing:
                 values, unknown = settings.of_png(path)
         except gr.Error as error:
             return [gr.skip()] * len(settings.FIELDS) + [components.failed(error)]
-        return self._filled_in(values, [f"this page has no {name}" for name in unknown])
+        return self._filled_in(values, _missing(unknown))
 
     def load_link(self, request: gr.Request) -> list[Any]:
         """Fill in what the link says behind its `?`."""
@@ -133,7 +134,7 @@ class Drawing:
         return [*settings.updates(taken), components.told(line.replace("_", " "))]
 
 
-def text_to_image(actions: Actions, drawn: Sequence[Drawn]) -> GenerateTab:
+def text_to_image(page: gr.Blocks, actions: Actions, drawn: Sequence[Drawn]) -> GenerateTab:
     drawing = Drawing(actions, drawn)
     files = gr.State([])
     selected = gr.State(0)
@@ -228,7 +229,6 @@ def text_to_image(actions: Actions, drawn: Sequence[Drawn]) -> GenerateTab:
     past.select(drawing.load_entry, entries, [*fields, status], **HIDDEN)
     clear.click(lambda: [], None, entries, **HIDDEN)
     png.upload(drawing.load_png, png, [*fields, status], **HIDDEN).then(lambda: None, None, png, **HIDDEN)
-    page = gr.context.Context.root_block
     page.load(drawing.load_link, None, [*fields, status], **HIDDEN)
     page.load(history.thumbnails, entries, past, **HIDDEN)
     return GenerateTab(
@@ -242,6 +242,10 @@ _ABSOLUTE_LINK = """(query) => {
   history.replaceState(null, "", query);
   return location.origin + location.pathname + query;
 }"""
+
+
+def _missing(names: Sequence[str]) -> list[str]:
+    return [f"this page has no {name}" for name in names]
 
 
 def _selected_index(event: gr.SelectData) -> int:

@@ -268,8 +268,9 @@ def test_tokens_are_looked_at_changed_swapped_and_mixed(open_page):
     buttons.nth(5).click()
     page.get_by_text(" 1 of 144 tokens differ").wait_for()
 
-    panel(page).locator("input[type=file]").nth(1).set_input_files(PHOTO)
-    panel(page).locator("img[src*=coffee]").nth(0).wait_for()
+    with page.expect_response(re.compile("/upload")):
+        panel(page).locator("input[type=file]").nth(1).set_input_files(PHOTO)
+    panel(page).locator("[data-testid=image] img").nth(1).wait_for()
     page.get_by_role("button", name="Mix", exact=True).click()
     page.get_by_text(re.compile(r" [67]\d of 144 tokens differ")).wait_for()
 

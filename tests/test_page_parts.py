@@ -1,5 +1,6 @@
 """What the page of the demo is made of, without a browser: settings, history, parts of photos, tokens."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from tavq.app.completing import AROUND, MIDDLE, PAINTED, SOME, completions, task
 from tavq.app.gallery import FOLDER, GREETING, IMAGES_PER_PROMPT, PROMPTS, drawn_tokens, greeting
 from tavq.app.tab_about import FIGURE, measured
 from tavq.generator.sampling import SamplingConfig
-from tavq.pipeline import CHECKPOINT, Pipeline
+from tavq.pipeline import CHECKPOINT, Pipeline, read_recipe
 from tavq.tokenizer.model import TAVQTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,8 +33,17 @@ def png(path: Path, **texts: str) -> Path:
 
 def test_the_settings_of_a_generated_png_come_back():
     values, unknown = settings.of_png(FOLDER / "00.png")
-    assert (values["prompt"], values["seed"]) == GREETING[0] and unknown == []
-    assert values["guidance_scale"] == SamplingConfig().guidance_scale and values["best_of"] == 1
+    recipe = read_recipe(FOLDER / "00.png")
+    assert (values["prompt"], values["seed"]) == GREETING[0] and values["best_of"] == 1
+    assert values["guidance_scale"] == recipe["settings"]["guidance_scale"]
+    assert unknown == settings.unlike_here(recipe)
+
+
+def test_a_setting_that_the_page_lacks_is_named_where_it_differs():
+    own = dataclasses.asdict(SamplingConfig())
+    assert settings.unlike_here({"settings": own}) == []
+    other = {"settings": own | {"guidance_schedule": "cosine", "top_k": 5}}
+    assert settings.unlike_here(other) == ["guidance_schedule cosine"]
 
 
 def test_the_parameters_of_other_programs_are_read_and_what_has_no_place_is_named(tmp_path):
