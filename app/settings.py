@@ -85,7 +85,7 @@ def of_png(path: str | Path) -> tuple[dict[str, Any], list[str]]:
 def of_parameters(text: str) -> tuple[dict[str, Any], list[str]]:
     """Read A1111's text: the prompt, perhaps a line `Negative prompt: ...`, and a line `Name: value, ...`."""
     *lines, last = text.strip().split("\n")
-    pairs = dict(_A1111_PAIR.findall(last))
+    pairs: dict[str, str] = dict(_A1111_PAIR.findall(last))
     if not pairs.keys() & {*_A1111_NAMES, *LIMITS}:
         lines, pairs = [*lines, last], {}
 
