@@ -104,7 +104,7 @@ def test_what_the_documentation_shows_runs(server: DemoServer, tmp_path: Path, m
         text = block.replace("http://127.0.0.1:7860/", server.address)
         if language == "python":
             exec(compile(text, "api.md", "exec"), {})
-            seed, words = capsys.readouterr().out.splitlines()
+            *_, seed, words = capsys.readouterr().out.splitlines()
             assert seed.endswith(".png 7") and re.search(r"\[0\.\d+(, 0\.\d+)*\]$", words)
         else:
             run = subprocess.run(["bash", "-c", text], capture_output=True, text=True, timeout=60, check=True)
