@@ -143,7 +143,7 @@ class PhotoIndex:
         if not total:
             raise ValueError(f"{self.directory} would hold no photo: none could be read; check the folder")
         rows = database.execute("SELECT id, ids FROM photos ORDER BY id")
-        index = None
+        index: Any = None
         while batch := rows.fetchmany(VECTORS_AT_ONCE):
             vectors = self._vectors(_unpack([ids for _, ids in batch])).numpy()
             index = index or new_index(vectors, total)
@@ -221,7 +221,7 @@ def new_index(vectors: np.ndarray, total: int) -> Any:
     if total <= EXACT_UP_TO:
         return faiss.IndexIDMap2(faiss.IndexFlatIP(width))
     cells = min(4 * round(total**0.5), len(vectors) // 39)  # faiss asks for 39 vectors a cell
-    index = faiss.index_factory(width, f"IVF{cells},SQfp16", faiss.METRIC_INNER_PRODUCT)
+    index: Any = faiss.index_factory(width, f"IVF{cells},SQfp16", faiss.METRIC_INNER_PRODUCT)
     index.train(vectors)
     index.nprobe = CELLS_VISITED
     return index
