@@ -186,6 +186,7 @@ class FairQueue(Queue):
         finally:
             self._arriving.remove(job)
         if accepted:
+            assert isinstance(event_id, str)  # an answer that was refused holds reasons instead
             self._admit(job, self.event_ids_to_events[event_id])
         return accepted, event_id, status
 
