@@ -247,7 +247,7 @@ def test_a_killed_t2i_evaluation_goes_on_where_it_stopped(checkpoint, judge, net
     flags = ["--checkpoint", str(checkpoint), *LIMIT, "--features", str(network), "--out", str(out)]
     flags += ["--seeds", "2", "--judge", str(judge), "--neighbours", "2"]
     monkeypatch.setattr(t2i, "PROMPTS_AT_ONCE", 4)
-    drawn = t2i.Pipeline.generate
+    drawn = t2i.Pipeline.generate_each
     prompts_drawn = []
 
     def killed(self, prompts, *rest):
@@ -256,7 +256,7 @@ def test_a_killed_t2i_evaluation_goes_on_where_it_stopped(checkpoint, judge, net
         prompts_drawn.extend(prompts)
         return drawn(self, prompts, *rest)
 
-    monkeypatch.setattr(t2i.Pipeline, "generate", killed)
+    monkeypatch.setattr(t2i.Pipeline, "generate_each", killed)
     with pytest.raises(SystemExit):
         run_t2i.main(flags)
     assert not out.exists()
@@ -265,7 +265,7 @@ def test_a_killed_t2i_evaluation_goes_on_where_it_stopped(checkpoint, judge, net
         prompts_drawn.extend(prompts)
         return drawn(self, prompts, *rest)
 
-    monkeypatch.setattr(t2i.Pipeline, "generate", counted)
+    monkeypatch.setattr(t2i.Pipeline, "generate_each", counted)
     run_t2i.main(flags)
     assert len(prompts_drawn) == 24, "two seeds of 12 pictures, none drawn twice"
     with_another_decoder(checkpoint)

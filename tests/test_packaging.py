@@ -221,7 +221,9 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = tmp_path_factory.mktemp("installed") / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
     pip = [sys.executable, "-m", "pip", "--python", environment / "bin" / "python", "install"]
-    subprocess.run([*pip, "--quiet", "--no-deps", "--no-index", wheel], check=True)
+    # With this checkout on PYTHONPATH, pip would find the package installed already.
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    subprocess.run([*pip, "--quiet", "--no-deps", "--no-index", wheel], check=True, env=clean)
     (site_packages,) = environment.glob("lib/python*/site-packages")
     libraries = sysconfig.get_path("purelib")
     (site_packages / "libraries.pth").write_text(f"import site; site.addsitedir({libraries!r})\n")

@@ -45,7 +45,8 @@ def test_no_text_encoder_is_loaded_to_encode_or_decode(images, tmp_path):
 
     code = (
         "import sys, torch\n"
-        "from tavq.tokenizer.model import PRESETS, TAVQTokenizer\n"
+        "from tavq.tokenizer.config import PRESETS\n"
+        "from tavq.tokenizer.model import TAVQTokenizer\n"
         "t = TAVQTokenizer(PRESETS['tiny']).eval()\n"
         "t.decode(t.encode(torch.zeros(1, 3, 32, 32)))\n"
         "assert not {'transformers', 'textblob', 'nltk'} & set(sys.modules), sorted(sys.modules)\n"

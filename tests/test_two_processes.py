@@ -83,12 +83,13 @@ def test_two_processes_of_four_examples_train_as_one_of_eight(tokens_dir, tmp_pa
 TRAIN_AND_COMPARE = """
 import sys, torch
 from tavq.tokenizer import train as module
+from tavq.tokenizer.config import RUN_PRESETS
 from tavq.data.layouts import open_dataset
 from tavq.base.arguments import parse
 from tavq.training.loop import Trainer
 
 module.open_dataset = lambda path, split: open_dataset(path, split).take(16)
-run = parse(module.TokenizerRun, sys.argv[1:], prog="test", presets=module.RUN_PRESETS)
+run = parse(module.TokenizerRun, sys.argv[1:], prog="test", presets=RUN_PRESETS)
 task = module.TokenizerTask(run)
 trainer = Trainer(task, run.training, run.out, run)
 trainer.run()
