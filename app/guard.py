@@ -19,7 +19,7 @@ import safehttpx
 from gradio.block_function import BlockFunction
 from gradio.utils import get_function_params, get_upload_folder
 
-from .jobs import MODEL, FairQueue, Turns
+from .jobs import MODEL, FairQueue, LimitedBlocks, Turns
 from .limits import (
     Limits,
     RefusedError,
@@ -38,7 +38,7 @@ IMAGE_INPUTS = (gr.Image, gr.ImageEditor, gr.ImageSlider)
 log = logging.getLogger(__name__)
 
 
-class GuardedBlocks(gr.Blocks):
+class GuardedBlocks(LimitedBlocks):
     """A page whose endpoints refuse what `limits` do not allow, each time with a reason.
 
     Args:
@@ -69,7 +69,6 @@ class GuardedBlocks(gr.Blocks):
             raise one_line(f"the input could not be read: {lines[0]}") from error
 
     async def checked(self, block_fn: BlockFunction, inputs: list[Any], state: Any) -> list[Any]:
-        """Return the inputs, addresses replaced by files. Raises gr.Error for the first wrong one."""
         try:
             if not isinstance(inputs, list):
                 raise RefusedError(f"data is {shown(inputs)}, expected a list of the endpoint's values")
@@ -92,7 +91,6 @@ class GuardedBlocks(gr.Blocks):
             raise one_line(str(refusal)) from None
 
     def candidates_of(self, block_fn: BlockFunction, inputs: list[Any]) -> int:
-        """Return how many candidates a job with these inputs samples: images times candidates of each."""
         values = dict(zip(self._field_names(block_fn), inputs, strict=True))
         return int(values.get("num_images") or 1) * int(values.get("best_of") or 1)
 

@@ -10,9 +10,10 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import fastapi
+import gradio as gr
 from gradio import route_utils
 from gradio.block_function import BlockFunction
 from gradio.data_classes import PredictBodyInternal
@@ -21,10 +22,7 @@ from gradio.server_messages import ProcessCompletedMessage
 from gradio.utils import run_coro_in_background
 
 from . import metrics
-from .limits import RefusedError
-
-if TYPE_CHECKING:
-    from .guard import GuardedBlocks
+from .limits import Limits, RefusedError
 
 MODEL = "model"
 """Gradio's concurrency_id of all endpoints that need the model."""
@@ -112,16 +110,30 @@ class Turns:
         chosen[1].set_result(None)
 
 
+class LimitedBlocks(gr.Blocks):
+    """What the queue asks of a page about the jobs that it takes."""
+
+    limits: Limits
+
+    async def checked(self, block_fn: BlockFunction, inputs: list[Any], state: Any) -> list[Any]:
+        """Return the inputs, addresses replaced by files. Raises gr.Error for the first wrong one."""
+        raise NotImplementedError
+
+    def candidates_of(self, block_fn: BlockFunction, inputs: list[Any]) -> int:
+        """Return how many candidates a job with these inputs samples: images times candidates of each."""
+        raise NotImplementedError
+
+
 class FairQueue(Queue):
     """Gradio's queue, in which no client's second job waits before another's first.
 
     A job beyond the client's share, or with a wrong value, ends at once with its reason, and does not wait.
     """
 
-    blocks: GuardedBlocks
+    blocks: LimitedBlocks
 
     @classmethod
-    def in_place_of(cls, queue: Queue, blocks: GuardedBlocks) -> FairQueue:
+    def in_place_of(cls, queue: Queue, blocks: LimitedBlocks) -> FairQueue:
         """Make an empty queue with the settings of another."""
         return cls(
             queue.live_updates,
