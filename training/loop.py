@@ -437,7 +437,12 @@ def _leave_group_at_exit() -> None:
     called without an active exception"); torchrun then kills the main process while it saves.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        atexit.register(torch.distributed.destroy_process_group)
+        atexit.register(_leave_process_group)
+
+
+def _leave_process_group() -> None:
+    if torch.distributed.is_initialized():  # a program of its own may have left it before
+        torch.distributed.destroy_process_group()
 
 
 def _moving_average(decay: float) -> Callable[..., None]:
