@@ -100,7 +100,7 @@ if trainer.is_main:
     print("apart by", float((parts[0] - parts[1]).abs().max()), flush=True)
 torch.distributed.barrier()  # neither leaves while the other still speaks
 sys.stdout.flush()
-os._exit(0)  # a thread of gloo now and then outlives the interpreter and aborts it; this test is about weights
+os._exit(0)  # a thread of gloo now and then outlives the interpreter and aborts it
 """
 
 
