@@ -93,6 +93,7 @@ def test_what_is_pushed_comes_back(hub, tiny_tokenizer):
     assert loaded.codebook_hash == tiny_tokenizer.codebook_hash
 
 
+@pytest.mark.slow
 def test_a_text_encoder_comes_from_the_hub_without_its_code(hub):
     from tavq.data.text_encoder import minilm_directory
 

@@ -65,6 +65,7 @@ def squashed(path: Path, size: int) -> np.ndarray:
     return np.asarray(load_image(path).resize((size, size), Image.Resampling.BICUBIC))
 
 
+@pytest.mark.slow
 def test_generate_writes_four_pictures_with_seeds_7_to_10(tmp_path, checkpoint, tiny_pipeline, capsys):
     run("generate", PROMPTS[0], "--num-images", 4, "--seed", 7, "--out", tmp_path / "out", *checkpoint)
     files = [tmp_path / "out" / f"{number:06d}.png" for number in range(4)]
@@ -99,6 +100,7 @@ def test_candidates_are_ranked_by_likelihood_alignment_or_their_sum(tiny_pipelin
         tiny_pipeline.rank(ids, "a red cat", "luck")
 
 
+@pytest.mark.slow
 def test_with_a_plain_tokenizer_likelihood_alone_ranks(tmp_path, tiny_checkpoint, refused):
     plain = shutil.copytree(tiny_checkpoint, tmp_path / "plain")
     path = plain / "tokenizer" / "config.json"

@@ -109,6 +109,7 @@ def test_encoder_is_frozen(minilm):
     assert not minilm._model.training and not any(p.requires_grad for p in minilm._model.parameters())
 
 
+@pytest.mark.slow
 def test_any_transformers_encoder(tmp_path):
     encoder = TextEncoder(tiny_directory(tmp_path, "bert"))
     assert encoder.dim == encoder.token_dim == 16 and encoder.max_tokens == 24

@@ -201,6 +201,7 @@ def test_muon_trains_the_matrices_of_the_blocks_alone(tokens):
     assert len(muon) == 1 and {id(parameter) for parameter in muon[0]["params"]} == expected
 
 
+@pytest.mark.slow
 def test_evaluation_is_the_mean_over_all_tokens_of_unchanged_images_with_first_captions(tokens, monkeypatch):
     monkeypatch.setattr(train, "EVALUATION_BATCH", 3)  # 3 + 3 + 2
     task = GeneratorTask(dataclasses.replace(RUN_PRESETS["tiny"], tokens=tokens))

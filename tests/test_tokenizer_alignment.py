@@ -106,6 +106,7 @@ def test_texts_move_to_a_device_whole():
     assert {u.vectors.device.type for u in moved.units} | {b.own.device.type for b in moved.banks} == {"meta"}
 
 
+@pytest.mark.slow
 def test_captions_alone_make_an_aligner():
     from .test_tokenizer_adapters import SIZE, ForeignVQModel
 

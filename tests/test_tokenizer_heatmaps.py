@@ -133,6 +133,7 @@ def test_the_command_writes_a_picture_a_unit(aligned_folder, tmp_path, capsys):
     assert str(tmp_path / "photo" / "overview.png") in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_command_takes_the_first_photos_of_a_data_set(aligned_folder, tmp_path):
     flags = ["--out", str(tmp_path), "--checkpoint", str(aligned_folder), "--device", "cpu"]
     main(["--data", "shapes", "--count", "2", *flags])

@@ -218,6 +218,7 @@ def test_training_the_decoder_further_leaves_the_ids_alone(perceptual_network, t
     assert [run["data"] for run in earlier_runs(after.card)] == ["the first photos", "shapes"]
 
 
+@pytest.mark.slow
 def test_alignment_and_distillation_are_part_of_the_loss(teacher):
     """Projections learn from alignment alone, the distillation head from distillation alone."""
     task = TokenizerTask(dataclasses.replace(TINY, distill=teacher))
@@ -260,6 +261,7 @@ def test_provenance_of_older_checkpoints_is_understood():
     assert probed == {"align": "none", "probed": True, "aligned_levels": (1, 2, 3)}
 
 
+@pytest.mark.slow
 def test_the_projections_learn_at_a_rate_of_their_own():
     task = TokenizerTask(TINY)
     groups = task.parameter_groups(TINY.training)
