@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import random
 import uuid
 import warnings
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import gradio as gr
 from PIL import Image
 
 from tavq.base.arguments import USER_ERRORS
+from tavq.base.seeding import image_seeds
 from tavq.captioner.decoding import Caption, DecodingConfig
 from tavq.data.images import load_image
 from tavq.generator.sampling import SamplingConfig
@@ -23,8 +23,6 @@ from tavq.pipeline import Generated, Pipeline, recipe_line
 
 from . import metrics
 from .views import marked_words, ranking, unit_overlays, word_overlays
-
-MAX_RANDOM_SEED = 2**31
 
 
 @dataclass(frozen=True)
@@ -77,9 +75,7 @@ class Actions:
         A file is written when its image is complete.
         """
         with readable_errors():
-            settings = SamplingConfig(
-                guidance_scale=guidance_scale, temperature=temperature, top_k=int(top_k), top_p=top_p
-            )
+            settings = sampling_settings(guidance_scale, temperature, top_k, top_p)
             seed = self.used_seed(seed)
             self.check(prompt)
 
@@ -186,9 +182,7 @@ class Actions:
         """Return the seed, or a random one for -1."""
         if seed is None:
             raise ValueError("no seed; enter 0 or more, or -1 for a random one")
-        if seed < -1:
-            raise ValueError(f"the seed is {seed}, expected 0 or more, or -1 for a random one")
-        return random.SystemRandom().randrange(MAX_RANDOM_SEED) if seed == -1 else int(seed)
+        return image_seeds(int(seed), 1)[0]
 
     def save(self, generated: Generated) -> str:
         """Write the PNG with its recipe, under a new name that begins with the seed."""
@@ -198,9 +192,18 @@ class Actions:
         return str(path)
 
 
-def open_photo(photo: str | None) -> Image.Image:
-    """Open an upload. Raises ValueError where there is none, or it is no image."""
+def sampling_settings(
+    guidance_scale: float, temperature: float, top_k: float, top_p: float
+) -> SamplingConfig:
+    """Return the settings that page and API offer; sliders give floats."""
+    return SamplingConfig(
+        guidance_scale=guidance_scale, temperature=temperature, top_k=int(top_k), top_p=top_p
+    )
+
+
+def open_photo(photo: str | None, missing: str = "no photo; upload one, or click an example") -> Image.Image:
+    """Open an upload. Raises ValueError where there is none (with `missing`), or it is no image."""
     if photo is None:
-        raise ValueError("no photo; upload one, or click an example")
-    # From memory, so that no error on the page names a path of this machine.
+        raise ValueError(missing)
+    # From memory, so that no error names a path of this machine.
     return load_image(io.BytesIO(Path(photo).read_bytes()))

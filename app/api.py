@@ -8,7 +8,6 @@ docs/api.md shows how to call them.
 from __future__ import annotations
 
 import inspect
-import io
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,16 +16,16 @@ from typing import Any
 
 import gradio as gr
 from gradio.components import Component
+from PIL import Image
 
 from tavq.base.seeding import image_seeds
 from tavq.captioner.decoding import DecodingConfig
 from tavq.commands.complete import completion_mask
-from tavq.data.images import load_image
 from tavq.generator.sampling import SamplingConfig
 from tavq.pipeline import Generated, Pipeline
 
 from . import metrics
-from .actions import readable_errors
+from .actions import open_photo, readable_errors, sampling_settings
 from .jobs import MODEL, SLOTS
 
 MAX_IMAGES = 16
@@ -77,7 +76,7 @@ class Endpoints:
             best_of: candidates per image, of which the best is returned.
         """
         with readable_errors():
-            settings = _settings(guidance_scale, temperature, top_k, top_p)
+            settings = sampling_settings(guidance_scale, temperature, top_k, top_p)
             self._check(prompt)
             yield from self._collected(
                 self.pipeline.generate_each(
@@ -110,7 +109,7 @@ class Endpoints:
             alignment: weight of the alignment of image and caption when captions are ranked; 0 turns it off.
         """
         with readable_errors():
-            photo = open_photo(image)
+            photo = _open(image)
             settings = DecodingConfig(beam=beam, n_best=n_best, alignment=alignment)
             return self.pipeline.caption(photo, settings)[0].to_json()
 
@@ -124,7 +123,7 @@ class Endpoints:
             text: a description of the image.
         """
         with readable_errors():
-            maps = self.pipeline.heatmaps(open_photo(image), text)
+            maps = self.pipeline.heatmaps(_open(image), text)
             return [{"text": m.unit, "kind": KINDS[m.kind], "map": m.map.tolist()} for m in maps]
 
     def reconstruct(self, image: str) -> tuple[str, list[list[int]]]:
@@ -134,7 +133,7 @@ class Endpoints:
             image: the image file.
         """
         with readable_errors():
-            reconstruction = self.pipeline.reconstruct([open_photo(image)])[0]
+            reconstruction = self.pipeline.reconstruct([_open(image)])[0]
             path = self.folder / f"reconstruction-{uuid.uuid4().hex[:8]}.png"
             reconstruction.image.save(path)
             return str(path), reconstruction.ids.tolist()
@@ -167,8 +166,8 @@ class Endpoints:
             top_p: sample among the fewest likeliest codes that hold this much probability.
         """
         with readable_errors():
-            photo = open_photo(image)
-            settings = _settings(guidance_scale, temperature, top_k, top_p)
+            photo = _open(image)
+            settings = sampling_settings(guidance_scale, temperature, top_k, top_p)
             mask = _mask(keep, *photo.size)
             self._check(prompt)
             yield from self._collected(
@@ -204,8 +203,8 @@ class Endpoints:
             top_p: sample among the fewest likeliest codes that hold this much probability.
         """
         with readable_errors():
-            photo = open_photo(image)
-            settings = _settings(guidance_scale, temperature, top_k, top_p)
+            photo = _open(image)
+            settings = sampling_settings(guidance_scale, temperature, top_k, top_p)
             self._check(prompt)
             yield from self._collected(
                 self.pipeline.vary(photo, share, prompt, one, settings, negative_prompt=negative_prompt)[0]
@@ -236,16 +235,8 @@ class Endpoints:
         return str(path)
 
 
-def open_photo(image: str | None) -> Any:
-    """Read an uploaded file as RGB."""
-    if image is None:
-        raise ValueError("image is null, expected an uploaded file")
-    # From memory, so that no error names a path of this machine.
-    return load_image(io.BytesIO(Path(image).read_bytes()))
-
-
-def _settings(guidance_scale: float, temperature: float, top_k: int, top_p: float) -> SamplingConfig:
-    return SamplingConfig(guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
+def _open(image: str | None) -> Image.Image:
+    return open_photo(image, "image is null, expected an uploaded file")
 
 
 def _mask(keep: str | None, width: int, height: int) -> Any:

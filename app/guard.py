@@ -19,7 +19,7 @@ import safehttpx
 from gradio.block_function import BlockFunction
 from gradio.utils import get_function_params, get_upload_folder
 
-from .jobs import MODEL, FairQueue, LimitedBlocks, Turns
+from .jobs import MODEL, FairQueue, Turns
 from .limits import (
     Limits,
     RefusedError,
@@ -38,7 +38,7 @@ IMAGE_INPUTS = (gr.Image, gr.ImageEditor, gr.ImageSlider)
 log = logging.getLogger(__name__)
 
 
-class GuardedBlocks(LimitedBlocks):
+class GuardedBlocks(gr.Blocks):
     """A page whose endpoints refuse what `limits` do not allow, each time with a reason.
 
     Args:

@@ -10,10 +10,9 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import fastapi
-import gradio as gr
 from gradio import route_utils
 from gradio.block_function import BlockFunction
 from gradio.data_classes import PredictBodyInternal
@@ -110,18 +109,18 @@ class Turns:
         chosen[1].set_result(None)
 
 
-class LimitedBlocks(gr.Blocks):
-    """What the queue asks of a page about the jobs that it takes."""
+class JobChecks(Protocol):
+    """What the queue asks about the jobs that it takes."""
 
     limits: Limits
 
     async def checked(self, block_fn: BlockFunction, inputs: list[Any], state: Any) -> list[Any]:
         """Return the inputs, addresses replaced by files. Raises gr.Error for the first wrong one."""
-        raise NotImplementedError
+        ...
 
     def candidates_of(self, block_fn: BlockFunction, inputs: list[Any]) -> int:
         """Return how many candidates a job with these inputs samples: images times candidates of each."""
-        raise NotImplementedError
+        ...
 
 
 class FairQueue(Queue):
@@ -130,19 +129,21 @@ class FairQueue(Queue):
     A job beyond the client's share, or with a wrong value, ends at once with its reason, and does not wait.
     """
 
-    blocks: LimitedBlocks
+    checks: JobChecks
 
     @classmethod
-    def in_place_of(cls, queue: Queue, blocks: LimitedBlocks) -> FairQueue:
-        """Make an empty queue with the settings of another."""
-        return cls(
+    def in_place_of(cls, queue: Queue, checks: JobChecks) -> FairQueue:
+        """Make an empty queue with the settings of another, for the same page."""
+        made = cls(
             queue.live_updates,
             queue.max_thread_count,
             queue.update_intervals,
             queue.max_size,
-            blocks,
+            queue.blocks,
             queue.default_concurrency_limit,
         )
+        made.checks = checks
+        return made
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
@@ -182,11 +183,11 @@ class FairQueue(Queue):
             return await super().push(body, request, username)
 
         client = client_of(request, username, body.session_hash)
-        job = Job(client, block_fn.api_name or "", self.blocks.limits.job_seconds)
+        job = Job(client, block_fn.api_name or "", self.checks.limits.job_seconds)
         try:
             state = self.blocks.state_holder[body.session_hash] if body.session_hash else None
-            body.data = await self.blocks.checked(block_fn, body.data, state)
-            job.candidates = self.blocks.candidates_of(block_fn, body.data)
+            body.data = await self.checks.checked(block_fn, body.data, state)
+            job.candidates = self.checks.candidates_of(block_fn, body.data)
         except Exception as error:  # gr.Error, which has its line
             job.reason = str(getattr(error, "message", error))
 
@@ -208,7 +209,7 @@ class FairQueue(Queue):
         return [job for job in jobs if job.client == client and (job.event is None or job.event.alive)]
 
     def _over_share(self, job: Job) -> str:
-        limits = self.blocks.limits
+        limits = self.checks.limits
         held = self._held(job.client)
         candidates = sum(other.candidates for other in held)
         if len(held) >= limits.max_jobs_per_client:

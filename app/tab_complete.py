@@ -11,10 +11,8 @@ import gradio as gr
 from gradio.components import Component
 from PIL import Image
 
-from tavq.generator.sampling import SamplingConfig
-
 from . import components
-from .actions import Actions, readable_errors
+from .actions import Actions, readable_errors, sampling_settings
 from .completing import AROUND, PAINTED, PARTS, SOME, completions, task_of
 from .components import HIDDEN, MAX_IMAGES, QUEUED
 from .settings import MAX_PROMPT_LETTERS
@@ -74,9 +72,7 @@ class Completing:
             with readable_errors():
                 layers = (edited or {}).get("layers", [])
                 task = task_of(part, (edited or {}).get("background"), layers, outpaint)
-                settings = SamplingConfig(
-                    guidance_scale=guidance_scale, temperature=temperature, top_k=int(top_k), top_p=top_p
-                )
+                settings = sampling_settings(guidance_scale, temperature, top_k, top_p)
                 first = self.actions.used_seed(seed)
                 self.actions.check(prompt)
                 progress((0, num_images), unit="images")

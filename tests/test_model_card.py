@@ -39,10 +39,10 @@ def front(card: str) -> dict:
 
 def test_a_card_is_a_page_that_names_no_path():
     values = resolved(
-        perceptual="/opt/nets/squeezenet_layers.pt", text_encoder="minilm", images=["/data/more"]
+        perceptual="/home/anna/nets/squeezenet_layers.pt", text_encoder="minilm", images=["/home/anna/more"]
     )
     card = model_card("tokenizer", values, LOG, 1600, 120.0)
-    assert "/home" not in card and "/opt" not in card and "/data" not in card
+    assert "/home" not in card and "anna" not in card
     assert len(card.split("<details>")[0].splitlines()) < 60
     run = front(card)[RUNS_KEY][0]
     assert (run["steps"], run["examples"], run["minutes"]) == (100, 1600, 2)
