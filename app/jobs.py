@@ -28,7 +28,9 @@ MODEL = "model"
 SLOTS = 4
 """Jobs that take turns on the model; the others wait in the queue. One computes at a time."""
 UNHEARD_SECONDS = 15.0
-"""A job ends when nobody has listened for so long; a client needs a moment between asking and listening."""
+"""A job ends when its listener has been gone for so long."""
+NEVER_HEARD_SECONDS = 120.0
+"""A job ends when nobody came to listen for so long. In a crowd a client cannot ask and listen at once."""
 
 
 @dataclass
@@ -286,8 +288,9 @@ class FairQueue(Queue):
                 if event_id not in self.event_ids_to_events and job.event is not None:
                     self._report(job.event, None)
                 elif job.event is not None and not self.listening[job.event.session_hash]:
-                    last = max(job.asked, self._last_heard.get(job.event.session_hash, 0.0))
-                    if job.event.alive and now - last > UNHEARD_SECONDS:
+                    last_heard = self._last_heard.get(job.event.session_hash)
+                    patience = NEVER_HEARD_SECONDS if last_heard is None else UNHEARD_SECONDS
+                    if job.event.alive and now - max(job.asked, last_heard or 0.0) > patience:
                         job.reason = "nobody listened any more"
                         await self.clean_events(event_id=event_id)
             sessions = {job.event.session_hash for job in self._jobs.values() if job.event}

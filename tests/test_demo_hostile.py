@@ -364,4 +364,5 @@ def test_two_hundred_clients_lose_nothing(server: DemoServer):
         [*script, "--clients", "200", "--rounds", "1", "--json"], capture_output=True, text=True, check=True
     )
     result = json.loads(run.stdout)
-    assert result["asked"] == 200 and result["lost"] == 0
+    assert result["asked"] == 200
+    assert result["lost"] == 0, result["first_reasons"]

@@ -111,6 +111,7 @@ class Counter:
 def counter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter]:
     """The page, with a limit of so many seconds a job as the test gives, else of 60."""
     monkeypatch.setattr(jobs, "UNHEARD_SECONDS", 0.5)
+    monkeypatch.setattr(jobs, "NEVER_HEARD_SECONDS", 0.5)
     gate = threading.Event()
 
     def count(num_images: float) -> Iterator[int]:
@@ -147,7 +148,7 @@ def answer(http: httpx.Client, event: str) -> tuple[str, object]:
 def test_a_job_beyond_the_client_s_share_ends_at_once_and_another_client_s_does_not(
     counter: Counter, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(jobs, "UNHEARD_SECONDS", 60)
+    monkeypatch.setattr(jobs, "NEVER_HEARD_SECONDS", 60)
     http = counter.http
     first, second, third = ask(http, 5), ask(http, 5), ask(http, 5)
     other = ask(http, 5, "203.0.113.8")
