@@ -41,6 +41,9 @@ UPLOAD_OVERHEAD_BYTES = 64 * 1024  # the form around a file
 DRAINED_BODIES = 10  # times the limit that are read and thrown away
 STEP_SECONDS = 2.0  # that the running step may take after a signal
 CLOSE_SECONDS = 1  # that open connections have after a signal
+KEEP_ALIVE_SECONDS = 75
+"""For how long an idle connection stays open: longer than clients keep theirs (httpx 5 s, nginx 60 s). Where
+the server closes first, a request that is on its way is lost."""
 
 CALLED = re.compile(r"/(?:run|api|call|call/v2)/([^/]+)/?$")
 PAGE_CALLS = "predict"  # the name under which the page calls its unqueued functions, by number
@@ -224,6 +227,7 @@ def running(
             )
     except OSError as error:
         raise ValueError(f"port {port} is not free on {host}; choose another with --port") from error
+    page.server.config.timeout_keep_alive = KEEP_ALIVE_SECONDS  # which Gradio cannot be told
     try:
         yield page
     finally:

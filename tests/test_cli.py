@@ -158,7 +158,13 @@ def test_ctrl_c_in_the_first_seconds_is_one_line(tmp_path):
     command = [sys.executable, "-m", "tavq", "generate", "a dog", "--out", str(tmp_path / "out")]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a job in the background of a shell ignores Ctrl-C, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         maps = Path(f"/proc/{process.pid}/maps")
         while process.poll() is None and "libtorch" not in maps.read_text():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client as http_client
 import io
 import itertools
 import json
@@ -356,6 +357,17 @@ def test_one_greedy_client_does_not_delay_another(http: httpx.Client):
     refused = [reason for succeeded, reason in results if not succeeded]
     assert len(refused) >= 38 - 2  # a job may end while the later ones arrive
     assert all("you have 2 jobs here already, at most 2 are allowed" in reason for reason in refused)
+
+
+def test_a_connection_outlives_the_pause_after_which_clients_close_theirs(server: DemoServer):
+    host, port = server.address.removeprefix("http://").rstrip("/").split(":")
+    connection = http_client.HTTPConnection(host, int(port), timeout=60)
+    for pause in (6.0, 0.0):
+        connection.request("GET", "/healthz")  # on one connection; a closed one raises RemoteDisconnected
+        assert connection.getresponse().read()
+        connection.auto_open = 0
+        time.sleep(pause)
+    connection.close()
 
 
 def test_two_hundred_clients_lose_nothing(server: DemoServer):
