@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
-from tavq.base.arguments import parse, run_main
+from tavq.base.arguments import parse, print_json, run_main
 from tavq.base.device import Device, choose_device
-from tavq.base.files import file_hash
+from tavq.base.files import check_directory, file_hash
 from tavq.base.weights import CHECKPOINT, WEIGHTS_FILE, local_directory
-from tavq.photo_index import PhotoIndex
-from tavq.tokenizer.model import TAVQTokenizer
+
+if TYPE_CHECKING:
+    from tavq.photo_index import PhotoIndex
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +33,20 @@ class IndexRun:
     """Directory or hf:OWNER/NAME that holds tokenizer/, which must be aligned with text."""
     device: Device = "auto"
     """Device to run on."""
+    json: bool = False
+    """Print one line of JSON instead of text."""
 
 
 @run_main
 def main(argv: Sequence[str] | None = None) -> None:
     run = parse(IndexRun, argv, prog="tavq index")
+    if not run.photos.is_dir():
+        raise FileNotFoundError(f"no folder {run.photos}; name the one that holds the photos")
+    check_directory(run.out)
     changes = open_index(run.out, run.checkpoint, run.device).update(run.photos)
+    if run.json:
+        print_json({"index": str(run.out), **dataclasses.asdict(changes)})
+        return
     print(
         f"{run.out}: {changes.added} photos encoded, {changes.removed} gone, {changes.unchanged} as they were"
     )
@@ -46,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def open_index(directory: Path, checkpoint: str, device: str) -> PhotoIndex:
     """Open the index at `directory` with the tokenizer of a checkpoint."""
+    from tavq.photo_index import PhotoIndex
+    from tavq.tokenizer.model import TAVQTokenizer
+
     folder = local_directory(checkpoint) / "tokenizer"
     tokenizer = TAVQTokenizer.from_pretrained(folder).to(choose_device(device))
     return PhotoIndex(directory, tokenizer, file_hash(folder / WEIGHTS_FILE))

@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
-from tavq.base.arguments import parse, run_main
+from tavq.base.arguments import parse, print_json, run_main
 from tavq.base.device import Device
+from tavq.base.files import check_file
 from tavq.base.weights import CHECKPOINT
-from tavq.commands.index import open_index
-from tavq.data.images import load_image
-from tavq.data.thumbnail_page import Card, write_page
-from tavq.photo_index import Hit
-from tavq.tokenizer.retrieval import text_encoder_of
+
+from .index import open_index
+
+if TYPE_CHECKING:
+    from tavq.photo_index import Hit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,8 @@ class SearchRun:
     """Directory or hf:OWNER/NAME with which the index was made."""
     device: Device = "auto"
     """Device to run on."""
+    json: bool = False
+    """Print one line of JSON for each photo, instead of text."""
 
     def __post_init__(self) -> None:
         if self.top < 1:
@@ -51,18 +55,34 @@ class SearchRun:
 @run_main
 def main(argv: Sequence[str] | None = None) -> None:
     run = parse(SearchRun, argv, prog="tavq search")
+    if not run.index.is_dir():
+        raise FileNotFoundError(f"no index {run.index}; make it with: tavq index PHOTOS --out {run.index}")
+    if run.page is not None:
+        check_file(run.page, ".html")
+
+    from tavq.data.images import load_image
+    from tavq.tokenizer.retrieval import text_encoder_of
+
     like = None if run.like is None else load_image(run.like)
     index = open_index(run.index, run.checkpoint, run.device)
     encoder = text_encoder_of(index.tokenizer)
     hits = index.search(encoder.encode, run.words, like, run.top)
     for hit in hits:
-        print(f"{hit.score:8.4f}  {hit.path}")
+        if run.json:
+            print_json({"path": str(hit.path), "score": hit.score})
+        else:
+            print(f"{hit.score:8.4f}  {hit.path}")
     if run.page is not None:
-        show(run, hits)
+        write_found(run, run.page, hits)
+        if not run.json:
+            print(run.page)
 
 
-def show(run: SearchRun, hits: Sequence[Hit]) -> None:
+def write_found(run: SearchRun, page: Path, hits: Sequence[Hit]) -> None:
     """Write the photos found as a page of thumbnails, after the photo that was looked for."""
+    from tavq.data.images import load_image
+    from tavq.data.thumbnail_page import Card, write_page
+
     sections = {}
     if run.like is not None:
         sections["Like"] = [Card(load_image(run.like), run.like.name)]
@@ -71,6 +91,4 @@ def show(run: SearchRun, hits: Sequence[Hit]) -> None:
         Card(load_image(hit.path) if hit.path.is_file() else None, hit.path.name, [f"{hit.score:.4f}"])
         for hit in hits
     ]
-    assert run.page is not None
-    write_page(run.page, run.words or "Search by a photo", f"{len(hits)} photos of {run.index}", sections)
-    print(run.page)
+    write_page(page, run.words or "Search by a photo", f"{len(hits)} photos of {run.index}", sections)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from tavq.base.arguments import parse, run_main
+from tavq.base.arguments import parse, print_json, run_main
 from tavq.base.files import atomic_write
 from tavq.base.weights import shipped_checkpoint
 from tavq.eval.cells import TIMES_100, format_difference, format_metric, markdown_row
@@ -55,6 +55,8 @@ class Table:
     """Checkpoints that the block `models` lists."""
     check: bool = False
     """With --readme: change nothing; exit 2 if the tables are stale."""
+    json: bool = False
+    """Print one line of JSON for each result file, instead of a table."""
 
 
 @run_main
@@ -67,8 +69,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise FileNotFoundError(f"no file {config.readme}; name one with --readme")
     if config.check and config.readme is None:
         raise ValueError("--check compares a page with its results; name the page with --readme")
+    if config.json and config.readme is not None:
+        raise ValueError("--json prints and --readme writes; give one of them")
 
     results = [read_results(path) for path in config.results]
+    if config.json:
+        for result in results:
+            print_json({"path": str(result.path), "metrics": result.metrics, "protocol": result.protocol})
+        return
     makers: dict[str, Callable[[], str]] = {
         "results": lambda: make_tables(results),
         "summary": lambda: make_summary(results),

@@ -16,7 +16,6 @@ from tavq.base.arguments import parse, run_main
 from tavq.captioner.config import RUN_PRESETS as CAPTIONER_PRESETS
 from tavq.commands.cache import CacheRun
 from tavq.commands.caption import CaptionRun
-from tavq.commands.check_data import CheckRun
 from tavq.commands.complete import CompleteRun
 from tavq.commands.export import ExportRun
 from tavq.commands.generate import GenerateRun
@@ -37,7 +36,14 @@ from tavq.eval.score import ScoreCaptions, ScoreImages
 from tavq.eval.table import Table
 from tavq.generator.config import RUN_PRESETS as GENERATOR_PRESETS
 from tavq.tokenizer.config import RUN_PRESETS as TOKENIZER_PRESETS
-from tavq.tokenizer.run_config import DECODER_PRESETS, AlignRun, CodebookRun, DescribeRun, TokenizeRun
+from tavq.tokenizer.run_config import (
+    DECODER_PRESETS,
+    AlignRun,
+    CheckRun,
+    CodebookRun,
+    DescribeRun,
+    TokenizeRun,
+)
 
 
 @dataclasses.dataclass(frozen=True)

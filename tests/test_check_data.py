@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,11 +12,11 @@ from PIL import Image
 from torch.nn.functional import normalize
 
 from tavq.cli import main
-from tavq.commands.check_data import copies_to_drop, foreign_captions
 from tavq.data.dataset import Example, ImageTextDataset
 from tavq.data.keep import keep_only, write_keep
 from tavq.data.layouts import open_dataset
 from tavq.data.tokens import open_tokens
+from tavq.tokenizer.check_dataset import copies_to_drop, foreign_captions
 from tavq.tokenizer.data_checks import caption_fit, near_duplicates, sibling_agreement
 from tavq.tokenizer.retrieval import alignment_scores
 
@@ -127,6 +128,12 @@ def test_the_command_finds_what_is_wrong_and_training_leaves_it_out(tmp_path, ti
     worst_id, worst_number = table[0][1:3]
     assert worst_id not in kept or worst_number not in (kept[worst_id] or "0 1 2 3 4 5").split()
     assert kept.get("train/1", "0") == "0"
+
+    main(["check-data", str(photos), "--out", str(tmp_path / "again"), "--json", *flags])
+    found = json.loads(capsys.readouterr().out)
+    counts = ("copies_across_splits", "unreadable", "tiny", "foreign_captions")
+    assert [found[name] for name in counts] == [1, 1, 1, 1]
+    assert all(Path(file).is_file() for file in found["files"])
 
     keep = ["--keep", str(tmp_path / "out" / "keep.txt")]
     main(["tokenize", "--data", str(photos), "--out", str(tmp_path / "t"), "--checkpoint", tokenizer, *keep])

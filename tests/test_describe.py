@@ -59,8 +59,10 @@ def test_a_server_that_errs_and_stalls_describes_every_image_once(photos, capsys
         assert {level: server.requests[level] for level in range(6)} == {0: 1, 1: 2, 2: 3, 3: 2, 4: 1, 5: 2}
         assert 1 < server.most_at_once <= 5  # a stalled request may still be open beside its repetition
 
-        describe(photos, *flags)
+        describe(photos, *flags, "--json")
         assert server.requests.total() == 12 + 5 + 1
+        counts = json.loads(capsys.readouterr().out)
+        assert (counts["written"], counts["dropped"], counts["unanswered"]) == (1, {}, [])
     described = rows(out)
     assert {id_: row["text"] for id_, row in described.items()} == {
         f"{level:02d}": f"A plain picture of level {level}." for level in range(12)

@@ -66,11 +66,12 @@ def run(line: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     return code, lines[0].rstrip() if lines else ""
 
 
-def test_there_are_101_of_them_of_nearly_every_command():
+def test_there_are_as_many_as_the_page_says_and_some_of_every_command():
     lines = [line for line, _, _ in ROWS]
-    assert len(lines) == len(set(lines)) == 101
+    (said,) = re.findall(r"^What (\d+) mistakes", PAGE.read_text(), flags=re.MULTILINE)
+    assert len(lines) == len(set(lines)) == int(said) >= 101
     named = {name for name in COMMANDS for line in lines if f"{line} ".startswith(f"tavq {name} ")}
-    assert named == set(COMMANDS) - {"index", "search", "check-data"}
+    assert named == set(COMMANDS)
 
 
 @pytest.mark.parametrize(("line", "code", "first"), ROWS, ids=[line for line, _, _ in ROWS])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sqlite3
 from pathlib import Path
@@ -147,9 +148,15 @@ def test_the_commands_print_photos_and_show_them(photos, tmp_path, tiny_checkpoi
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5 and all(Path(line.split()[1]).is_file() for line in lines[:4])
     assert page.read_text().count("data:image/jpeg") == 5
+    main(["index", str(photos), "--out", str(tmp_path / "i"), "--json", *checkpoint])
+    main(["search", str(tmp_path / "i"), WORDS, "--top", "2", "--json", *checkpoint])
+    changes, *found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert (changes["added"], changes["unchanged"], changes["unreadable"]) == (0, 12, [])
+    assert all(Path(hit["path"]).is_file() for hit in found) and found[0]["score"] >= found[1]["score"]
     for arguments, message in {
         ("search", str(tmp_path / "i")): "nothing to look for",
-        ("search", str(tmp_path / "none"), "a dog"): "holds no finished index",
+        ("search", str(tmp_path / "none"), "a dog"): "make it with: tavq index PHOTOS",
+        ("search", str(photos), "a dog"): "holds no finished index",
         ("index", str(tmp_path / "i"), "--out", str(tmp_path / "j")): "no image in",
     }.items():
         with pytest.raises(SystemExit) as left:

@@ -293,6 +293,9 @@ def test_table(tmp_path, pair, capsys):
     capsys.readouterr()
     table.main([*map(str, pair)])
     assert capsys.readouterr().out.strip() in text and readme.read_text() == text, "printed, not written"
+    table.main([*map(str, pair), "--json"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["path"] for line in lines] == [str(path) for path in pair] and lines[0]["metrics"]
     with pytest.raises(ValueError, match="speed: begin"):
         table.write_block(readme, "speed", "| fast |")
     with pytest.raises(FileNotFoundError, match="no file"):

@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from tavq.base.arguments import print_json
 from tavq.base.device import choose_device
 from tavq.base.journal import append_row, read_journal
 from tavq.base.progress import Progress
@@ -65,7 +66,7 @@ def describe_dataset(run: DescribeRun) -> None:
             # One line for each image, in one of the two files: a killed run loses and doubles none.
             append_row(rejected if reason else out, row)
             reasons[reason or ""] += 1
-    report(reasons, failed, out, rejected)
+    report(reasons, failed, out, rejected, as_json=run.json)
 
 
 def prompts(run: DescribeRun) -> Callable[[Example], str]:
@@ -144,9 +145,16 @@ class Judge:
         return (row | {"reason": reason} if reason else row), reason
 
 
-def report(reasons: Counter[str], failed: list[str], out: Path, rejected: Path) -> None:
+def report(
+    reasons: Counter[str], failed: list[str], out: Path, rejected: Path, *, as_json: bool = False
+) -> None:
     """Say how many descriptions were written, and what became of the others."""
-    print(f"{reasons.pop('', 0)} descriptions written to {out}")
+    written = reasons.pop("", 0)
+    if as_json:
+        files = {"file": str(out), "rejected": str(rejected)}
+        print_json({**files, "written": written, "dropped": dict(reasons), "unanswered": failed})
+        return
+    print(f"{written} descriptions written to {out}")
     if reasons:
         counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
         print(f"{reasons.total()} dropped ({counts}); see {rejected}")
@@ -182,4 +190,7 @@ def write_sample(
         f"Prompt of the first image: {prompt}",
         {f"{len(cards)} images": [cards[index] for index in sorted(cards)]},
     )
-    print(page)
+    if run.json:
+        print_json({"file": str(page), "images": len(cards)})
+    else:
+        print(page)

@@ -1,5 +1,5 @@
 """Flags of the commands around a finished tokenizer: train decoder, align,
-tokenize, codebook, describe.
+tokenize, codebook, check-data, describe.
 
 Nothing here imports torch: help and mistakes on the command line are answered without it.
 """
@@ -194,6 +194,42 @@ class CodebookRun:
 
 
 @dataclasses.dataclass(frozen=True)
+class CheckRun:
+    """Find what is wrong with a dataset: a page to look at, and keep.txt, which training reads by --keep.
+
+    Example: tavq check-data photos/ --out checked/
+    """
+
+    data: Positional[str]
+    """Dataset: a directory in any known layout, or `shapes`."""
+    out: Path = Path("checked")
+    """Directory for report.html, captions.tsv (all captions, the worst first) and keep.txt."""
+    show: int = 60
+    """Captions, pairs and images shown of each kind."""
+    drop_worst: int = 0
+    """Captions that fit worst and do not go into keep.txt. Look at the page before: a worst caption always
+    exists."""
+    min_side_px: int = 64
+    """Shorter side below which an image counts as tiny."""
+    duplicate_similarity: float = 0.8
+    """Similarity of codes, position by position, from which two images count as copies."""
+    language: str = "en"
+    """Language that the text encoder reads (ISO 639-1); "" leaves languages alone."""
+    tokenizer: str = str(shipped_checkpoint() / "tokenizer")
+    """Tokenizer that is aligned with text: a directory or hf:OWNER/NAME."""
+    device: Device = "auto"
+    """Device to run on."""
+    json: bool = False
+    """Print one line of JSON instead of text."""
+
+    def __post_init__(self) -> None:
+        if min(self.show, self.drop_worst, self.min_side_px) < 0:
+            raise ValueError("expected no negative --show, --drop-worst or --min-side-px")
+        if not 0 <= self.duplicate_similarity <= 1:
+            raise ValueError(f"duplicate_similarity is {self.duplicate_similarity}, expected 0 to 1")
+
+
+@dataclasses.dataclass(frozen=True)
 class DescribeRun:
     """Write a dense description of each image, as long text for the alignment. The same command resumes.
 
@@ -227,6 +263,8 @@ class DescribeRun:
     """Aligned tokenizer for --min-grounding: a directory or hf:OWNER/NAME."""
     device: Device = "auto"
     """Device to run on."""
+    json: bool = False
+    """Print one line of JSON instead of text."""
 
     def __post_init__(self) -> None:
         if self.tags is not None and not self.fuse:
