@@ -58,7 +58,7 @@ class AlignmentBenchmark:
     """What the alignment costs in a training step."""
 
     data: str = "shapes"
-    """Dataset whose training photos and texts are used: a directory in any known layout, or `shapes`."""
+    """Dataset whose training photos and texts are used: a directory, `shapes` or `scenes`."""
     preset: str = "flickr8k"
     """Preset of the tokenizer's training run."""
     perceptual: str | None = None

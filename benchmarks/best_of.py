@@ -35,7 +35,7 @@ class BestOf:
 
     checkpoint: str = CHECKPOINT
     data: str = dataclasses.field(default_factory=default_data)
-    """Dataset: a directory in any known layout, or `shapes`. By default the one that TAVQ_DATA names."""
+    """Dataset: a directory in any known layout, `shapes` or `scenes`. By default that of TAVQ_DATA."""
     split: str = "val"
     prompts: int = 100
     """The first captions of so many photos."""

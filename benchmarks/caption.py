@@ -34,7 +34,7 @@ class CaptionBenchmark:
     """Images captioned a second, from the file to the sentence with its probabilities."""
 
     data: str = "shapes"
-    """Dataset whose test split is captioned: a directory in any known layout, or `shapes`."""
+    """Dataset whose test split is captioned: a directory in any known layout, `shapes` or `scenes`."""
     checkpoint: Path = shipped_checkpoint()
     """Directory that holds tokenizer/ and captioner/."""
     images: int = 1000

@@ -3,8 +3,8 @@
 Known layouts: Karpathy json (`dataset_*.json` + `images/`), COCO captions (`annotations/captions_*.json` +
 image folders), the original Flickr8k (`Images/` + `captions.txt` or `Flickr8k.token.txt` and its split
 lists), `metadata.jsonl` (Hugging Face imagefolder), WebDataset shards (`*.tar`), a folder of images with
-`.txt` side-cars (one caption a line), and "shapes", the generated dataset. A dense description is taken from
-`long_text.jsonl`, a ShareGPT4V json or `NAME.long.txt` where one lies beside them.
+`.txt` side-cars (one caption a line), and the generated datasets "shapes" and "scenes". A dense description
+is taken from `long_text.jsonl`, a ShareGPT4V json or `NAME.long.txt` where one lies beside them.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from .layouts_folder import IMAGE_SUFFIXES, has_metadata, read_metadata, read_si
 from .layouts_json import read_coco, read_karpathy, read_original_flickr8k
 from .layouts_shards import read_shards
 from .long_text import attach_long_text
+from .scenes import scenes_examples
 from .shapes import shapes_examples
 
+_GENERATED = {"shapes": shapes_examples, "scenes": scenes_examples}
 _KNOWN = (
     "dataset_*.json, annotations/captions_*.json, Flickr8k's captions.txt, metadata.jsonl, "
     "*.tar shards or images with .txt side-cars"
@@ -42,7 +44,8 @@ def open_dataset(path: str | Path, split: str | None = None) -> ImageTextDataset
     Where the layout has no splits, images are divided 80/10/10 by the SHA-256 of their ids.
 
     Args:
-        path: a directory, an annotation json in it, or "shapes" for the generated dataset.
+        path: a directory, an annotation json in it, or "shapes" or "scenes" for a generated dataset, with as
+            many training images as a number behind a colon says ("scenes:50000").
         split: "train", "val" or "test"; None gives all.
 
     Raises:
@@ -53,9 +56,9 @@ def open_dataset(path: str | Path, split: str | None = None) -> ImageTextDataset
     check_data_is_named(path)
     if split is not None and split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
-    if str(path) == "shapes":
-        names = SPLITS if split is None else (split,)
-        return ImageTextDataset("shapes", [example for name in names for example in shapes_examples(name)])
+    name, _, count = str(path).partition(":")
+    if name in _GENERATED:
+        return _generate(name, count, SPLITS if split is None else (split,))
 
     root = Path(path)
     folder = root if root.is_dir() else root.parent
@@ -66,13 +69,21 @@ def open_dataset(path: str | Path, split: str | None = None) -> ImageTextDataset
     return ImageTextDataset(folder.resolve().name, attach_long_text(examples, folder, links))
 
 
+def _generate(name: str, count: str, splits: Iterable[str]) -> ImageTextDataset:
+    if count and not (count.isdecimal() and int(count)):
+        raise ValueError(f"{name}:{count} names no number of training images; write it as in {name}:5000")
+    counts = {"train": int(count)} if count else {}
+    examples = [example for split in splits for example in _GENERATED[name](split, counts.get(split))]
+    return ImageTextDataset(name, examples)
+
+
 def _find_reader(root: Path) -> Callable[[], Iterable[Example]]:
     """Return the reader for the layout at `root`."""
     if root.is_file():
         return _json_reader(root)
     if not root.is_dir():
         raise FileNotFoundError(
-            f"no dataset at {root}; expected a directory ({_KNOWN}) or 'shapes', check --data"
+            f"no dataset at {root}; expected a directory ({_KNOWN}), 'shapes' or 'scenes', check --data"
         )
 
     # The order matters: a Karpathy json may lie beside the original lists, and side-cars are the last resort.

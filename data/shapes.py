@@ -95,7 +95,7 @@ def draw(scene: Scene, size_px: int) -> Image.Image:
         if shape.kind == "circle":
             pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=COLOURS[shape.colour])
         else:
-            pen.polygon(_outline(shape.kind, x, y, radius), fill=COLOURS[shape.colour])
+            pen.polygon(outline(shape.kind, x, y, radius), fill=COLOURS[shape.colour])
     return image.resize((size_px, size_px), Image.Resampling.BOX)
 
 
@@ -120,7 +120,7 @@ def _listed(phrases: list[str]) -> str:
     return phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
 
 
-def _outline(kind: str, x: float, y: float, radius: float) -> list[tuple[float, float]]:
+def outline(kind: str, x: float, y: float, radius: float) -> list[tuple[float, float]]:
     if kind == "star":
         radii, corners, turn = [radius, 0.42 * radius], 10, -math.pi / 2
     else:

@@ -44,7 +44,7 @@ class CaptionBaselines:
     """
 
     data: str = dataclasses.field(default_factory=default_data)
-    """Dataset: a directory in any known layout, or `shapes`. By default the one that TAVQ_DATA names."""
+    """Dataset: a directory in any known layout, `shapes` or `scenes`. By default that of TAVQ_DATA."""
     split: str = "test"
     """Split whose images are captioned."""
     limit: int | None = None

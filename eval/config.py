@@ -28,7 +28,7 @@ class EvaluationRun:
     checkpoint: str = CHECKPOINT
     """Directory or hf:OWNER/NAME that holds tokenizer/, generator/ and captioner/."""
     data: str = dataclasses.field(default_factory=default_data)
-    """Dataset: a directory in any known layout, or `shapes`. By default the one that TAVQ_DATA names."""
+    """Dataset: a directory in any known layout, `shapes` or `scenes`. By default that of TAVQ_DATA."""
     split: str = "test"
     """Split to measure. Choices are made on val; test is run once, on the frozen recipe."""
     limit: int | None = None
@@ -138,7 +138,7 @@ class BlindRun:
     tokenizers: Positional[tuple[str, str]]
     """Two tokenizers: directories or hf:OWNER/NAME."""
     data: str = dataclasses.field(default_factory=default_data)
-    """Dataset: a directory in any known layout, or `shapes`. By default the one that TAVQ_DATA names."""
+    """Dataset: a directory in any known layout, `shapes` or `scenes`. By default that of TAVQ_DATA."""
     split: str = "val"
     """Split of the dataset: train, val or test."""
     images: int = 40

@@ -69,7 +69,7 @@ class Ablation:
     """
 
     data: str = dataclasses.field(default_factory=default_data)
-    """Dataset: a directory in any known layout, or `shapes`. By default the one that TAVQ_DATA names."""
+    """Dataset: a directory in any known layout, `shapes` or `scenes`. By default that of TAVQ_DATA."""
     teacher: Path | None = None
     """TorchScript network of the perceptual loss. Nothing is distilled here."""
     features: Path | None = None

@@ -231,7 +231,7 @@ class TokenizerRun:
     """
 
     data: str = "shapes"
-    """Dataset: a directory in any known layout, or `shapes` (generated)."""
+    """Dataset: a directory in any known layout, `shapes` or `scenes` (generated)."""
     keep: Path | None = None
     """File of the images and captions to train on, as tavq check-data writes it; all by default."""
     images: tuple[Path, ...] = ()

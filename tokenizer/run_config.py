@@ -30,7 +30,7 @@ class DecoderRun:
     tokenizer: Path = Path("runs/tokenizer")
     """Checkpoint to start from; it is not changed."""
     data: str = "shapes"
-    """Dataset: a directory in any known layout, or `shapes` (generated)."""
+    """Dataset: a directory in any known layout, `shapes` or `scenes` (generated)."""
     images: tuple[Path, ...] = ()
     """Folders of more images, which need no captions."""
     out: Path = Path("runs/decoder")
@@ -94,7 +94,7 @@ class AlignRun:
     LlamaGen or vector_quantize_pytorch model with its weights), or tavq:PATH (a tokenizer of this project,
     with --probe-only)."""
     data: str
-    """Dataset: a directory in any known layout, or `shapes` (generated)."""
+    """Dataset: a directory in any known layout, `shapes` or `scenes` (generated)."""
     out: Path
     """Directory for the aligned model, in the format of its own library, and for report.json."""
     dry_run: bool = False
@@ -132,7 +132,7 @@ class TokenizeRun:
     """
 
     data: str
-    """Dataset: a directory in any known layout, or `shapes`."""
+    """Dataset: a directory in any known layout, `shapes` or `scenes`."""
     out: Path
     """Directory for the shards."""
     keep: Path | None = None
@@ -162,7 +162,7 @@ class CodebookRun:
     checkpoint: Positional[str]
     """Tokenizer: a directory or hf:OWNER/NAME."""
     data: str
-    """Dataset: a directory in any known layout, or `shapes`."""
+    """Dataset: a directory in any known layout, `shapes` or `scenes`."""
     out: Path = Path("codebook.png")
     """File for the sheet."""
     split: str = "val"
@@ -201,7 +201,7 @@ class CheckRun:
     """
 
     data: Positional[str]
-    """Dataset: a directory in any known layout, or `shapes`."""
+    """Dataset: a directory in any known layout, `shapes` or `scenes`."""
     out: Path = Path("checked")
     """Directory for report.html, captions.tsv (all captions, the worst first) and keep.txt."""
     show: int = 60
@@ -238,7 +238,7 @@ class DescribeRun:
     """
 
     data: str
-    """Dataset: a directory in any known layout, or `shapes`."""
+    """Dataset: a directory in any known layout, `shapes` or `scenes`."""
     out: Path | None = None
     """File for the descriptions. By default DATA/long_text.jsonl, where training finds it. What the filter
     drops goes to NAME.rejected.jsonl beside it, with the reason."""
