@@ -2,6 +2,7 @@
 # make quick     lint, types and the fast tests                    (make quick ARGS="-k tokenizer")
 # make test      lint, types, the site of docs/ and all tests      (make test ARGS="-k tokenizer")
 # make coverage  all tests, with the branches that they miss
+# make mutants   changes the source, and sees whether a test notices (hours; goes on where it was stopped)
 # make types     types alone
 # make docs      the site of docs/, in site/
 # All create .venv and install into it once; again only when a requirement changed.
@@ -21,7 +22,7 @@ DOCS := .venv/bin/python .ci/link_tree.py; NO_MKDOCS_2_WARNING=1 .venv/bin/pytho
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 TIMED = set -e; start=$$(date +%s); trap 'echo "make $@ took $$(($$(date +%s) - start)) s"' EXIT
 
-.PHONY: demo quick test coverage types docs
+.PHONY: demo quick test coverage mutants types docs
 .DELETE_ON_ERROR:
 
 demo: .venv/installed-demo
@@ -37,6 +38,9 @@ coverage: .venv/installed-test
 	@$(TIMED); OMP_NUM_THREADS=1 .venv/bin/python -m coverage run -m pytest $(ARGS); \
 	  .venv/bin/python -m coverage combine --quiet; .venv/bin/python -m coverage report
 
+mutants: .venv/installed-mutants
+	.venv/bin/python .ci/mutants.py $(ARGS)
+
 types: .venv/installed-test
 	@$(TIMED); $(TYPES)
 
@@ -45,7 +49,8 @@ docs: .venv/installed-test
 
 .venv/installed-demo: EXTRAS := app
 .venv/installed-test: EXTRAS := app,eval,data,dev,docs
-.venv/installed-demo .venv/installed-test: $(SOURCES)
+.venv/installed-mutants: EXTRAS := app,eval,data,dev,docs,mutants
+.venv/installed-demo .venv/installed-test .venv/installed-mutants: $(SOURCES)
 	@python="$(PYTHON)"; [ -n "$$python" ] || { echo "$(NO_PYTHON)" >&2; exit 2; }; \
 	  "$$python" install.py $(EXTRAS)
 	@touch $@
