@@ -24,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     if len(argv) != 1 or argv[0].startswith("-"):
         sys.exit(
-            "usage: python3.11 install.py EXTRA[,EXTRA]   (extras: app, eval, data, gpu, dev, docs, all)"
+            "usage: python3.11 install.py EXTRA[,EXTRA]   "
+            "(extras: app, eval, data, gpu, dev, docs, mutants, all)"
         )
     if not PYTHON.exists():
         subprocess.run([sys.executable, "-m", "venv", str(ROOT / ".venv")], check=True)

@@ -68,9 +68,9 @@ CHOSEN = """
 
 INTRODUCTION = """\
 `make mutants` changes one thing in the source at a time (`+` to `-`, `<` to `<=`, a number by one,
-`x.detach()` to `x`, a statement to nothing, ...) and runs the tests that cover the module. A mutant is killed
-when a test fails. Of the {judged:,} mutants that are not accepted, {share} are killed. The command writes this
-page.
+`x.detach()` to `x`, a statement to nothing, ...) and runs the tests that cover the module. A mutant is
+killed when a test fails. Of the {judged:,} mutants that are not accepted, {share} are killed. The command
+writes this page.
 """
 
 
