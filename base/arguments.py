@@ -10,13 +10,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import errno
 import functools
 import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -38,6 +41,16 @@ USER_ERRORS = (
     PermissionError,
     FloatingPointError,
 )
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system answers where nothing more can be written: disk, quota, or largest file."""
+FULL_IN_WORDS = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "File too large",
+    "disk is full",
+    "disk I/O error",
+)
+"""The same from libraries that do not raise OSError: safetensors, SQLite."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,14 +195,14 @@ def run_main(main: EntryPoint) -> EntryPoint:
         argv = list(sys.argv[1:] if argv is None else argv)
         debug = "--debug" in argv
         argv = [argument for argument in argv if argument != "--debug"]
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _ended_by_sigterm():
             warnings.showwarning = _one_line_warning
             try:
                 main(argv)
             except USER_ERRORS as error:
                 if debug:
                     raise
-                sys.exit(_complain(error))
+                sys.exit(_complain(_disk_error(error) or error))
             except ModuleNotFoundError as error:
                 if debug:
                     raise
@@ -201,8 +214,50 @@ def run_main(main: EntryPoint) -> EntryPoint:
             except KeyboardInterrupt:
                 print("stopped", file=sys.stderr)
                 sys.exit(130)
+            except Exception as error:
+                message = _disk_error(error)
+                if debug or message is None:
+                    raise
+                sys.exit(_complain(message))
 
     return guarded
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """End by SIGTERM as by Ctrl-C, so that what was begun is cleaned up. Commands may take over from here."""
+    if threading.current_thread() is not threading.main_thread():  # where no handler can be set
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        print("stopped", file=sys.stderr)
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _disk_error(error: BaseException) -> str | None:
+    """Say what is wrong with the disk, if that is what an error, or one that led to it, is about."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+
+    for link in chain:
+        number = link.errno if isinstance(link, OSError) else None
+        if number in FULL or any(words in str(link) for words in FULL_IN_WORDS):
+            where = f" ({link.filename})" if isinstance(link, OSError) and link.filename else ""
+            return (
+                f"the disk is full or broken{where}; free some space, or name another folder, and repeat the "
+                "command: what was finished before stays"
+            )
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+    return None
 
 
 def print_json(value: Any) -> None:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from tavq.base.files import atomic_write
 from tavq.base.journal import read_journal
+from tavq.base.locks import only_writer
 from tavq.base.progress import Progress
 from tavq.data.dataset import Example, ImageTextDataset, readable_images
 from tavq.data.images import squash
@@ -74,6 +75,13 @@ def caption_files(
             f"cannot write {out.suffix} files ({out}); name a .jsonl, .json or .csv file, or a directory"
         )
 
+    with only_writer(out):
+        return _caption_rest(images, out, caption_images, batch_size, size_px)
+
+
+def _caption_rest(
+    images: Mapping[str, Path], out: Path, caption_images: CaptionImages, batch_size: int, size_px: int | None
+) -> int:
     names = list(images)
     text_files = _text_files(out, names)
     # JSON lines can be appended to, so there the output is its own journal.
@@ -93,6 +101,10 @@ def caption_files(
             for (name, _), captions in zip(batch, groups, strict=True):
                 file.write(json.dumps(_row(name, captions), ensure_ascii=False) + "\n")
             file.flush()
+            if not journal.exists():
+                raise FileNotFoundError(
+                    f"{journal} was removed while images were described; repeat the command to begin anew"
+                )
             count += len(batch)
             bar.update(len(batch))
 

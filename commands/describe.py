@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tavq.base.arguments import parse, run_main
+from tavq.base.locks import only_writer
 from tavq.tokenizer.run_config import DescribeRun
 
 
@@ -14,4 +15,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from tavq.tokenizer.describe_dataset import describe_dataset
 
-    describe_dataset(run)
+    with only_writer(run.output):
+        describe_dataset(run)

@@ -12,6 +12,7 @@ from tyro.conf import Positional
 from tavq.base.arguments import parse, print_json, run_main
 from tavq.base.device import Device, choose_device
 from tavq.base.files import check_directory, file_hash
+from tavq.base.locks import only_writer
 from tavq.base.weights import CHECKPOINT, WEIGHTS_FILE, local_directory
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not run.photos.is_dir():
         raise FileNotFoundError(f"no folder {run.photos}; name the one that holds the photos")
     check_directory(run.out)
-    changes = open_index(run.out, run.checkpoint, run.device).update(run.photos)
+    with only_writer(run.out):
+        changes = open_index(run.out, run.checkpoint, run.device).update(run.photos)
     if run.json:
         print_json({"index": str(run.out), **dataclasses.asdict(changes)})
         return

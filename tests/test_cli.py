@@ -185,7 +185,7 @@ def test_ctrl_c_in_the_first_seconds_is_one_line(tmp_path):
         for _ in range(10):  # libraries swallow an interrupt now and then while they are imported
             process.send_signal(signal.SIGINT)
             try:
-                process.wait(timeout=1)
+                process.wait(timeout=10)
                 break
             except subprocess.TimeoutExpired:
                 continue

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import operator
 import os
@@ -20,14 +21,14 @@ from tavq.base.seeding import mixed_seed
 from tavq.commands import train_tokenizer
 from tavq.training.config import TrainingConfig
 from tavq.training.loop import train
-from tavq.training.run_folder import read_log
+from tavq.training.run_folder import RunLog, read_log
 from tavq.training.stream import ShuffledStream
 from tavq.training.task import StepOutput, Task
 
 STEPS = 12
 FLAGS = [
     *("--preset", "tiny", "--align", "none", "--losses.adversarial-start", "0.3"),
-    *("--training.steps", str(STEPS), "--training.evaluate-every", "100", "--training.log-every", "1"),
+    *("--training.steps", str(STEPS), "--training.evaluate-every", "4", "--training.log-every", "1"),
     *("--training.checkpoint-minutes", "0", "--training.optimizer", "muon"),
 ]
 
@@ -237,6 +238,34 @@ def test_a_damaged_state_is_named_and_not_taken_up(tmp_path, file):
     damaged.write_bytes(bytes(content))
     with pytest.raises(ValueError, match=r"damaged|cannot be read|no state of this version"):
         train(LineTask(), CONFIG, tmp_path, Run(CONFIG))
+
+
+def test_an_evaluation_that_is_made_again_is_not_logged_twice(tmp_path):
+    log = RunLog(tmp_path, 0, 0)
+    for step in (3, 4):
+        log.write(step, {"loss": 1.0})
+    log.write(4, {"val/loss": 2.0})
+    log.write(5, {"loss": 0.5})
+    killed_before_the_state_was_saved = RunLog(tmp_path, resumed_step=4, evaluated_step=2)
+    assert killed_before_the_state_was_saved.lines == [{"step": 3, "loss": 1.0}, {"step": 4, "loss": 1.0}]
+
+
+def test_a_run_goes_on_with_smaller_batches_if_its_steps_see_as_many_examples(tmp_path):
+    begun = dataclasses.replace(CONFIG, steps=10)
+    train(LineTask(), begun, tmp_path, Run(begun))
+    larger = dataclasses.replace(CONFIG, batch_size=2 * CONFIG.batch_size)
+    message = r"steps see 2 examples, here they would see 4; take --training\.batch-size 2"
+    with pytest.raises(ValueError, match=message):
+        train(LineTask(), larger, tmp_path, Run(larger))
+
+    halves = dataclasses.replace(CONFIG, batch_size=1, accumulation_steps=2)
+    task, whole = LineTask(), LineTask()
+    train(task, halves, tmp_path, Run(halves))
+    for config in (begun, CONFIG):
+        train(whole, config, tmp_path / "whole", Run(config))
+    pairs = [first + second for first, second in itertools.pairwise(task.model.seen)][::2]
+    assert pairs == whole.model.seen[10:], "the same examples in the same steps"
+    assert float(task.model.slope) == pytest.approx(float(whole.model.slope), abs=1e-4)
 
 
 def test_a_state_with_pickles_is_refused_with_the_way_out(tmp_path):

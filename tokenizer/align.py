@@ -20,6 +20,7 @@ from tavq.alignment.adapters import Adapter, adapt
 from tavq.alignment.projections import TextProjections
 from tavq.base.arguments import print_json
 from tavq.base.files import atomic_write
+from tavq.base.locks import only_writer
 from tavq.training.dry_run import dry_run
 from tavq.training.loop import train
 from tavq.training.run_folder import read_log
@@ -157,7 +158,8 @@ def probe_own_tokenizer(run: AlignRun, base: TAVQTokenizer) -> None:
     base.config = _probed_config(config, run, data.text_hash)
     fit_projections(base, data.train_set, data.texts, base.aligned_levels, run.probe_steps, run.training.seed)
 
-    task.save(task.model, run.out, base.card)
+    with only_writer(run.out):
+        task.save(task.model, run.out, base.card)
     scores = task.evaluate(task.model.eval(), run.probe_steps)
     write_report(run, data, {"before": scores}, {"text_encoder": data.text_hash})
 

@@ -85,10 +85,11 @@ def perplexity(counts: Tensor) -> Tensor:
 class CodebookMonitor:
     """Follows a codebook from one evaluation to the next, and warns or stops when its use collapses.
 
-    After a resume the first evaluation has no drift: the codebook before it is not stored.
-
     Args:
         min_usage: usage below which training ends; 0 only warns.
+
+    Attributes:
+        previous: (K, E) codebook of the last evaluation, None before the first.
     """
 
     def __init__(self, min_usage: float = 0.0):

@@ -39,7 +39,7 @@ FUSE_PROMPT = (
 
 def describe_dataset(run: DescribeRun) -> None:
     """Write a description of each image that has none yet."""
-    out = run.out or Path(run.data) / "long_text.jsonl"
+    out = run.output
     rejected = out.with_name(f"{out.stem}.rejected.jsonl")
     # Before the dataset is opened: it reads this file, too, and would refuse half a line.
     done = {row["id"] for row in (*read_journal(out), *read_journal(rejected))}

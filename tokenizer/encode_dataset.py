@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tavq.base.device import choose_device
 from tavq.base.files import file_hash
+from tavq.base.locks import only_writer
 from tavq.base.progress import Progress
 from tavq.base.seeding import mixed_seed
 from tavq.base.weights import WEIGHTS_FILE, local_directory
@@ -52,7 +53,8 @@ def encode_dataset(run: TokenizeRun) -> None:
         if len(examples)
         for record in encode_split(tokenizer, examples, split, run.crops)
     )
-    write_tokens(run.out, records, meta)
+    with only_writer(run.out):
+        write_tokens(run.out, records, meta)
 
 
 def encode_split(

@@ -266,6 +266,11 @@ class DescribeRun:
     json: bool = False
     """Print one line of JSON instead of text."""
 
+    @property
+    def output(self) -> Path:
+        """File of the descriptions."""
+        return self.out or Path(self.data) / "long_text.jsonl"
+
     def __post_init__(self) -> None:
         if self.tags is not None and not self.fuse:
             raise ValueError("--tags are a part of the fused prompt; add --fuse")

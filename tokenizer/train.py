@@ -287,6 +287,13 @@ class TokenizerTask(Task[TokenizerTrainer, TAVQTokenizer]):
         # LG-VQ reads the codes by a network of its own.
         return guidance.scores(model.quantizer.lookup(ids).movedim(-1, 1), captions)
 
+    def memory(self) -> dict[str, Tensor]:
+        previous = self.codebook_monitor.previous
+        return {} if previous is None else {"codebook": previous}
+
+    def recall(self, memory: dict[str, Tensor]) -> None:
+        self.codebook_monitor.previous = memory.get("codebook")
+
     def sample_images(self, model: TAVQTokenizer) -> dict[str, Any]:
         images = {"reconstructions": reconstruction_sheet(model, self.val_set)}
         if self.codebook_monitor.usage is not None:

@@ -7,6 +7,7 @@ optimizer and step number are enough to resume bit for bit.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import copy
 import dataclasses
 import datetime
@@ -40,6 +41,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from tavq.base.arguments import to_plain
+from tavq.base.locks import only_writer
 from tavq.base.seeding import mixed_seed
 
 from .card import model_card
@@ -72,6 +74,7 @@ class LoopState:
     seconds: float = 0.0
     evaluated_step: int = 0
     environment: str = ""
+    examples_per_step: int = 0  # 0 in states that did not note it
 
 
 def train(task: Task, config: TrainingConfig, out: Path, resolved: Any) -> None:
@@ -114,8 +117,7 @@ class Trainer:
             gradient_accumulation_steps=config.accumulation_steps,
             cpu=not torch.cuda.is_available(),
             kwargs_handlers=[
-                # Which losses are on changes from step to step, and with them which parameters get a
-                # gradient.
+                # Losses are on in some steps only, and with them some parameters.
                 DistributedDataParallelKwargs(find_unused_parameters=True),
                 InitProcessGroupKwargs(timeout=PATIENT),
             ],
@@ -149,6 +151,10 @@ class Trainer:
 
     def run(self) -> None:
         """Resume where there is something to resume, and train to the last step."""
+        with only_writer(self.out) if self.is_main else contextlib.nullcontext():
+            self._run()
+
+    def _run(self) -> None:
         self._resume()
         if self.state.evaluated_step >= self.config.steps:
             if self.is_main:
@@ -157,7 +163,7 @@ class Trainer:
                 )
             return
         if self.is_main:
-            self.log = RunLog(self.folder, self.state.step)
+            self.log = RunLog(self.folder, self.state.step, self.state.evaluated_step)
         with StopRequest() as stop:
             self._train_steps(stop)
 
@@ -185,8 +191,7 @@ class Trainer:
                 self._save_state()  # an evaluation can take long and fail: what was trained is safe first
                 self._evaluate(bar)
 
-            # One process decides: each by its own clock, some would save while others go on and wait for
-            # ever.
+            # One process decides: by clocks of their own, some would save while others wait for ever.
             due = time.monotonic() - saved > 60 * config.checkpoint_minutes
             if self._agree(due and self.is_main):
                 self._save_state()
@@ -213,8 +218,7 @@ class Trainer:
         return bool(self.accelerator.reduce(flags, "sum"))
 
     def train_step(self, batches: Any) -> dict[str, float]:
-        """One optimizer step of both players, over `accumulation_steps` forward passes; returns what to "
-        "log."""
+        """Take one optimizer step of both players over `accumulation_steps` batches; return what to log."""
         step, config = self.state.step, self.config
         self._set_learning_rates(config.learning_rate * config.learning_rate_at(step))
         self.model.train()
@@ -368,10 +372,10 @@ class Trainer:
     def _save_state(self) -> None:
         """Gather the state of all processes and write it, from the main process alone."""
         self.state.environment = self._environment()
-        tensors: Tensors = {"averaged": dict(self.averaged.state_dict())}
+        self.state.examples_per_step = self._examples_per_step
+        tensors: Tensors = {"averaged": dict(self.averaged.state_dict()), "memory": self.task.memory()}
         values: dict[str, Any] = {"loop": dataclasses.asdict(self.state)}
-        # By name, whole and on the CPU: the state fits any number of processes and any way to share
-        # parameters.
+        # By name, whole and on the CPU: so it fits any number of processes, sharded or not.
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         for name, module, optimizer in self._players():
             tensors[name] = cast("dict[str, Tensor]", get_model_state_dict(module, options=options))
@@ -392,6 +396,7 @@ class Trainer:
         tensors, values = load_state(found) if self.is_main else ({}, None)
         (values,) = broadcast_object_list([values])
         self.state = LoopState(**values["loop"])
+        self._check_examples_per_step()
 
         several = self.accelerator.num_processes > 1
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=several)
@@ -406,7 +411,8 @@ class Trainer:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(values["scaler"])
 
-        if self.is_main:
+        if self.is_main:  # which alone evaluates
+            self.task.recall(tensors.get("memory", {}))
             print(f"resuming {self.out} at step {self.state.step}")
         if self.state.environment != self._environment():
             warnings.warn(
@@ -414,6 +420,20 @@ class Trainer:
                 "it continues, but not bit for bit",
                 stacklevel=2,
             )
+
+    def _check_examples_per_step(self) -> None:
+        """Refuse steps of another size than before: examples would be left out or repeated."""
+        before, now = self.state.examples_per_step, self._examples_per_step
+        if before in (0, now):
+            return
+        each = self.config.accumulation_steps * self.accelerator.num_processes
+        advice = (
+            f"--training.batch-size {before // each}" if before % each == 0 else "another number of processes"
+        )
+        raise ValueError(
+            f"{self.out} holds a run whose steps see {before} examples, here they would see {now}; "
+            f"take {advice}, or begin anew in another folder"
+        )
 
     def _players(self) -> list[tuple[str, nn.Module, Any]]:
         players = [("model", self.model, self.optimizer)]

@@ -15,15 +15,23 @@ from tavq.base.files import atomic_write
 
 MAY_CHANGE = {
     "steps", "checkpoint_minutes", "log_every", "num_workers", "patience", "min_usage", "keep_evaluated",
+    "batch_size", "accumulation_steps",  # of which the loop checks the product with the number of processes
 }  # fmt: skip
 
 
 class RunLog:
-    """`log.jsonl` and TensorBoard of one run; lines after the step that is resumed from are dropped."""
+    """`log.jsonl` and TensorBoard of one run.
 
-    def __init__(self, directory: Path, resumed_step: int):
+    Lines after the step that is resumed from are dropped, and so is an evaluation that is made again.
+    """
+
+    def __init__(self, directory: Path, resumed_step: int, evaluated_step: int):
         self.path = directory / "log.jsonl"
-        self.lines = [line for line in read_log(self.path) if line["step"] <= resumed_step]
+        self.lines = []
+        for line in read_log(self.path):
+            is_evaluation = any(name.startswith("val/") for name in line)
+            if line["step"] <= (evaluated_step if is_evaluation else resumed_step):
+                self.lines.append(line)
         with atomic_write(self.path) as path:
             path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
         self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=resumed_step + 1)

@@ -72,17 +72,20 @@ def load_state(folder: Path) -> tuple[Tensors, dict[str, Any]]:
     manifest = folder / MANIFEST
     if not manifest.is_file():
         raise ValueError(
-            f"{folder} is no state of this version: it has no {MANIFEST}; states of before 0.2 held "
-            "pickles, which "
-            "can run code, and are not read any more. Start from the run's weights with --start, in "
+            f"{folder} is no state of this version: it has no {MANIFEST}; states of before 0.2 held pickles, "
+            "which can run code, and are not read any more. Start from the run's weights with --start, in "
             "another folder"
         )
-    described = json.loads(manifest.read_text())
+    try:
+        described = json.loads(manifest.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{manifest} is damaged; delete {folder} and start from the run's weights with --start"
+        ) from error
     if described.get("format") != FORMAT:
         raise ValueError(
             f"{folder} has state format {described.get('format')}, this version reads {FORMAT}; resume it "
-            "with the "
-            "version that wrote it, or start from its weights with --start"
+            "with the version that wrote it, or start from its weights with --start"
         )
 
     for name, expected in described["sha256"].items():

@@ -1,5 +1,4 @@
-"""The order of a training set as a pure function of the seed, so that any place in it can be taken up
-again."""
+"""The order of a training set, a pure function of the seed: any place in it can be taken up again."""
 
 from __future__ import annotations
 
@@ -15,8 +14,7 @@ class ShuffledStream(Sampler[list[tuple[int, int]]]):
     """Endless shuffled passes over a dataset, started at any batch.
 
     Yields lists of `(index, draw_seed)`: which example, and the seed of its augmentation. Pass `p` is a
-    permutation seeded by (seed, p), so batch `b` is the same whether or not the run was interrupted before
-    it.
+    permutation seeded by (seed, p), so batch `b` is the same whether or not the run was interrupted.
 
     Args:
         length: examples in the dataset; at least 1.

@@ -88,6 +88,13 @@ class Task(ABC, Generic[Trainer, Shipped]):
     def evaluate(self, model: Shipped, step: int) -> dict[str, float]:
         """Metrics of `model`, the averaged weights of `shipped` in eval mode, on the validation split."""
 
+    def memory(self) -> dict[str, Tensor]:
+        """What the next `evaluate` needs of the last one; saved with the state."""
+        return {}
+
+    def recall(self, memory: dict[str, Tensor]) -> None:
+        """Take back what `memory` gave, in a run that is resumed; empty where nothing was saved."""
+
     def finish(self, model: Shipped) -> None:
         """Change the averaged weights once after the last step, before they are evaluated and saved."""
 

@@ -1,0 +1,187 @@
+"""What a machine does to a run: a full disk, folders that vanish, two runs in one folder, signals."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tavq import cli
+from tavq.base.locks import only_writer
+from tavq.captioner.caption_folder import caption_folder
+from tavq.captioner.decoding import Caption
+
+from .demo_server import PHOTO
+
+TINY = ("--preset", "tiny", "--training.steps", "2", "--losses.adversarial", "0", "--align", "none")
+FULL = "error: the disk is full or broken"
+
+
+@contextlib.contextmanager
+def disk_of(kib: int) -> Iterator[None]:
+    """Let no file of this process grow beyond a size; writing more fails as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024 * kib, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def ended(*command: str) -> int:
+    """Run a command in this process, and return its exit code."""
+    try:
+        cli.main(list(command))
+    except SystemExit as left:
+        return int(left.code or 0)
+    return 0
+
+
+def visible(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(6):
+        Image.open(PHOTO).resize((64, 64)).rotate(30 * number).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kib", "command"),
+    [
+        (16, ["train", "tokenizer", *TINY, "--out", "OUT"]),
+        (16, ["tokenize", "--data", "shapes", "--checkpoint", "CHECKPOINT/tokenizer", "--out", "OUT"]),
+        (4, ["export", "CHECKPOINT/tokenizer", "--out", "OUT"]),
+        (4, ["generate", "a dog", "--checkpoint", "CHECKPOINT", "--out", "OUT"]),
+        (4, ["reconstruct", str(PHOTO), "--checkpoint", "CHECKPOINT", "--out", "OUT"]),
+        (4, ["index", "PHOTOS", "--checkpoint", "CHECKPOINT", "--out", "OUT"]),
+        (0, ["caption", "PHOTOS", "--checkpoint", "CHECKPOINT", "--out", "OUT.jsonl"]),
+        (0, ["caption", "PHOTOS", "--checkpoint", "CHECKPOINT", "--out", "OUT.csv"]),
+        (1, ["codebook", "CHECKPOINT/tokenizer", "--data", "shapes", "--out", "OUT.png"]),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
+)
+def test_a_full_disk_is_one_line_and_the_repeated_command_goes_on(
+    kib: int, command: list[str], tiny_checkpoint: Path, photos: Path, tmp_path: Path, capsys
+):
+    places = {"OUT": str(tmp_path / "out"), "CHECKPOINT": str(tiny_checkpoint), "PHOTOS": str(photos)}
+    for name, place in places.items():
+        command = [part.replace(name, place) for part in command]
+    with disk_of(kib):
+        assert ended(*command) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith(FULL) and not any("Traceback" in line for line in lines)
+    assert ended(*command) == 0
+    assert not [name for name in visible(tmp_path) if name.endswith((".lock", ".new", ".tmp"))]
+
+
+def test_an_output_that_is_removed_while_images_are_described_is_no_success(photos: Path, tmp_path: Path):
+    out = tmp_path / "captions" / "all.jsonl"
+
+    def caption(images: list[Image.Image]) -> list[list[Caption]]:
+        for file in out.parent.iterdir():
+            file.unlink()
+        out.parent.rmdir()
+        return [[Caption("a dog", 0.5, ())] for _ in images]
+
+    with pytest.raises(
+        FileNotFoundError, match=r"all\.jsonl was removed while images were described; repeat"
+    ):
+        caption_folder(photos, out, caption)
+
+
+def _hold(path: Path, held: multiprocessing.synchronize.Event) -> None:
+    with only_writer(path):
+        held.set()
+        time.sleep(60)
+
+
+@pytest.fixture
+def holder() -> Iterator[Callable[[Path], multiprocessing.Process]]:
+    """Start a process that writes somewhere."""
+    context = multiprocessing.get_context("fork")
+    processes = []
+
+    def start(path: Path) -> multiprocessing.Process:
+        held = context.Event()
+        process = context.Process(target=_hold, args=(path, held))
+        process.start()
+        processes.append(process)
+        assert held.wait(30)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.join()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "tokenizer", *TINY, "--out", "OUT"],
+        ["tokenize", "--data", "shapes", "--checkpoint", "CHECKPOINT/tokenizer", "--out", "OUT"],
+        ["caption", "PHOTOS", "--checkpoint", "CHECKPOINT", "--out", "OUT"],
+        ["index", "PHOTOS", "--checkpoint", "CHECKPOINT", "--out", "OUT"],
+    ],
+    ids=lambda value: " ".join(value[:2]),
+)
+def test_a_second_run_in_one_folder_is_refused_until_the_first_is_gone(
+    command: list[str], holder, tiny_checkpoint: Path, photos: Path, tmp_path: Path, capsys
+):
+    out = tmp_path / "out"
+    places = {"OUT": str(out), "CHECKPOINT": str(tiny_checkpoint), "PHOTOS": str(photos)}
+    for name, place in places.items():
+        command = [part.replace(name, place) for part in command]
+    first = holder(out)
+    assert ended(*command) == 2
+    assert f"error: another process writes {out}; wait until it has ended" in capsys.readouterr().err
+
+    first.kill()  # as the system does when memory is short: nothing is cleaned up
+    first.join()
+    with only_writer(out):
+        pass
+    assert not list(tmp_path.glob(".*.lock"))
+
+
+@pytest.mark.slow
+def test_sigterm_ends_tokenising_as_ctrl_c_does(tiny_checkpoint: Path, tmp_path: Path):
+    out = tmp_path / "tokens"
+    command = [
+        sys.executable,
+        "-m",
+        "tavq",
+        "tokenize",
+        "--data",
+        "shapes",
+        "--checkpoint",
+        str(tiny_checkpoint / "tokenizer"),
+    ]
+    with subprocess.Popen(
+        [*command, "--crops", "200", "--out", str(out)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    ) as process:
+        while process.poll() is None and not list(tmp_path.glob(".tokens.*/tokens/*.tar")):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert error.splitlines()[-1] == "stopped" and "Traceback" not in error
+    assert not list(tmp_path.iterdir())
