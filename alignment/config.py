@@ -45,6 +45,10 @@ class AlignmentConfig:
     """Temperature of the soft look-up, relative to the mean squared distance between latents and codes."""
     bank_size: int = 1024
     """Units of other training images that serve each image as further negatives."""
+    long_text: bool = True
+    """Align with the long texts of the dataset, too, where it has some; else with its captions alone."""
+    per_code_embedding: bool = True
+    """Learn what each code means besides its place in code space (m_k of docs/method.md)."""
     transport_weight: float = 1.0
     """Weight of the matched pairs' cost beside the InfoNCE loss."""
 

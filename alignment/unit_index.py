@@ -87,9 +87,12 @@ class UnitIndex:
     kinds: tuple[Ragged, ...]
 
     @classmethod
-    def build(cls, dataset: ImageTextDataset, encoder: TextEncoder | EmbeddingCache) -> UnitIndex:
-        """Split and encode all texts of `dataset` (minutes for Flickr8k, seconds once cached)."""
-        texts = [(example.captions, example.long_text) for example in dataset.examples]
+    def build(
+        cls, dataset: ImageTextDataset, encoder: TextEncoder | EmbeddingCache, *, long_text: bool = True
+    ) -> UnitIndex:
+        """Split and encode all texts of `dataset`, or its captions alone (minutes for Flickr8k, seconds once
+        cached)."""
+        texts = [(e.captions, e.long_text if long_text else None) for e in dataset.examples]
         return cls._of(dataset.ids, texts, encoder)
 
     @classmethod

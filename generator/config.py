@@ -158,6 +158,9 @@ class GeneratorRun:
     """Tokenizer whose codebook initialises the token embeddings and which decodes the sample images."""
     label_smoothing: float = 0.05
     """Fraction of the target that is spread over all codes."""
+    long_text: bool = False
+    """Also train on the long texts of the dataset, each as one more caption of its image. They are cut to
+    --model.max-text-tokens."""
     null_text_rate: float = 0.1
     """Fraction of captions that are replaced by the learned null text, for classifier-free guidance."""
     sampling: SamplingConfig = SamplingConfig()

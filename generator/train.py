@@ -79,6 +79,8 @@ class GeneratorTask(Task["GeneratorTrainer", GeneratorModel]):
         self.earlier_card = "" if earlier is None else earlier.card
 
         train_set = open_tokens(run.tokens, "train")
+        if run.long_text:
+            train_set = _with_long_texts(train_set)
         self.dataset = TokenExamples(train_set)
         self.val_set = open_tokens(run.tokens, "val")
 
@@ -136,6 +138,13 @@ class GeneratorTask(Task["GeneratorTrainer", GeneratorModel]):
     def save(self, model: GeneratorModel, directory: Path, card: str) -> None:
         model.card = card
         model.save_pretrained(directory)
+
+
+def _with_long_texts(tokens: TokenSet) -> TokenSet:
+    """Append the long text of each image to its captions."""
+    pairs = zip(tokens.captions, tokens.long_texts, strict=True)
+    captions = tuple((*captions, text) if text else captions for captions, text in pairs)
+    return dataclasses.replace(tokens, captions=captions)
 
 
 class TokenExamples(Dataset):

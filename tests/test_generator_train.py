@@ -293,3 +293,16 @@ def test_mistakes_are_one_line_and_exit_code_2(argv, message, capsys, tmp_path):
     assert stopped.value.code == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and message in error
+
+
+def test_long_texts_are_drawn_like_captions(tokens):
+    few = dataclasses.replace(
+        open_tokens(tokens, "train"),
+        names=("a", "b"),
+        captions=(("one", "two"), ("three",)),
+        long_texts=("all of a", None),
+    )
+    longer = train._with_long_texts(few)
+    assert longer.captions == (("one", "two", "all of a"), ("three",))
+    drawn = {TokenExamples(longer)[(0, draw)][1] for draw in range(60)}
+    assert drawn == {0, 1, 2}

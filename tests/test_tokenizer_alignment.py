@@ -15,10 +15,11 @@ from tavq.alignment.unit_index import NegativeBank, SampledTexts, TextUnits, Uni
 from tavq.data.images import to_tensor
 from tavq.data.layouts import open_dataset
 from tavq.data.text_encoder import TextEncoder
-from tavq.tokenizer.config import PRESETS
+from tavq.tokenizer.config import PRESETS, TokenizerRun
 from tavq.tokenizer.fit_projections import codes_of_images, fit_projections
 from tavq.tokenizer.model import TAVQTokenizer
 from tavq.tokenizer.retrieval import alignment_scores, text_to_image_ranks
+from tavq.tokenizer.train import TokenizerTrainer
 
 CONFIG = AlignmentConfig(samples=8, bank_size=16)
 
@@ -328,3 +329,27 @@ def test_the_way_to_text_is_fitted_to_codes_that_stay():
         fit_projections(tokenizer, dataset, texts, {1: 1, 2: 2, 3: 3}, steps=60)
     assert mean_rank() < 0.5 * before
     assert torch.equal(codes_of_images(tokenizer, dataset)[0], codes)
+
+
+@pytest.mark.slow
+def test_without_long_text_its_units_are_unknown():
+    dataset, encoder = open_dataset("scenes:3", "train"), TextEncoder()
+    whole = UnitIndex.build(dataset, encoder)
+    short = UnitIndex.build(dataset, encoder, long_text=False)
+    for row, example in enumerate(dataset.examples):
+        assert short.units(row, 3) == example.captions
+        assert set(whole.units(row, 3)) > set(short.units(row, 3))
+        assert short.count(1)[row] < whole.count(1)[row]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("learned", [True, False])
+def test_codes_learn_a_vector_of_their_own_or_none(learned):
+    config = dataclasses.replace(CONFIG, per_code_embedding=learned)
+    tokenizer = TAVQTokenizer(PRESETS["tiny"])
+    trainer = TokenizerTrainer(TokenizerRun(model=PRESETS["tiny"], alignment=config), tokenizer)
+    assert trainer.tokenizer.projections.per_code_embedding.requires_grad == learned
+    dataset = open_dataset("shapes", "train").take(10)
+    texts = UnitIndex.build(dataset, TextEncoder())
+    fit_projections(tokenizer, dataset, texts, {3: 3}, steps=3, per_code_embedding=learned)
+    assert bool(tokenizer.projections.per_code_embedding.any()) == learned

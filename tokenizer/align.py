@@ -156,7 +156,15 @@ def probe_own_tokenizer(run: AlignRun, base: TAVQTokenizer) -> None:
     ).to(base.codebook.device)
     task = AlignTask(run, adapter, data, frozen=True)
     base.config = _probed_config(config, run, data.text_hash)
-    fit_projections(base, data.train_set, data.texts, base.aligned_levels, run.probe_steps, run.training.seed)
+    fit_projections(
+        base,
+        data.train_set,
+        data.texts,
+        base.aligned_levels,
+        run.probe_steps,
+        run.training.seed,
+        per_code_embedding=run.alignment.per_code_embedding,
+    )
 
     with only_writer(run.out):
         task.save(task.model, run.out, base.card)

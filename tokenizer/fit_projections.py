@@ -55,6 +55,8 @@ def fit_projections(
     levels: Mapping[int, int],
     steps: int,
     seed: int = 0,
+    *,
+    per_code_embedding: bool = True,
 ) -> None:
     """Fit the g_l of `tokenizer` to its codes, in place, by InfoNCE over the images of a batch.
 
@@ -65,13 +67,16 @@ def fit_projections(
         levels: words (1), phrases (2), sentences (3) -> the level they are compared with.
         steps: of `BATCH` images; a few hundred are enough.
         seed: of the order of images and units.
+        per_code_embedding: whether each code learns a vector of its own, too.
     """
     rng = torch.Generator().manual_seed(seed)
     codes, indices = codes_of_images(tokenizer.eval().requires_grad_(False), dataset)
     examples = torch.tensor(indices)
     device = tokenizer.codebook.device
     log_scale = nn.Parameter(torch.full((len(LEVEL_NAMES),), INITIAL_LOG_SCALE, device=device))
-    parameters = [*tokenizer.projections.requires_grad_(True).parameters(), log_scale]
+    tokenizer.projections.requires_grad_(True).per_code_embedding.requires_grad_(per_code_embedding)
+    learned = [parameter for parameter in tokenizer.projections.parameters() if parameter.requires_grad]
+    parameters = [*learned, log_scale]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
 
     for step in tqdm(range(steps), desc="fitting g", unit="step", disable=None):

@@ -70,6 +70,7 @@ class TokenizerTrainer(nn.Module):
                 method=run.align,
                 projections=tokenizer.projections,
             )
+            tokenizer.projections.per_code_embedding.requires_grad_(run.alignment.per_code_embedding)
         else:
             tokenizer.projections.requires_grad_(False)
         if vocabulary is not None:
@@ -190,8 +191,9 @@ class TokenizerTask(Task[TokenizerTrainer, TAVQTokenizer]):
             captions = [example.captions for example in self.train_set.examples]
             self.captions = CaptionMasker(encoder, captions, run.lgvq)
         else:
-            self.texts = UnitIndex.build(self.train_set, cache)
-            self.val_texts = UnitIndex.build(self.val_set, cache)
+            long_text = run.alignment.long_text
+            self.texts = UnitIndex.build(self.train_set, cache, long_text=long_text)
+            self.val_texts = UnitIndex.build(self.val_set, cache, long_text=long_text)
 
     def _new_tokenizer(self, encoder: TextEncoder | None, earlier: TAVQTokenizer | None) -> TAVQTokenizer:
         """The tokenizer that training starts from: untrained, or with the weights of `earlier`."""
@@ -246,7 +248,13 @@ class TokenizerTask(Task[TokenizerTrainer, TAVQTokenizer]):
         if self.texts is not None and self.run.fit_steps:
             levels = model.aligned_levels
             fit_projections(
-                model, self.train_set, self.texts, levels, self.run.fit_steps, self.run.training.seed
+                model,
+                self.train_set,
+                self.texts,
+                levels,
+                self.run.fit_steps,
+                self.run.training.seed,
+                per_code_embedding=self.run.alignment.per_code_embedding,
             )
 
     @torch.inference_mode()

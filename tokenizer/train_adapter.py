@@ -127,7 +127,7 @@ class AlignData:
         encoder = EmbeddingCache(TextEncoder(run.text_encoder))
         self.text_dim = encoder.dim
         self.text_hash = encoder.hash
-        self.texts = UnitIndex.build(self.train_set, encoder)
+        self.texts = UnitIndex.build(self.train_set, encoder, long_text=run.alignment.long_text)
 
         captions = [caption for example in self.val_set.examples for caption in example.captions]
         counts = torch.tensor([len(example.captions) for example in self.val_set.examples])
