@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from .config import Style
 from .model import Captioner
 
 
@@ -51,13 +52,14 @@ def word_log_probs(
 
 
 @torch.inference_mode()
-def log_likelihood(captioner: Captioner, ids: Tensor, texts: Sequence[str]) -> Tensor:
+def log_likelihood(captioner: Captioner, ids: Tensor, texts: Sequence[str], style: Style = "short") -> Tensor:
     """Compute the log-probability of each text given its image, summed over its words and its end token.
 
     Args:
         captioner: in eval mode.
         ids: (B, N) or (B, h, w) int64.
         texts: B sentences; words outside the vocabulary count as the unknown word.
+        style: captions, or long descriptions.
 
     Returns:
         (B,) float32, in nats. Warns where a text is longer than the captioner was trained for.
@@ -68,7 +70,7 @@ def log_likelihood(captioner: Captioner, ids: Tensor, texts: Sequence[str]) -> T
     if len(texts) != len(ids):
         raise ValueError(f"got {len(ids)} images and {len(texts)} texts, expected one text an image")
 
-    limit = captioner.config.shape.max_words
+    limit = captioner.max_words(style)
     encoded = [captioner.text.encode(text) for text in texts]
     longest = max(map(len, encoded))
     if longest > limit:
@@ -76,7 +78,8 @@ def log_likelihood(captioner: Captioner, ids: Tensor, texts: Sequence[str]) -> T
     encoded = [words[:limit] for words in encoded]
 
     words = pad_captions(captioner, [[words] for words in encoded])
-    log_probs = word_log_probs(captioner, ids.flatten(1), words)
+    starts = torch.full((len(ids), 1), captioner.start_id(style), device=ids.device)
+    log_probs = word_log_probs(captioner, ids.flatten(1), words, starts)
 
     # The end token counts, too: else a text that breaks off would be as likely as the whole one.
     lengths = torch.tensor([len(words) for words in encoded], device=ids.device)

@@ -26,7 +26,8 @@ from .shapes import COLOURS, SHAPES, outline
 
 SPLIT_SIZES = {"train": 10_000, "val": 200, "test": 500}
 SIZE_PX = 96
-RADII = {"large": 0.135, "small": 0.08}
+RADII = {"large": 0.14, "small": 0.09}
+KINDS = tuple(kind for kind in SHAPES if kind != "hexagon")  # so small it looks like a circle
 TEXTURES = ("plain", "striped", "speckled", "chequered")
 GROUNDS = {
     "white": "a white background",
@@ -64,7 +65,7 @@ class Look(NamedTuple):
         return " ".join(self)
 
 
-LOOKS = tuple(Look(*words) for words in itertools.product(RADII, COLOURS, TEXTURES, SHAPES))
+LOOKS = tuple(Look(*words) for words in itertools.product(RADII, COLOURS, TEXTURES, KINDS))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +117,7 @@ def make_scene(split: str, index: int) -> Scene:
     rng = random.Random(f"scenes/{split}/{index}")  # seeded by text: the splits share no seed
     while True:
         scene = _sample_scene(rng)
-        if not _is_crowded(scene) and all(exchanged(scene, what) for what in EXCHANGES):
+        if not _is_crowded(scene) and all(_exchange(scene, what) for what in EXCHANGES):
             return scene
 
 
@@ -194,16 +195,29 @@ def statements_of(scene: Scene) -> list[Statement]:
     ]
 
 
-def exchanged(scene: Scene, what: Exchange) -> tuple[Statement, Statement] | None:
+def exchanged(scene: Scene, what: Exchange) -> tuple[Statement, Statement]:
     """Return the first statement of the long text that allows the exchange, and its false twin.
 
     Attributes: the two objects exchange their colours, or where these agree texture, size or shape. Relation:
     above and below, in front of and behind. "Beside" has no twin that is as frequent, so that a blind model
     could tell them apart, and is left out.
+
+    Raises:
+        ValueError: no statement allows it; in the scenes of `make_scene` one does.
     """
+    pair = _exchange(scene, what)
+    if pair is None:
+        raise ValueError(f"no statement on {len(scene.things)} objects has a false twin; add another object")
+    return pair
+
+
+def _exchange(scene: Scene, what: Exchange) -> tuple[Statement, Statement] | None:
+    looks = {thing.look for thing in scene.things}
     for statement in statements_of(scene):
         for twin in _twins(statement, what):
-            if not is_true(twin, scene):
+            # Objects with exchanged attributes must not lie elsewhere: the phrases are false, too.
+            exists = what == "attributes" and {twin.one, twin.other} & looks
+            if not exists and not is_true(twin, scene):
                 return statement, twin
     return None
 

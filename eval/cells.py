@@ -7,7 +7,21 @@ from typing import Any
 
 from tavq.eval.results import Comparison
 
-TIMES_100 = ("CIDEr", "BLEU", "METEOR", "ROUGE-L", "SPICE", "cycle_CIDEr", "t2i_R@", "i2t_R@", "prompt_R@")
+TIMES_100 = (
+    "CIDEr",
+    "BLEU",
+    "METEOR",
+    "ROUGE-L",
+    "SPICE",
+    "cycle_CIDEr",
+    "t2i_R@",
+    "i2t_R@",
+    "prompt_R@",
+    "pointing",
+    "binding",
+    "captions,",
+    "drawing",
+)
 DIGITS = {"PSNR": 2, "SSIM": 3, "KID": 4, "precision": 3, "recall": 3, "usage": 3, "IS": 2}
 DIGITS |= dict.fromkeys(("ends in a function word", "distinct captions"), 3)
 DIGITS |= dict.fromkeys(("power", "correlation", "weave"), 2)  # of each octave or period

@@ -126,6 +126,26 @@ class CaptionEvaluation(EvaluationRun):
 
 
 @dataclasses.dataclass(frozen=True)
+class SceneEvaluation(EvaluationRun):
+    """Measure a checkpoint on generated scenes, whose truth is known: maps, false twins of texts, captions,
+    generated images. Parts that the checkpoint lacks are left out.
+
+    Example: tavq eval scenes --checkpoint runs/mine --split val --out results/scenes.json
+    """
+
+    data: str = "scenes"
+    """Dataset; no other one has a known truth."""
+    reader: Path = Path("runs/scene_reader.safetensors")
+    """Weights of the classifier that reads generated images. It is trained on scenes, in a few minutes, and
+    written there where the file is absent."""
+    sampling: OmitArgPrefixes[SamplingConfig] = SamplingConfig()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_file(self.reader, ".safetensors")
+
+
+@dataclasses.dataclass(frozen=True)
 class BlindRun:
     """Compare two tokenizers blind: images beside two reconstructions in random order, and the key apart.
 

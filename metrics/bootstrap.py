@@ -94,6 +94,35 @@ def paired_difference(
     return _interval(value, resampled, level, n)
 
 
+def difference_over_seeds(
+    rows_a: np.ndarray, rows_b: np.ndarray, *, level: float = 0.95, resamples: int = 1000, seed: int = 0
+) -> Interval:
+    """Compute the mean of b - a over training seeds and images, and its percentile interval.
+
+    Seeds and images are resampled, so that the interval covers both what another training and what other
+    images would change. With one seed it covers the images alone.
+
+    Args:
+        rows_a, rows_b: (s, n) scores; row i of both was trained with one seed.
+
+    Raises:
+        ValueError: `rows_a` and `rows_b` differ in shape.
+    """
+    if rows_a.shape != rows_b.shape or rows_a.ndim != 2:
+        raise ValueError(
+            f"scores of shapes {rows_a.shape} and {rows_b.shape}; expected (seeds, images) twice"
+        )
+    difference = np.asarray(rows_b, dtype=np.float64) - rows_a
+    num_seeds, n = difference.shape
+    of_seeds = _counts(num_seeds, resamples, seed + 1)
+    of_images = _counts(n, resamples, seed)
+    resampled = [
+        np.einsum("rs,sn,rn->r", seeds, difference, images) / (num_seeds * n)
+        for seeds, images in zip(of_seeds, of_images, strict=True)
+    ]
+    return _interval(float(difference.mean()), np.concatenate(resampled), level, n)
+
+
 def _as_rows(rows: np.ndarray) -> np.ndarray:
     """Return the statistics as (n, k) float64: sums over thousands of images lose digits in float32."""
     rows = np.asarray(rows, dtype=np.float64)

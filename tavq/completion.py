@@ -27,6 +27,7 @@ from tavq.commands.units import UnitsRun
 from tavq.eval.config import (
     BlindRun,
     CaptionEvaluation,
+    SceneEvaluation,
     ScoreFaithfulness,
     T2IEvaluation,
     TokenizerEvaluation,
@@ -81,6 +82,7 @@ FLAGS: dict[str, Any] = {
     "eval tokenizer": TokenizerEvaluation,
     "eval t2i": T2IEvaluation,
     "eval caption": CaptionEvaluation,
+    "eval scenes": SceneEvaluation,
     "blind": BlindRun,
     "score captions": ScoreCaptions,
     "score images": ScoreImages,

@@ -109,6 +109,17 @@ def test_log_likelihood_sums_the_words_and_the_end_and_ignores_the_batch(caption
     assert together[0].item() == pytest.approx(log_probs[0].sum().item(), rel=1e-4)
 
 
+def test_log_likelihood_in_the_long_style_starts_from_its_token():
+    captioner = captioner_of(long_words=30)
+    ids, text = random_ids(1), "a dog runs"
+    words = torch.tensor([[captioner.text.encode(text)]])
+    starts = torch.tensor([[captioner.start_id("long")]])
+    expected = word_log_probs(captioner, ids, words, starts).sum().item()
+    assert log_likelihood(captioner, ids, [text], "long").item() == pytest.approx(expected, rel=1e-4)
+    assert log_likelihood(captioner, ids, [text]).item() != pytest.approx(expected, rel=1e-4)
+    log_likelihood(captioner, ids, ["a dog " * 10], "long")  # 20 words are not cut there
+
+
 def test_log_likelihood_says_when_a_text_is_cut(captioner: Captioner):
     with pytest.warns(UserWarning, match="only the first 16"):
         log_likelihood(captioner, random_ids(1), ["a dog " * 10])

@@ -94,6 +94,8 @@ def test_long_texts_are_true_and_their_twins_are_false():
             own, twin = exchanged(scene, what)
             assert own in statements_of(scene) and not is_true(twin, scene)
             words = sorted(own.one + own.other), sorted(twin.one + twin.other)
+            if what == "attributes":
+                assert not {twin.one, twin.other} & {thing.look for thing in scene.things}
             assert words[0] == words[1] and (own.relation == twin.relation) == (what == "attributes")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tavq.metrics.bootstrap import bootstrap_interval, paired_difference
+from tavq.metrics.bootstrap import bootstrap_interval, difference_over_seeds, paired_difference
 from tavq.metrics.captions import bleu_score
 
 
@@ -67,3 +67,26 @@ def test_refused_input():
         bootstrap_interval(np.zeros((0, 2)))
     with pytest.raises(ValueError, match="pair the same images"):
         paired_difference(np.zeros(3), np.zeros(4))
+
+
+def test_a_difference_over_seeds_covers_what_another_training_would_change():
+    draw = np.random.default_rng(4)
+    covered = 0
+    for trial in range(200):
+        of_seeds = draw.normal(scale=0.3, size=(8, 1))
+        b = 0.2 + of_seeds + draw.normal(size=(8, 60))
+        interval = difference_over_seeds(np.zeros((8, 60)), b, resamples=200, seed=trial)
+        covered += interval.low <= 0.2 <= interval.high
+    assert 0.86 <= covered / 200 <= 0.99
+    assert interval.value == pytest.approx(b.mean())
+    pooled = paired_difference(np.zeros(480), b.ravel())
+    assert interval.high - interval.low > 1.4 * (pooled.high - pooled.low)
+
+
+def test_one_seed_leaves_the_images():
+    a, b = np.random.default_rng(5).normal(size=(2, 100))
+    over, paired = difference_over_seeds(a[None], b[None]), paired_difference(a, b)
+    assert over.value == pytest.approx(paired.value)
+    assert (over.low, over.high) == pytest.approx((paired.low, paired.high))
+    with pytest.raises(ValueError, match="seeds, images"):
+        difference_over_seeds(a, b)
