@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tavq.base.arguments import parse, run_main
@@ -23,6 +23,8 @@ from tavq.eval.table import write_block
 from tavq.tokenizer.config import LossConfig
 from tavq.training.run_folder import claim_folder
 
+Job = tuple[str, Sequence[str], int]
+"""Name of a variant, its flags, a seed."""
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS: dict[str, tuple[str, ...]] = {
     "none": ("--align", "none"),
@@ -97,31 +99,42 @@ class Ablation:
     out: Path = Path("docs/ablation.md")
     """File for the table."""
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Variants that `only` may name."""
+        return (*VARIANTS, *TUNING)
+
     def __post_init__(self) -> None:
         check_data_is_named(self.data)
-        unknown = set(self.only) - set(VARIANTS) - set(TUNING)
+        unknown = set(self.only) - set(self.names)
         if unknown:
-            names = ", ".join([*VARIANTS, *TUNING])
-            raise ValueError(f"no variant {sorted(unknown)[0]!r}; choose among: {names}")
+            raise ValueError(f"no variant {sorted(unknown)[0]!r}; choose among: {'; '.join(self.names)}")
 
 
 @run_main
 def main(argv: Sequence[str] | None = None) -> None:
     run = parse(Ablation, argv, prog="python recipes/ablation.py")
-    (run.runs / "settings").mkdir(parents=True, exist_ok=True)
-    claim_folder(run.runs / "settings", dataclasses.replace(run, seeds=(), only=(), out=Path()), is_main=True)
-    # All variants with the first seed before any with the second: an early table has every row.
-    queue = [(name, flags, seed) for seed in run.seeds for name, flags in VARIANTS.items()]
+    queue = queue_of(VARIANTS, run.seeds)
     queue += [(name, flags, run.seeds[0]) for name, flags in TUNING.items()]
-    for name, flags, seed in queue:
-        if run.only and name not in run.only:
-            continue
+    for name, flags, seed in claimed(run, queue):
         train_and_measure(run, name, flags, seed)
         if not run.out.exists():
             run.out.parent.mkdir(parents=True, exist_ok=True)
             run.out.write_text(EMPTY)
         write_block(run.out, "ablation", document(run))
     print(run.out)
+
+
+def queue_of(variants: Mapping[str, Sequence[str]], seeds: Sequence[int]) -> list[Job]:
+    """Return all variants with the first seed before any with the second: an early table has every row."""
+    return [(name, flags, seed) for seed in seeds for name, flags in variants.items()]
+
+
+def claimed(run: Ablation, queue: Sequence[Job]) -> Iterator[Job]:
+    """Yield the jobs that `run.only` names, in a folder that holds runs of these settings alone."""
+    (run.runs / "settings").mkdir(parents=True, exist_ok=True)
+    claim_folder(run.runs / "settings", dataclasses.replace(run, seeds=(), only=(), out=Path()), is_main=True)
+    yield from (job for job in queue if not run.only or job[0] in run.only)
 
 
 def train_and_measure(run: Ablation, name: str, flags: Sequence[str], seed: int) -> None:
@@ -161,14 +174,14 @@ def train_probe(run: Ablation, folder: Path, seed: int) -> None:
     tavq("align", *arguments)
 
 
-def train_captioner(run: Ablation, folder: Path, seed: int) -> None:
+def train_captioner(run: Ablation, folder: Path, seed: int, *flags: object) -> None:
     tokens = folder / "tokens"
     tavq("tokenize", "--data", run.data, "--checkpoint", folder / "tokenizer", "--out", tokens, "--crops", 0)
     arguments: list[object] = ["--preset", run.preset, "--tokens", tokens, "--out", folder / "captioner"]
     arguments += ["--tokenizer", folder / "tokenizer", "--training.seed", seed]
     arguments += ["--training.steps", run.captioner_steps]
     arguments += ["--training.evaluate-every", run.captioner_steps]
-    tavq("train", "captioner", *arguments)
+    tavq("train", "captioner", *arguments, *flags)
 
 
 def measure(run: Ablation, folder: Path, name: str) -> None:

@@ -12,8 +12,15 @@ import numpy as np
 import pytest
 import torch
 
+from tavq.base.arguments import parse
+from tavq.captioner.config import RUN_PRESETS as CAPTIONER_PRESETS
+from tavq.captioner.config import CaptionerRun
 from tavq.eval.results import measured, read_results, write_results
+from tavq.generator.config import RUN_PRESETS as GENERATOR_PRESETS
+from tavq.generator.config import GeneratorRun
 from tavq.metrics.features import ImageSet, extract_features, load_network
+from tavq.tokenizer.config import RUN_PRESETS as TOKENIZER_PRESETS
+from tavq.tokenizer.config import TokenizerRun
 from tavq.tokenizer.losses import PerceptualNetwork
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,6 +109,51 @@ def test_the_comparison_of_captions_shows_each_seed_with_its_interval(tmp_path):
     unclear = next(line for line in lines if line.startswith("| beam 5, self-critical, seed 1 |"))
     assert "**" not in unclear
     assert sum(line.startswith("| aligned - plain |") for line in lines) == 1
+
+
+def test_the_tables_of_the_scenes_pair_seeds_and_show_what_differs(tmp_path):
+    load("ablation")  # whose queue the recipe imports
+    scenes = load("scenes")
+    run = scenes.Scenes(seeds=(0, 1), runs=tmp_path, results=tmp_path / "results")
+    metric, ids = "CIDEr", [f"test-{i:05d}" for i in range(50)]
+    rows = np.random.default_rng(0).uniform(0, 1, size=50)
+    for name, gains in {"ot": (0, 0), "none": (-0.2, -0.1), "ot, no bank": (0.0,)}.items():
+        for seed, gain in enumerate(gains):
+            scores = rows + seed + gain
+            path = scenes.result_of(run, name, seed, "own")
+            floors = {f"{metric}, captions of the next image": 0.125}
+            write_results(
+                path,
+                {metric: measured(scores.mean(), 50)},
+                {"floors": floors},
+                per_image={metric: scores},
+                ids=ids,
+            )
+    lines = scenes.document(run).splitlines()
+    mean = 100 * rows.mean()
+    assert f"| ot, 2 | - | - | - | - | - | {mean + 50:.1f} |" in lines
+    assert any(f"| {mean + 35:.1f} (**-15.0 [-20.0, -10.0]**) |" in line for line in lines)
+    assert any(line.startswith("| ot, no bank, 1 |") and "(+0.0 [+0.0, +0.0]) |" in line for line in lines)
+    assert any("| captions of the next image |" in line and line.endswith("| 12.5 |") for line in lines)
+    assert scenes.queue_of({"a": (), "b": ()}, (0, 1)) == [
+        ("a", (), 0),
+        ("b", (), 0),
+        ("a", (), 1),
+        ("b", (), 1),
+    ]
+    assert "ot, short text" in run.names
+    with pytest.raises(ValueError, match="choose among: none"):
+        scenes.Scenes(only=("nothing",))
+
+
+def test_every_variant_of_the_scenes_is_a_command_that_is_understood():
+    load("ablation")
+    scenes = load("scenes")
+    for name, flags in scenes.VARIANTS.items():
+        run = parse(TokenizerRun, [*flags, *scenes.TOKENIZER], prog="tavq", presets=TOKENIZER_PRESETS)
+        assert run.align == name.split(",")[0] and run.model.upsample_channels == ()
+    parse(CaptionerRun, [*scenes.CAPTIONER, *scenes.CAPTIONER_SIZE], prog="tavq", presets=CAPTIONER_PRESETS)
+    parse(GeneratorRun, ["--long-text", *scenes.GENERATOR_SIZE], prog="tavq", presets=GENERATOR_PRESETS)
 
 
 @pytest.mark.slow
