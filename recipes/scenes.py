@@ -236,7 +236,7 @@ def row(title: str, cells: Sequence[str]) -> str:
 
 
 TOKENIZER = ("--model.upsample-channels", "--model.decoder-blocks", "1", "--model.quantizer.num-codes", "512")
-CAPTIONER = ("--model.long-words", "100", "--min-word-count", "1")
+CAPTIONER = ("--model.long-words", "100", "--min-word-count", "1", "--captions-per-image", "1")
 CAPTIONER_SIZE = ("--model.width", "128", "--model.num-heads", "4")
 GENERATOR_SIZE = ("--model.width", "128", "--model.num-layers", "4", "--model.hidden-width", "352")
 GENERATOR_SIZE += ("--model.max-text-tokens", "112")

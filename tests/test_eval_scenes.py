@@ -74,6 +74,15 @@ def test_the_pointing_game_scores_perfect_and_uniform_maps(monkeypatch):
             assert 0 < chances[f"{name}, chance"] < 0.6
 
 
+def test_a_word_belongs_to_all_objects_that_it_names():
+    for scene in SCENES:
+        boxes = {query.text: query.boxes for query in scenes.queries_of(scene)}
+        for thing in scene.things:
+            same = tuple(other.box for other in scene.things if other.look.colour == thing.look.colour)
+            assert boxes[thing.look.colour] == same
+            assert boxes[thing.look.words] == (thing.box,)
+
+
 @pytest.mark.parametrize(("knows", "expected"), [(1.0, 1.0), (0.0, 0.5), (-1.0, 0.0)])
 def test_binding_of_one_who_knows_who_is_blind_and_who_lies(monkeypatch, knows, expected):
     row_of = {long_text_of(scene): row for row, scene in enumerate(SCENES)}
