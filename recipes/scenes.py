@@ -242,6 +242,10 @@ GENERATOR_SIZE = ("--model.width", "128", "--model.num-layers", "4", "--model.hi
 GENERATOR_SIZE += ("--model.max-text-tokens", "112")
 EMPTY = """# What matters
 
+Which part of the alignment pays, and by how much? Small chains are trained on generated scenes, whose truth
+is known. They differ in one thing. [Evaluate and compare](evaluation.md#measure-where-the-truth-is-known)
+explains the metrics.
+
 <!-- scenes: begin -->
 <!-- scenes: end -->
 """

@@ -97,7 +97,7 @@ def test_an_unknown_command_is_one_line(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["run_tokenizer.py", "run_t2i.py", "run_caption.py"])
+@pytest.mark.parametrize("script", ["run_tokenizer.py", "run_t2i.py", "run_caption.py", "run_scenes.py"])
 def test_the_evaluations_run_as_scripts_from_the_checkout(script):
     root = Path(__file__).resolve().parent.parent
     shown = subprocess.run(
