@@ -22,7 +22,7 @@ class ExportRun:
     """
 
     source: Positional[str]
-    """Directory or hf:OWNER/NAME of a tokenizer, generator or captioner."""
+    """Directory or hf:OWNER/NAME of a tokenizer, generator, captioner or lexicon."""
     out: Path
     """Directory for the copy."""
     half: bool = True
@@ -34,18 +34,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = parse(ExportRun, argv, prog="tavq export")
 
     from tavq.captioner.model import Captioner
+    from tavq.generator.lexicon import Lexicon
     from tavq.generator.model import GeneratorModel
     from tavq.tokenizer.model import TAVQTokenizer
     from tavq.training.checkpoint import read_json
 
-    models = (TAVQTokenizer, GeneratorModel, Captioner)
+    models = (TAVQTokenizer, GeneratorModel, Captioner, Lexicon)
     directory = local_directory(run.source)
     path = directory / CONFIG_FILE
     kind = read_json(path).get("kind") if path.is_file() else None
     model_class = next((model for model in models if kind in (model.kind, *model.former_kinds)), None)
     if model_class is None:
         raise ValueError(
-            f"{directory} holds no tokenizer, generator or captioner; name the directory of one of them"
+            f"{directory} holds no tokenizer, generator, captioner or lexicon; name the directory of one"
         )
     model_class.from_pretrained(directory).save_pretrained(run.out, half=run.half)
     print(run.out)

@@ -33,13 +33,18 @@ class GenerateRun:
     """Generate images from text.
 
     Examples: tavq generate "a dog runs on the beach" --num-images 4 --seed 7 --out out/;  tavq generate
-    --unconditional --num-images 4 --out out/
+    "in the snow" --image dog.jpg;  tavq generate --unconditional --num-images 4 --out out/
     """
 
     prompts: Positional[tuple[str, ...]] = ()
     """What the images show."""
     prompts_file: Path | None = None
     """File of more prompts: .txt (one a line), .csv (column `prompt`) or .jsonl (key `prompt`)."""
+    image: tuple[Path, ...] = ()
+    """Images that the generated ones shall be like: a subject, or scenes to mix. The prompt may then be left
+    out. Needs a lexicon (tavq train lexicon)."""
+    image_words: int = 4
+    """Words that each image is written in: few keep the gist, many the lay-out."""
     unconditional: bool = False
     """Generate without a prompt, from the learned null text and without guidance."""
     negative_prompt: str | None = None
@@ -72,9 +77,9 @@ class GenerateRun:
             raise ValueError(f"best_of is {self.best_of}, expected 1 or more")
         check_negative_prompt(self.negative_prompt, self.sampling)
         if self.unconditional:
-            if self.prompts or self.prompts_file or self.from_png:
+            if self.prompts or self.prompts_file or self.from_png or self.image:
                 raise ValueError("--unconditional takes no prompt; leave out the prompt, or the flag")
-        elif not (self.prompts or self.prompts_file or self.from_png):
+        elif not (self.prompts or self.prompts_file or self.from_png or self.image):
             raise ValueError('no prompt; write one, as in: tavq generate "a dog runs on the beach"')
 
 
@@ -86,7 +91,7 @@ class Jobs:
     """The prompt is empty in all of them where there is none."""
     sampling: SamplingConfig
     options: dict[str, Any]
-    """`negative_prompt`, `best_of` and `rank_by`, as `Pipeline.generate` takes them."""
+    """As `Pipeline.generate` takes them: `negative_prompt`, `best_of`, `rank_by`, `images`, `image_words`."""
     required_hashes: dict[str, str] = dataclasses.field(default_factory=dict)
     """Part of the checkpoint -> hash of its weights, where a recipe names them."""
 
@@ -128,12 +133,14 @@ def jobs_of_flags(run: GenerateRun) -> Jobs:
     """Return the images that prompts, seed and number of images ask for."""
     prompts = [*run.prompts, *(read_prompts(run.prompts_file) if run.prompts_file else [])]
     check_prompts(prompts)  # all of them, so that no mistake shows after an hour
-    prompts = [""] if run.unconditional else prompts
+    prompts = prompts or [""]  # of --unconditional, or of images alone
     seeds = image_seeds(run.seed, run.num_images)
     if run.seed == RANDOM and not run.json:
         print(f"seed {seeds[0]}")
     pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
     options = {name: getattr(run, name) for name in OPTIONS}
+    if run.image:
+        options |= {"images": run.image, "image_words": run.image_words}
     return Jobs(pairs, run.sampling, options)
 
 
@@ -145,6 +152,8 @@ def jobs_of_recipe(path: Path) -> Jobs:
     absent = {"prompt", "seed", "settings", "checkpoints"} - set(recipe)
     if absent:
         raise ValueError(f"{path} holds a recipe without {', '.join(sorted(absent))}; name another PNG")
+    if "image_words" in recipe:
+        raise ValueError(f"{path} was generated from images, which its recipe does not hold; use --image")
     if "completed_tokens" in recipe:
         raise ValueError(f"{path} completes an image, which its recipe does not hold; use tavq complete")
     sampling = from_dict(SamplingConfig, recipe["settings"], source=str(path))

@@ -207,3 +207,77 @@ RUN_PRESETS: dict[str, GeneratorRun] = {
         ),
     ),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class LexiconShape:
+    """Size of the lexicon, which writes an image as words in the generator's text slots."""
+
+    num_words: int = 16
+    """Words of an image, at most (W)."""
+    width: int = 192
+    """Width of its transformer (D)."""
+    num_layers: int = 2
+    """Layers over the image's tokens, before they are pooled."""
+    num_heads: int = 4
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_bounds(self, num_words=(1, 1024), width=(1, 2**16), num_layers=(0, 1000), num_heads=(1, 1024))
+        if self.width % self.num_heads:
+            raise ValueError(f"width is {self.width}, expected a multiple of num_heads, {self.num_heads}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}, expected 0 <= dropout < 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class LexiconRun:
+    """Train the lexicon (image -> words that a frozen generator reads like a text; after ViLex).
+
+    Example: tavq train lexicon --tokens runs/tokens --generator runs/generator --out runs/lexicon
+    """
+
+    tokens: Path = Path("runs/tokens")
+    """Token set that `tavq tokenize` made, and that the generator was trained on."""
+    generator: Path = Path("runs/generator")
+    """Generator that the words are for; it stays as it is. Take the exported one where it is exported later,
+    as rounded weights are others."""
+    out: Path = Path("runs/lexicon")
+    """Directory of the run. It holds the checkpoint, the log and the state to resume from."""
+    preset: str = "flickr8k"
+    """Preset: flickr8k, or tiny (seconds on a CPU)."""
+    config: Path | None = None
+    """YAML file of these fields, instead of a preset."""
+    dry_run: bool = False
+    """Show shapes, parameters, memory and time of this training, measured in a few steps; write nothing."""
+    text_rate: float = 0.3
+    """Fraction of examples whose caption follows the words, so that they learn to share the slots."""
+    model: LexiconShape = LexiconShape()
+    training: TrainingConfig = TrainingConfig(
+        steps=2000,
+        batch_size=16,
+        learning_rate=1e-3,
+        warmup_steps=100,
+        weight_decay=0.05,
+        betas=(0.9, 0.95),
+        optimizer="muon",
+        ema_decay=0.995,
+        evaluate_every=250,
+        patience=4,
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.text_rate <= 1:
+            raise ValueError(f"text_rate is {self.text_rate}, expected 0 to 1")
+
+
+LEXICON_PRESETS: dict[str, LexiconRun] = {
+    "flickr8k": LexiconRun(),
+    "tiny": LexiconRun(
+        preset="tiny",
+        model=LexiconShape(num_words=4, width=32, num_layers=1, num_heads=2),
+        training=TrainingConfig(
+            steps=60, batch_size=8, learning_rate=3e-3, warmup_steps=10, ema_decay=0.9, evaluate_every=30
+        ),
+    ),
+}

@@ -33,6 +33,7 @@ COMMANDS = {
     "train decoder": "train a tokenizer's decoder further; its ids stay",
     "train generator": "train the generator (text to ids)",
     "train captioner": "train the captioner (ids to text)",
+    "train lexicon": "train image words, so that the generator draws from images, too",
     "align": "align anybody's VQ model with text, and report before and after",
     "units": "show the words, phrases and sentences of a text",
     "cache": "show what is kept on disk to save time, or clear it",

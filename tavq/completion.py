@@ -35,6 +35,7 @@ from tavq.eval.config import (
 from tavq.eval.report import Report
 from tavq.eval.score import ScoreCaptions, ScoreImages
 from tavq.eval.table import Table
+from tavq.generator.config import LEXICON_PRESETS
 from tavq.generator.config import RUN_PRESETS as GENERATOR_PRESETS
 from tavq.tokenizer.config import RUN_PRESETS as TOKENIZER_PRESETS
 from tavq.tokenizer.run_config import (
@@ -74,6 +75,7 @@ FLAGS: dict[str, Any] = {
     "train tokenizer": TOKENIZER_PRESETS,
     "train decoder": DECODER_PRESETS,
     "train generator": GENERATOR_PRESETS,
+    "train lexicon": LEXICON_PRESETS,
     "train captioner": CAPTIONER_PRESETS,
     "align": AlignRun,
     "units": UnitsRun,

@@ -28,10 +28,10 @@ from tavq.captioner.config import DecodingConfig
 from tavq.captioner.decoding import decode_captions
 from tavq.captioner.likelihood import log_likelihood
 from tavq.captioner.model import Captioner
+from tavq.conditions import Conditions
 from tavq.data.images import ImageSource, blend, open_image, open_images, to_pil, to_tensor
-from tavq.data.text_encoder import TextEncoder, TokenStates
+from tavq.data.text_encoder import TextEncoder
 from tavq.generator.config import SamplingConfig
-from tavq.generator.model import GeneratorModel
 from tavq.generator.sampling import sample, stream
 from tavq.inputs import Job, jobs_of, mask_of, with_options
 from tavq.prompts import check_prompts
@@ -53,13 +53,14 @@ __all__ = [
 ]
 
 
-class Pipeline:
+class Pipeline(Conditions):
     """Tokenizer, generator and captioner, from a directory that holds a checkpoint of each.
 
-    Generator, captioner and text encoder are loaded when they are first needed.
+    Generator, captioner, lexicon and text encoder are loaded when they are first needed.
 
     Args:
-        directory: holds `tokenizer/`, `generator/` and `captioner/`; a part that is never used may be absent.
+        directory: holds `tokenizer/`, `generator/`, `captioner/` and `lexicon/`. A part that is never used
+            may be absent.
         device: that all models run on.
     """
 
@@ -84,24 +85,11 @@ class Pipeline:
         return cls(shipped_checkpoint() if source is None else local_directory(source, **hub), device)
 
     @functools.cached_property
-    def generator(self) -> GeneratorModel:
-        """The generator. Raises ValueError if it was trained on ids of another codebook."""
-        generator = GeneratorModel.from_pretrained(self.directory / "generator").to(self.device)
-        generator.check_codebook(self.tokenizer.codebook_hash)
-        return generator
-
-    @functools.cached_property
     def captioner(self) -> Captioner:
         """The captioner. Raises ValueError if it was trained on ids of another codebook."""
         captioner = Captioner.from_pretrained(self.directory / "captioner").to(self.device)
         captioner.check_codebook(self.tokenizer.codebook_hash)
         return captioner
-
-    @functools.cached_property
-    def text_encoder(self) -> TextEncoder:
-        """The text encoder that the generator was trained with."""
-        config = self.generator.config
-        return TextEncoder.checked(config.text_encoder, config.text_encoder_hash, self.device)
 
     @functools.cached_property
     def alignment_encoder(self) -> TextEncoder:
@@ -112,25 +100,9 @@ class Pipeline:
     @functools.cached_property
     def hashes(self) -> dict[str, str]:
         """First digits of the SHA-256 of the weights of each part that the directory holds."""
-        parts = ("tokenizer", "generator", "captioner")
+        parts = ("tokenizer", "generator", "captioner", "lexicon")
         files = {part: self.directory / part / WEIGHTS_FILE for part in parts}
         return {part: file_hash(path) for part, path in files.items() if path.is_file()}
-
-    def text_states(self, prompts: Sequence[str]) -> TokenStates:
-        """Encode prompts for the generator.
-
-        Warns, naming the words, where a prompt is longer than the generator takes.
-
-        Raises:
-            ValueError: a prompt is empty.
-        """
-        check_prompts(prompts)
-        different = list(dict.fromkeys(prompts))
-        # One by one: kernels round differently by batch, and no other prompt may change an image.
-        states = self.text_encoder.token_states(
-            different, self.generator.config.max_text_tokens, batch_size=1
-        )
-        return states.rows([different.index(prompt) for prompt in prompts])
 
     def generate(
         self,
@@ -140,23 +112,29 @@ class Pipeline:
         *,
         num_images: int = 1,
         num_images_per_prompt: int | None = None,
+        images: ImageSource | Sequence[ImageSource] | None = None,
+        image_words: int = 4,
         negative_prompt: str | Sequence[str] | None = None,
         best_of: int = 1,
         rank_by: RankBy = "sum",
         **sampling: Any,
     ) -> list[Generated]:
-        """Generate images from text.
+        """Generate images from text, from other images, or from both.
 
-        An image depends on its prompt, its seed and the settings alone.
+        An image depends on its prompt, its seed, the other images and the settings alone.
 
         Args:
             prompt: one text or several. None takes the learned null text, without guidance: unconditional
-                generation.
+                generation, or generation from `images` alone.
             seed: image i of each prompt has seed + i; -1 chooses a seed at random. Several seeds are one per
                 prompt; with a single prompt, one per image.
             settings: guidance scale, temperature, top-k and top-p; the defaults if None.
             num_images: images per prompt.
             num_images_per_prompt: the name of `num_images` in diffusers.
+            images: what the generated ones shall be like, one image or several: a subject, or scenes to mix.
+                With a prompt, guidance leads from the images alone to images and prompt.
+            image_words: words that each of `images` is written in (see `Lexicon`): few keep the gist, many
+                the lay-out. They share the generator's slots with the prompt.
             negative_prompt: text that guidance leads away from, in place of the learned null text; one for
                 all prompts, or one per prompt. A blank one counts as none.
             best_of: candidates per image, of which the one that `rank` scores highest is returned.
@@ -173,6 +151,8 @@ class Pipeline:
                 seed,
                 settings,
                 num_images=count,
+                images=images,
+                image_words=image_words,
                 negative_prompt=negative_prompt,
                 best_of=best_of,
                 rank_by=rank_by,
@@ -187,6 +167,8 @@ class Pipeline:
         settings: SamplingConfig | None = None,
         *,
         num_images: int = 1,
+        images: ImageSource | Sequence[ImageSource] | None = None,
+        image_words: int = 4,
         negative_prompt: str | Sequence[str] | None = None,
         best_of: int = 1,
         rank_by: RankBy = "sum",
@@ -199,12 +181,16 @@ class Pipeline:
         if prompt is None:
             if best_of > 1 or negative_prompt:
                 raise ValueError("best_of and negative_prompt need a prompt; leave them out, or give one")
-            settings = dataclasses.replace(settings, guidance_scale=1.0)  # there is no text to be led to
+            if images is None:
+                settings = dataclasses.replace(settings, guidance_scale=1.0)  # there is nothing to be led to
+        words = None if images is None else self.image_words(images, image_words)
         jobs = jobs_of(prompt, seed, num_images, negative_prompt)
-        candidates = self._sample_candidates(jobs, settings, best_of)
+        candidates = self._sample_candidates(jobs, settings, best_of, words)
         for job, ids in zip(jobs, candidates, strict=True):
             best = 0
             more: dict[str, Any] = {"best_of": best_of}
+            if words is not None:
+                more["image_words"] = len(words)
             if best_of > 1:
                 best = int(self.rank(ids, job.prompt, rank_by).argmax())
                 more["rank_by"] = rank_by
@@ -218,13 +204,12 @@ class Pipeline:
         return torch.stack(list(self._sample_candidates(jobs, settings, count)))
 
     def _sample_candidates(
-        self, jobs: Sequence[Job], settings: SamplingConfig, count: int
+        self, jobs: Sequence[Job], settings: SamplingConfig, count: int, words: Tensor | None = None
     ) -> Iterator[Tensor]:
         """Yield the ids (count, N) of the candidates of each image."""
         # Candidate 0 has the seed itself: it is the image that `generate` returns with best_of=1.
         seeds = [mixed_seed(job.seed, n) if n else job.seed for job in jobs for n in range(count)]
-        texts = self._states_or_null([job.prompt for job in jobs for _ in range(count)])
-        negative = self._negative_states([job.negative for job in jobs for _ in range(count)])
+        texts, negative = self.conditions([job for job in jobs for _ in range(count)], words)
 
         done = 0
         for partial in stream(self.generator, texts, seeds, settings, negative=negative):
@@ -232,21 +217,6 @@ class Pipeline:
             while (done + 1) * count <= sampled:
                 yield partial.ids[done * count : (done + 1) * count]
                 done += 1
-
-    def _states_or_null(self, texts: Sequence[str | None]) -> TokenStates:
-        """Encode texts; an empty one, or None, gives a mask of False, the learned null text."""
-        config = self.generator.config
-        states = torch.zeros(len(texts), config.max_text_tokens, config.text_dim)
-        mask = torch.zeros(len(texts), config.max_text_tokens, dtype=torch.bool)
-        rows = [row for row, text in enumerate(texts) if text]
-        if rows:
-            known = self.text_states([text for text in texts if text])
-            states[rows] = known.states
-            mask[rows] = known.mask
-        return TokenStates(states, mask)
-
-    def _negative_states(self, texts: Sequence[str | None]) -> TokenStates | None:
-        return self._states_or_null(texts) if any(texts) else None
 
     def _generated(self, ids: Tensor, job: Job, settings: SamplingConfig, more: dict[str, Any]) -> Generated:
         """Decode ids (N,), and write the recipe; `more` holds its fields that `settings` does not have."""
@@ -279,8 +249,7 @@ class Pipeline:
         """
         settings = with_options(settings or SamplingConfig(), sampling)
         (job,) = jobs_of([prompt], [seed], 1, negative_prompt)
-        texts = self.text_states([job.prompt])
-        away = self._negative_states([job.negative])
+        texts, away = self.conditions([job])
         for partial in stream(
             self.generator, texts, [job.seed], settings, negative=away, every_rows=every_rows
         ):
@@ -459,12 +428,13 @@ class Pipeline:
     ) -> list[Generated]:
         """Keep the tokens of `image` where `given` (B, N) is True, and sample the others, for each job."""
         image_ids = self.encode(image)[0].flatten().expand(len(jobs), -1)
+        texts, negative = self.conditions(jobs)
         ids = sample(
             self.generator,
-            self.text_states([job.prompt for job in jobs]),
+            texts,
             [job.seed for job in jobs],
             settings,
-            negative=self._negative_states([job.negative for job in jobs]),
+            negative=negative,
             given_ids=image_ids,
             given_mask=given.to(image_ids.device),
         )

@@ -32,7 +32,7 @@ HEAVY = {
 }
 SECONDS = 1.0
 PRINT_NO_RESULTS = {"demo", "tokenize", "export", "blind", "report", "completion"} | {
-    f"train {model}" for model in ("tokenizer", "decoder", "generator", "captioner")
+    f"train {model}" for model in ("tokenizer", "decoder", "generator", "captioner", "lexicon")
 }
 """Commands that print at most the path of what they wrote, or where they are."""
 

@@ -47,6 +47,7 @@ SMALLER = {
     "train decoder": f"--preset tiny {TRAIN_TINY}",
     "train generator": f"--preset tiny {TRAIN_TINY}",
     "train captioner": f"--preset tiny {TRAIN_TINY} --min-word-count 1",
+    "train lexicon": f"--preset tiny {TRAIN_TINY}",
     "score images": "--kid-subset-size 4",
     "align": f"{TRAIN_TINY} --image-size-px 32 --probe-steps 2 --alignment.samples 8",
     "describe": "--max-tokens 8",

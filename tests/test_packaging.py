@@ -33,6 +33,7 @@ ROWS = (
     {"tokenizer", "generator", "captioner"},
     {"prompts", "ranking"},
     {"inputs", "results"},
+    {"conditions"},
     {"pipeline", "photo_index"},
     {"commands", "eval"},
     {"app"},

@@ -37,6 +37,7 @@ probably those of Flickr8k."""
 PURPOSES = {
     "tokenizer": "Encodes a square image as a grid of ids of one codebook, and decodes the ids.",
     "generator": "Generates the ids of an image from a text. `config.json` names the codebook it needs.",
+    "lexicon": "Writes the ids of an image as words for a generator, which `config.json` names.",
     "captioner": "Writes a sentence from the ids of an image. `config.json` names the codebook it needs.",
 }
 _LOCAL_FIELDS = ("out", "config")  # folders and files of one machine
@@ -55,7 +56,7 @@ def model_card(
     """Return Markdown with front matter: what the weights are, what shaped them, and how well they do.
 
     Args:
-        name: "tokenizer", "generator" or "captioner".
+        name: "tokenizer", "generator", "captioner" or "lexicon".
         resolved: configuration of the run, as `config.yaml` holds it.
         lines: of the run's log, for steps and validation metrics.
         examples: seen in training, by all processes together.
