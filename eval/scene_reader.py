@@ -32,7 +32,7 @@ BATCH = 32
 LEARNING_RATE = 3e-3
 LEAST_CERTAINTY = 0.5  # of a cell's shape; at the edges of objects the reader guesses
 NEAR = 0.3  # the largest distance of two objects that may overlap, as a share of the image's side
-SUBJECTS = ("shape", "colour and shape", "relation")
+SUBJECTS = ("shape", "colour", "colour and shape", "relation")
 
 
 class SceneReader(nn.Module):
@@ -74,7 +74,8 @@ class ReadScene:
     def find(self, **asked: str) -> tuple[float, float] | None:
         """Return the place (x, y) of the surest cell that looks as asked, such as colour="red"; None if no
         cell does."""
-        fits = self.certainty > LEAST_CERTAINTY
+        nothing = VALUES["kind"].index("nothing")
+        fits = (self.certainty > LEAST_CERTAINTY) & (self.labels["kind"] != nothing)
         for name, value in asked.items():
             fits &= self.labels[name] == VALUES[name].index(value)
         if not fits.any():
@@ -103,8 +104,9 @@ def score_drawing(seen: ReadScene, looks: Sequence[Look], statements: Sequence[S
     """Return the share of what was asked for that an image shows, for each of `SUBJECTS`; without statements
     for all but the last."""
     shapes = [seen.find(kind=look.kind) is not None for look in looks]
-    coloured = [seen.find(colour=look.colour, kind=look.kind) is not None for look in looks]
-    shares = [shapes, coloured, [seen.shows(statement) for statement in statements]]
+    colours = [seen.find(colour=look.colour) is not None for look in looks]
+    both = [seen.find(colour=look.colour, kind=look.kind) is not None for look in looks]
+    shares = [shapes, colours, both, [seen.shows(statement) for statement in statements]]
     return [float(np.mean(share)) for share in shares if share]
 
 

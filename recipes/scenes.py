@@ -61,8 +61,9 @@ TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
     "Images": (
         "own",
         (
+            "drawing, short: colour",
             "drawing, short: colour and shape",
-            "drawing, long: shape",
+            "drawing, long: colour",
             "drawing, long: colour and shape",
             "drawing, long: relation",
         ),
@@ -236,6 +237,7 @@ def row(title: str, cells: Sequence[str]) -> str:
 
 
 TOKENIZER = ("--model.upsample-channels", "--model.decoder-blocks", "1", "--model.quantizer.num-codes", "512")
+TOKENIZER += ("--losses.l1-size-px", "0")  # a scene has no detail that must be invented
 CAPTIONER = ("--model.long-words", "100", "--min-word-count", "1", "--captions-per-image", "1")
 CAPTIONER_SIZE = ("--model.width", "128", "--model.num-heads", "4")
 GENERATOR_SIZE = ("--model.width", "128", "--model.num-layers", "4", "--model.hidden-width", "352")
