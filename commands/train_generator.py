@@ -12,11 +12,13 @@ from tavq.generator.config import RUN_PRESETS, GeneratorRun
 def main(argv: Sequence[str] | None = None) -> None:
     run = parse(GeneratorRun, argv, prog="tavq train generator", presets=RUN_PRESETS)
 
-    from tavq.generator.train import train_generator
+    from tavq.generator.preference import PreferenceTask
+    from tavq.generator.train import GeneratorTask, train_generator
     from tavq.tokenizer.model import TAVQTokenizer
 
+    task_class = PreferenceTask if run.stage == "preference" else GeneratorTask
     if run.tokenizer is None:
-        train_generator(run)
+        train_generator(run, task_class=task_class)
         return
     tokenizer = TAVQTokenizer.from_pretrained(run.tokenizer)
-    train_generator(run, lambda ids: tokenizer.decode(ids.cpu()), tokenizer.codebook)
+    train_generator(run, lambda ids: tokenizer.decode(ids.cpu()), tokenizer.codebook, task_class=task_class)

@@ -146,7 +146,8 @@ class GeneratorRun:
     out: Path = Path("runs/generator")
     """Directory of the run. It holds the checkpoint, the log and the state to resume from."""
     preset: str = "flickr8k"
-    """Preset: flickr8k, tiny (seconds on a CPU) or base (about 100 M weights, 256 tokens)."""
+    """Preset: flickr8k or flickr8k-preference, tiny or tiny-preference (seconds on a CPU), or base (about
+    100 M weights, 256 tokens)."""
     config: Path | None = None
     """YAML file of these fields, instead of a preset."""
     dry_run: bool = False
@@ -163,6 +164,14 @@ class GeneratorRun:
     --model.max-text-tokens."""
     null_text_rate: float = 0.1
     """Fraction of captions that are replaced by the learned null text, for classifier-free guidance."""
+    stage: Literal["cross-entropy", "preference"] = "cross-entropy"
+    """Training loss. preference (DPO) needs --preferences, and a generator in --start."""
+    preferences: Path | None = None
+    """File of `tavq preferences`: better and worse images of the same prompts."""
+    preference_beta: float = 0.1
+    """How far preferences may lead away from what the generator was: small values lead further."""
+    real_weight: float = 1.0
+    """Weight of the real images of the prompts beside the preferences."""
     sampling: SamplingConfig = SamplingConfig()
     """How the sample images are sampled."""
     model: GeneratorShape = PRESETS["flickr8k"]
@@ -183,10 +192,35 @@ class GeneratorRun:
         for name in ("label_smoothing", "null_text_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 <= {name} < 1")
+        if self.preference_beta <= 0 or self.real_weight < 0:
+            raise ValueError("preference_beta shall be above 0, and real_weight 0 or more")
+        if self.preferences is not None and self.stage != "preference":
+            raise ValueError("--preferences needs --stage preference, which --preset flickr8k-preference has")
 
 
 RUN_PRESETS: dict[str, GeneratorRun] = {
     "flickr8k": GeneratorRun(),
+    "flickr8k-preference": GeneratorRun(
+        preset="flickr8k-preference",
+        stage="preference",
+        training=TrainingConfig(
+            steps=200,
+            learning_rate=1e-4,
+            warmup_steps=20,
+            weight_decay=0.0,
+            betas=(0.9, 0.95),
+            ema_decay=0.98,
+            evaluate_every=50,
+        ),
+    ),
+    "tiny-preference": GeneratorRun(
+        preset="tiny-preference",
+        stage="preference",
+        model=PRESETS["tiny"],
+        training=TrainingConfig(
+            steps=20, batch_size=8, learning_rate=1e-3, warmup_steps=2, ema_decay=0.9, evaluate_every=10
+        ),
+    ),
     "tiny": GeneratorRun(
         preset="tiny",
         model=PRESETS["tiny"],

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -42,31 +42,38 @@ Decode = Callable[[Tensor], Tensor]
 """ids (B, h, w) -> images (B, 3, H, W)."""
 
 
-def train_generator(run: GeneratorRun, decode: Decode | None = None, codebook: Tensor | None = None) -> None:
+def train_generator(
+    run: GeneratorRun,
+    decode: Decode | None = None,
+    codebook: Tensor | None = None,
+    *,
+    task_class: type[GeneratorTask] | None = None,
+) -> None:
     """Train the generator into `run.out`.
 
     Args:
         run: the run.
         decode: ids (B, h, w) -> images, for the sample grid; of the tokenizer that `run` names.
         codebook: (K, E) of that tokenizer, from which the token embeddings start.
+        task_class: `GeneratorTask` if None, or `preference.PreferenceTask`.
     """
     if run.tokenizer is not None and (decode is None or codebook is None):
         raise ValueError(
             f"tokenizer is {run.tokenizer}, but its decoder and codebook were not handed in; "
             "use the command `tavq train generator`"
         )
-    task = GeneratorTask(run, decode, codebook)
+    task = (task_class or GeneratorTask)(run, decode, codebook)
     if run.dry_run:
         dry_run(task, run.training, task.run)
     else:
         train(task, run.training, run.out, task.run)
 
 
-class GeneratorTask(Task["GeneratorTrainer", GeneratorModel]):
+class GeneratorTask(Task[nn.Module, GeneratorModel]):
     """The generator as the training loop sees it; the validation loss decides which weights are saved."""
 
     name = "generator"
-    monitor = ("loss", "min")
+    monitor: tuple[str, Literal["min", "max"]] | None = ("loss", "min")
     muon_modules = frozenset({"blocks"})
 
     def __init__(self, run: GeneratorRun, decode: Decode | None = None, codebook: Tensor | None = None):
@@ -81,7 +88,8 @@ class GeneratorTask(Task["GeneratorTrainer", GeneratorModel]):
         train_set = open_tokens(run.tokens, "train")
         if run.long_text:
             train_set = _with_long_texts(train_set)
-        self.dataset = TokenExamples(train_set)
+        self.train_set = train_set
+        self.dataset: Dataset = TokenExamples(train_set)
         self.val_set = open_tokens(run.tokens, "val")
 
         encoder, max_tokens = TextEncoder(run.model.text_encoder), run.model.max_text_tokens
@@ -101,7 +109,7 @@ class GeneratorTask(Task["GeneratorTrainer", GeneratorModel]):
         self.model = GeneratorTrainer(run, generator)
         self.shipped = generator
 
-    def collate(self, examples: list[tuple[Tensor, int]]) -> dict[str, Tensor]:
+    def collate(self, examples: list[Any]) -> dict[str, Tensor]:
         texts = self.texts.rows([caption for _, caption in examples])
         return {"ids": torch.stack([ids for ids, _ in examples]), "states": texts.states, "mask": texts.mask}
 

@@ -29,6 +29,7 @@ COMMANDS = {
     "check-data": "find captions that fit badly, copies, broken images and other languages in a dataset",
     "tokenize": "turn a dataset into ids, to train generator and captioner on",
     "codebook": "show the codes: patches that use them, words near them",
+    "preferences": "generate several images of each prompt, and write down the best and the worst",
     "train tokenizer": "train the tokenizer, aligned with text or plain",
     "train decoder": "train a tokenizer's decoder further; its ids stay",
     "train generator": "train the generator (text to ids)",

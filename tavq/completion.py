@@ -21,6 +21,7 @@ from tavq.commands.export import ExportRun
 from tavq.commands.generate import GenerateRun
 from tavq.commands.heatmap import HeatmapRun
 from tavq.commands.index import IndexRun
+from tavq.commands.preferences import PreferenceRun
 from tavq.commands.reconstruct import ReconstructRun
 from tavq.commands.search import SearchRun
 from tavq.commands.units import UnitsRun
@@ -74,6 +75,7 @@ FLAGS: dict[str, Any] = {
     "codebook": CodebookRun,
     "train tokenizer": TOKENIZER_PRESETS,
     "train decoder": DECODER_PRESETS,
+    "preferences": PreferenceRun,
     "train generator": GENERATOR_PRESETS,
     "train lexicon": LEXICON_PRESETS,
     "train captioner": CAPTIONER_PRESETS,

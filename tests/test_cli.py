@@ -31,7 +31,7 @@ HEAVY = {
     "gradio",
 }
 SECONDS = 1.0
-PRINT_NO_RESULTS = {"demo", "tokenize", "export", "blind", "report", "completion"} | {
+PRINT_NO_RESULTS = {"demo", "tokenize", "preferences", "export", "blind", "report", "completion"} | {
     f"train {model}" for model in ("tokenizer", "decoder", "generator", "captioner", "lexicon")
 }
 """Commands that print at most the path of what they wrote, or where they are."""

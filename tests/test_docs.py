@@ -51,6 +51,7 @@ SMALLER = {
     "score images": "--kid-subset-size 4",
     "align": f"{TRAIN_TINY} --image-size-px 32 --probe-steps 2 --alignment.samples 8",
     "describe": "--max-tokens 8",
+    "preferences": "--prompts 2 --candidates 2",
     "check-data": "--min-side-px 8 --duplicate-similarity 1.0",
     "eval tokenizer": "--limit 6",
     "eval t2i": "--limit 6 --seeds 1",
