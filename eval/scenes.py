@@ -3,7 +3,7 @@
 Measure a checkpoint on generated scenes, whose truth is known: where maps peak, whether own texts beat their
 false twins, what captions name, and what generated images show.
 
-Shapes: n images, h w token grid, U queries.
+Shapes: n images, h w token grid, U queries, M text width.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from tavq.base.weights import CONFIG_FILE
 from tavq.captioner.config import DecodingConfig, Style
 from tavq.captioner.decoding import decode_captions
 from tavq.captioner.likelihood import log_likelihood
+from tavq.data.embedding_cache import EmbeddingCache
 from tavq.data.images import to_tensor
 from tavq.data.scenes import (
     COLOURS,
@@ -51,10 +52,14 @@ from tavq.metrics.objects import compare_objects
 from tavq.metrics.pointing import cells_inside, pointing_score
 from tavq.pipeline import Pipeline
 from tavq.tokenizer.heatmaps import text_plan
+from tavq.tokenizer.model import TAVQTokenizer
 from tavq.tokenizer.retrieval import alignment_scores
 
 Rows = dict[str, np.ndarray]
 """Metric -> one value per image, (n,)."""
+
+Encode = Callable[[Sequence[str]], Tensor]
+"""Texts -> vectors (U, M) of unit length, by the encoder that the codes are aligned with."""
 
 IMAGES_AT_ONCE = 20
 ATTRIBUTES = ("kind", "colour", "texture", "size")
@@ -92,8 +97,9 @@ def evaluate_scenes(run: SceneEvaluation) -> None:
     per_image: Rows = {}
     floors: dict[str, float] = {}
     if pipeline.tokenizer.aligned_levels:
-        hits, chances = pointing_game(pipeline, scenes, ids)
-        per_image |= hits | alignment_binding(pipeline, scenes, ids)
+        encode = EmbeddingCache(pipeline.alignment_encoder).encode  # every variant is asked the same texts
+        hits, chances = pointing_game(pipeline.tokenizer, scenes, ids, encode)
+        per_image |= hits | alignment_binding(pipeline.tokenizer, scenes, ids, encode)
         floors |= chances
     if has["captioner"]:
         per_image |= captioner_binding(pipeline, scenes, ids)
@@ -149,13 +155,14 @@ def queries_of(scene: Scene) -> list[Query]:
     return [Query(*key, tuple(boxes)) for key, boxes in queries.items()]
 
 
-def pointing_game(pipeline: Pipeline, scenes: Sequence[Scene], ids: Tensor) -> tuple[Rows, dict[str, float]]:
+def pointing_game(
+    tokenizer: TAVQTokenizer, scenes: Sequence[Scene], ids: Tensor, encode: Encode
+) -> tuple[Rows, dict[str, float]]:
     """Score the maps of each scene's words, phrases and sentences, on the levels they are aligned with.
 
     Returns:
         Mean score of the queries of each image, by kind of unit; and as floors the chance of each.
     """
-    tokenizer = pipeline.tokenizer
     scores: dict[str, list[float]] = defaultdict(list)
     chances: dict[str, list[float]] = defaultdict(list)
     for scene, levels in zip(Progress(scenes, desc="pointing", unit="image"), ids, strict=True):
@@ -163,7 +170,8 @@ def pointing_game(pipeline: Pipeline, scenes: Sequence[Scene], ids: Tensor) -> t
         hits: dict[str, list[tuple[float, float]]] = defaultdict(list)
         for kind, level in tokenizer.aligned_levels.items():
             asked = [query for query in queries if query.kind == kind]
-            maps = maps_of(pipeline, levels[level - 1], [query.text for query in asked], level)
+            vectors = encode([query.text for query in asked])
+            maps = maps_of(tokenizer, levels[level - 1], vectors, level)
             for query, heat in zip(asked, maps, strict=True):
                 inside = cells_inside(query.boxes, tokenizer.grid_size)
                 name = f"pointing, {LEVEL_NAMES[kind - 1].removesuffix('s')}: {query.name}"
@@ -177,11 +185,10 @@ def pointing_game(pipeline: Pipeline, scenes: Sequence[Scene], ids: Tensor) -> t
 
 
 @torch.inference_mode()
-def maps_of(pipeline: Pipeline, ids: Tensor, texts: Sequence[str], level: int) -> np.ndarray:
-    """Return where the transport plan lays each text on an image: ids (h, w) of `level` -> (U, h, w)."""
-    vectors = pipeline.alignment_encoder.encode(texts).to(ids.device)[None]
-    mask = torch.ones(1, len(texts), dtype=torch.bool, device=ids.device)
-    plan, _ = text_plan(pipeline.tokenizer, ids.flatten()[None], vectors, mask, level)
+def maps_of(tokenizer: TAVQTokenizer, ids: Tensor, vectors: Tensor, level: int) -> np.ndarray:
+    """Return where the plan lays each text (U, M) on an image: ids (h, w) of `level` -> (U, h, w)."""
+    mask = torch.ones(1, len(vectors), dtype=torch.bool, device=ids.device)
+    plan, _ = text_plan(tokenizer, ids.flatten()[None], vectors.to(ids.device)[None], mask, level)
     return plan[0].T.unflatten(1, ids.shape).cpu().numpy()
 
 
@@ -190,14 +197,13 @@ def won(own: float, other: float) -> float:
     return 0.5 + 0.5 * float(np.sign(own - other))
 
 
-def alignment_binding(pipeline: Pipeline, scenes: Sequence[Scene], ids: Tensor) -> Rows:
+def alignment_binding(tokenizer: TAVQTokenizer, scenes: Sequence[Scene], ids: Tensor, encode: Encode) -> Rows:
     """Ask the codes whether a statement fits better than its false twin; with attributes, phrases, too."""
-    tokenizer = pipeline.tokenizer
     rows: dict[str, list[float]] = defaultdict(list)
 
     def fit(row: int, level: int, texts: Sequence[str]) -> float:
-        vectors = pipeline.alignment_encoder.encode(texts)
-        return float(alignment_scores(tokenizer, ids[row : row + 1, level - 1], vectors, level).mean())
+        codes = ids[row : row + 1, level - 1]
+        return float(alignment_scores(tokenizer, codes, encode(texts), level).mean())
 
     for row, scene in enumerate(Progress(scenes, desc="binding", unit="image")):
         for what in EXCHANGES:

@@ -25,10 +25,12 @@ SCENES = [make_scene("test", index) for index in range(40)]
 IDS = torch.zeros(len(SCENES), 3, 8, 8, dtype=torch.int64)
 
 
-def aligned_pipeline() -> SimpleNamespace:
-    """Just enough of a pipeline that texts reach the measure as they are."""
-    tokenizer = SimpleNamespace(aligned_levels={1: 1, 2: 2, 3: 3}, grid_size=(8, 8))
-    return SimpleNamespace(tokenizer=tokenizer, alignment_encoder=SimpleNamespace(encode=lambda texts: texts))
+ALIGNED = SimpleNamespace(aligned_levels={1: 1, 2: 2, 3: 3}, grid_size=(8, 8))
+
+
+def unencoded(texts):
+    """Let texts reach the measure as they are."""
+    return texts
 
 
 def test_cells_inside_are_those_whose_centre_is():
@@ -59,16 +61,16 @@ def test_the_pointing_game_scores_perfect_and_uniform_maps(monkeypatch):
         monkeypatch.setattr(
             scenes,
             "maps_of",
-            lambda pipeline, ids, texts, level, boxes=boxes: [
+            lambda tokenizer, ids, texts, level, boxes=boxes: [
                 cells_inside(boxes[text], (8, 8)).astype(float) for text in texts
             ],
         )
-        perfect, chances = scenes.pointing_game(aligned_pipeline(), [scene], IDS[:1])
+        perfect, chances = scenes.pointing_game(ALIGNED, [scene], IDS[:1], unencoded)
         assert all(rows == [1.0] for rows in perfect.values()) and len(perfect) == 7
         monkeypatch.setattr(
-            scenes, "maps_of", lambda pipeline, ids, texts, level: np.ones((len(texts), 8, 8))
+            scenes, "maps_of", lambda tokenizer, ids, texts, level: np.ones((len(texts), 8, 8))
         )
-        uniform, _ = scenes.pointing_game(aligned_pipeline(), [scene], IDS[:1])
+        uniform, _ = scenes.pointing_game(ALIGNED, [scene], IDS[:1], unencoded)
         for name, rows in uniform.items():
             assert rows.mean() == pytest.approx(chances[f"{name}, chance"])
             assert 0 < chances[f"{name}, chance"] < 0.6
@@ -94,7 +96,7 @@ def test_binding_of_one_who_knows_who_is_blind_and_who_lies(monkeypatch, knows, 
 
     monkeypatch.setattr(scenes, "alignment_scores", fit)
     ids = torch.arange(len(SCENES))[:, None, None, None].expand(-1, 3, 2, 2)
-    rows = scenes.alignment_binding(aligned_pipeline(), SCENES, ids)
+    rows = scenes.alignment_binding(ALIGNED, SCENES, ids, unencoded)
     assert set(rows) == {
         "binding by phrases, attributes",
         "binding by sentences, attributes",
