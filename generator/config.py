@@ -172,6 +172,11 @@ class GeneratorRun:
     """How far preferences may lead away from what the generator was: small values lead further."""
     real_weight: float = 1.0
     """Weight of the real images of the prompts beside the preferences."""
+    random_order_until: float = 0.0
+    """Part of training, 0 to 1, in which each image's tokens are predicted in a random order (RAR).
+    Afterwards ever more images are predicted in raster order, in which images are sampled."""
+    raster_order_from: float = 0.0
+    """Part of training from which all images are predicted in raster order."""
     sampling: SamplingConfig = SamplingConfig()
     """How the sample images are sampled."""
     model: GeneratorShape = PRESETS["flickr8k"]
@@ -192,6 +197,11 @@ class GeneratorRun:
         for name in ("label_smoothing", "null_text_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 <= {name} < 1")
+        if not 0 <= self.random_order_until <= self.raster_order_from <= 1:
+            raise ValueError(
+                f"random_order_until is {self.random_order_until} and raster_order_from "
+                f"{self.raster_order_from}, expected 0 <= random_order_until <= raster_order_from <= 1"
+            )
         if self.preference_beta <= 0 or self.real_weight < 0:
             raise ValueError("preference_beta shall be above 0, and real_weight 0 or more")
         if self.preferences is not None and self.stage != "preference":

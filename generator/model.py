@@ -136,29 +136,48 @@ class GeneratorModel(Checkpointed):
         embedding_KD = codebook_KE.float().cpu() @ basis_DE.T
         return embedding_KD * (0.5 / embedding_KD.square().mean().sqrt())
 
-    def forward(self, ids_BN: Tensor, states_BTM: Tensor, mask_BT: Tensor) -> Tensor:
+    def forward(
+        self, ids_BN: Tensor, states_BTM: Tensor, mask_BT: Tensor, order_BN: Tensor | None = None
+    ) -> Tensor:
         """Predict every token from the text and the tokens before it.
 
         Args:
-            ids_BN: (B, N) int64; the last one is not read.
+            ids_BN: (B, N) int64 in raster order.
             states_BTM: (B, T, M) token states of the text encoder.
             mask_BT: (B, T) bool; a row of False alone means the null text.
+            order_BN: (B, N) int64, for each image the places in the order in which they are predicted; None
+                is raster order.
 
         Returns:
-            (B, N, K) logits in float32.
+            (B, N, K) logits in float32, those of place i at index i whatever the order.
         """
         text_BTD, seen_BT = self.embed_text(states_BTM, mask_BT)
+        place_BN = torch.arange(self.config.num_tokens, device=ids_BN.device)[None]
+        if order_BN is not None:
+            place_BN = order_BN
 
-        # Shift right: each slot holds the token before the one that it predicts.
+        # Shift right: each slot holds the token before the one that it predicts, and knows both places: the
+        # one that it predicts by its embedding, that of the token that it holds by its rotation.
         bos_B1D = self.bos_embedding.expand(len(ids_BN), 1, -1)
-        image_BND = torch.cat([bos_B1D, self.token_embedding(ids_BN[:, :-1])], 1) + self.position_embedding
+        token_BND = self.token_embedding(ids_BN.gather(1, place_BN.expand_as(ids_BN))[:, :-1])
+        image_BND = torch.cat([bos_B1D, token_BND], 1) + self.position_embedding[place_BN]
 
         x_BLD = self.dropout(torch.cat([text_BTD, image_BND], 1))
         bias_BLL = self._prefix_causal_bias(seen_BT)
+        rope = self._rope_of(place_BN) if order_BN is not None else self.rope_cache[: x_BLD.shape[1]]
         for block in self.blocks:
-            x_BLD = block(x_BLD, self.rope_cache, bias_BLL)
+            x_BLD = block(x_BLD, rope, bias_BLL)
 
-        return self.head(rms_norm(x_BLD[:, self.config.max_text_tokens :])).float()
+        logits_BNK = self.head(rms_norm(x_BLD[:, self.config.max_text_tokens :])).float()
+        if order_BN is None:
+            return logits_BNK
+        return logits_BNK.gather(1, order_BN.argsort(1)[..., None].expand_as(logits_BNK))
+
+    def _rope_of(self, place_BN: Tensor) -> Tensor:
+        """Return the rotations (B, L, d/2, 2) of all slots, where images have orders of their own."""
+        num_fixed = self.config.max_text_tokens + 1  # the text's slots and the first image slot
+        fixed = self.rope_cache[:num_fixed].expand(len(place_BN), -1, -1, -1)
+        return torch.cat([fixed, self.rope_cache[num_fixed + place_BN[:, :-1]]], 1)
 
     def embed_text(self, states_BTM: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Embed texts, the null text among them.
@@ -226,27 +245,27 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x_BLD: Tensor, rope_L: Tensor, bias_BLL: Tensor, kv_cache: tuple[Tensor, Tensor] | None = None
+        self, x_BLD: Tensor, rope: Tensor, bias_BLL: Tensor, kv_cache: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
         """Pass the residual stream of the first L slots through.
 
         Args:
             x_BLD: residual stream.
-            rope_L: the rope cache of these slots, (L, d/2, 2) with heads of width d.
+            rope: the rope cache of these slots, (L, d/2, 2) with heads of width d, or (B, L, d/2, 2).
             bias_BLL: additive attention bias.
             kv_cache: keys and values, each (B, L or more, heads, d), into whose first L slots those of this
                 pass are written.
         """
-        x_BLD = x_BLD + self.dropout(self._self_attention(rms_norm(x_BLD), rope_L, bias_BLL, kv_cache))
+        x_BLD = x_BLD + self.dropout(self._self_attention(rms_norm(x_BLD), rope, bias_BLL, kv_cache))
         gate, up = self.gate_up_proj(rms_norm(x_BLD)).chunk(2, dim=-1)
         return x_BLD + self.dropout(self.down_proj(F.silu(gate) * up))
 
     def _self_attention(
-        self, x_BLD: Tensor, rope_L: Tensor, bias_BLL: Tensor, kv_cache: tuple[Tensor, Tensor] | None
+        self, x_BLD: Tensor, rope: Tensor, bias_BLL: Tensor, kv_cache: tuple[Tensor, Tensor] | None
     ) -> Tensor:
         batch, length, width = x_BLD.shape
         qkv = self.qkv_proj(x_BLD).view(batch, length, 3, self.num_heads, width // self.num_heads)
-        q, k = apply_rotary_emb(rms_norm(qkv[:, :, :2]), rope_L).unbind(2)
+        q, k = apply_rotary_emb(rms_norm(qkv[:, :, :2]), rope).unbind(2)
         v = qkv[:, :, 2]
 
         if kv_cache is not None:
@@ -263,25 +282,26 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],))
 
 
-def apply_rotary_emb(qk: Tensor, rope_L: Tensor) -> Tensor:
+def apply_rotary_emb(qk: Tensor, rope: Tensor) -> Tensor:
     """Rotate neighbouring pairs of numbers in queries and keys (B, L, 2, heads, d) by the angles of their
-    slots, whose cosines and sines are `rope_L` (L, d/2, 2)."""
+    slots, whose cosines and sines are `rope` (L, d/2, 2) or (B, L, d/2, 2)."""
     even, odd = qk.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = rope_L[:, None, None].unbind(-1)
+    cos, sin = rope[..., None, None, :, :].unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
 
 
 def precompute_rope_cache(config: GeneratorConfig) -> Tensor:
-    """Compute the cosines and sines (L, d/2, 2) of rotary embeddings in two dimensions.
+    """Compute the cosines and sines (L + 1, d/2, 2) of rotary embeddings in two dimensions.
 
     Half of the pairs rotate with the row of the grid, half with the column, both counted from 1 (after Su et
     al. 2021, arXiv:2104.09864). Text slots and the start slot do not rotate. A slot rotates by the place of
-    the token that it holds, which is the one before the token that it predicts.
+    the token that it holds, which is the one before the token that it predicts. In raster order no slot holds
+    the last token, whose rotation is behind all others.
     """
     quarter = config.width // config.num_heads // 4
     frequencies = 100.0 ** (-torch.arange(quarter) / quarter)
 
-    token = torch.arange(config.num_tokens - 1)
+    token = torch.arange(config.num_tokens)
     num_columns = config.grid_size[1]
     row_and_column = torch.stack([token // num_columns + 1, token % num_columns + 1], 1)
     no_rotation = torch.zeros(config.max_text_tokens + 1, 2)

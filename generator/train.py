@@ -185,13 +185,34 @@ class GeneratorTrainer(nn.Module):
     def forward(self, batch: dict[str, Tensor], step: int) -> StepOutput:
         # One model learns both with and without text, as classifier-free guidance needs both.
         dropped_B1 = torch.rand(len(batch["ids"]), 1, device=batch["mask"].device) < self.run.null_text_rate
-        logits_BNK = self.generator(batch["ids"], batch["states"], batch["mask"] & ~dropped_B1)
+        order_BN = self._orders(batch["ids"], step)
+        logits_BNK = self.generator(batch["ids"], batch["states"], batch["mask"] & ~dropped_B1, order_BN)
 
         logits, targets = logits_BNK.flatten(0, 1), batch["ids"].flatten()
         loss = F.cross_entropy(logits, targets, label_smoothing=self.run.label_smoothing)
         with torch.no_grad():
             nats_per_token = F.cross_entropy(logits, targets)
         return StepOutput(loss, {"loss": loss.detach(), "nats_per_token": nats_per_token})
+
+    def _orders(self, ids_BN: Tensor, step: int) -> Tensor | None:
+        """Draw the order of each image's tokens: random at first, raster at last (RAR, Yu et al. 2024,
+        arXiv:2411.00776)."""
+        share = random_order_share(step / self.run.training.steps, self.run)
+        if share == 0:
+            return None
+        batch_size, num_tokens = ids_BN.shape
+        random_BN = torch.rand(batch_size, num_tokens, device=ids_BN.device).argsort(1)
+        is_random_B1 = torch.rand(batch_size, 1, device=ids_BN.device) < share
+        return torch.where(is_random_B1, random_BN, torch.arange(num_tokens, device=ids_BN.device))
+
+
+def random_order_share(progress: float, run: GeneratorRun) -> float:
+    """Return the share of images whose tokens are predicted in a random order, after a part of training."""
+    if progress >= run.raster_order_from:
+        return 0.0
+    if progress < run.random_order_until:
+        return 1.0
+    return (run.raster_order_from - progress) / (run.raster_order_from - run.random_order_until)
 
 
 def _shape_of_start(run: GeneratorRun, config: GeneratorConfig) -> GeneratorShape:

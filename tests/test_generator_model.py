@@ -52,6 +52,40 @@ def test_outputs_have_exactly_no_gradient_from_later_inputs():
         assert all(torch.count_nonzero(gradient[0, before]) for before in range(k))
 
 
+def test_raster_order_given_is_raster_order():
+    model, texts, ids = random_model(), random_texts(3), random_ids(3)
+    order = torch.arange(16).expand(3, -1)
+    with torch.inference_mode():
+        expected = model(ids, texts.states, texts.mask)
+        assert torch.equal(model(ids, texts.states, texts.mask, order), expected)
+
+
+def test_in_a_random_order_a_token_sees_what_comes_before_it_in_that_order_and_no_more():
+    model, texts, ids = random_model(), random_texts(1), random_ids(1)
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(2))[None]
+    embeddings = []
+    hook = model.token_embedding.register_forward_hook(
+        lambda *_: embeddings.append(_[-1].detach().requires_grad_()) or embeddings[-1]
+    )
+    logits = model(ids, texts.states, texts.mask, order)
+    hook.remove()
+    for number, place in enumerate(order[0].tolist()):
+        (gradient,) = torch.autograd.grad(logits[0, place].sum(), embeddings[0], retain_graph=True)
+        seen = gradient[0].abs().sum(-1) > 0  # of the tokens in the order in which they are read
+        assert seen.tolist() == [earlier < number for earlier in range(15)]
+
+
+def test_an_order_that_differs_at_two_places_changes_nothing_before_them():
+    model, texts, ids = random_model(), random_texts(1), random_ids(1)
+    swapped = torch.arange(16)[None].clone()
+    swapped[0, 3], swapped[0, 4] = 4, 3
+    with torch.inference_mode():
+        raster = model(ids, texts.states, texts.mask)
+        other = model(ids, texts.states, texts.mask, swapped)
+    same = (raster - other).abs().amax(-1)[0] < 1e-4
+    assert same[:3].all() and not same[3:5].any()
+
+
 def test_empty_text_slots_do_not_matter_and_text_does():
     model, texts, ids = random_model(), random_texts(2), random_ids(2)
     texts.mask[:] = torch.arange(TINY.max_text_tokens) < 5
@@ -84,7 +118,7 @@ def test_an_untrained_block_passes_its_input_through():
     model = GeneratorModel(TINY).eval()
     bias = torch.zeros(1, TINY.sequence_length, TINY.sequence_length)
     for block in model.blocks:
-        assert torch.equal(block(x, model.rope_cache, bias), x)
+        assert torch.equal(block(x, model.rope_cache[: x.shape[1]], bias), x)
 
 
 def test_embeddings_enter_the_blocks_at_the_scales_they_are_meant_to_have():

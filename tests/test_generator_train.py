@@ -107,7 +107,9 @@ def test_null_text_replaces_a_share_of_the_captions(tokens):
     run = dataclasses.replace(RUN_PRESETS["tiny"], tokens=tokens, null_text_rate=0.25)
     task = GeneratorTask(run)
     seen = []
-    task.model.generator.forward = lambda ids, states, mask: seen.append(mask) or torch.zeros(*ids.shape, 64)
+    task.model.generator.forward = lambda ids, states, mask, order: (
+        seen.append(mask) or torch.zeros(*ids.shape, 64)
+    )
     batch = task.collate([task.dataset[(n % 32, n)] for n in range(400)])
     task.model(batch, 0)
     assert 0.18 < (~seen[0].any(1)).float().mean() < 0.32
@@ -182,7 +184,7 @@ def test_the_loss_is_smoothed_and_the_report_is_not(tokens):
     run = dataclasses.replace(RUN_PRESETS["tiny"], tokens=tokens, label_smoothing=0.2, null_text_rate=0.0)
     task = GeneratorTask(run)
     logits = torch.randn(8, 16, 64)
-    task.model.generator.forward = lambda ids, states, mask: logits
+    task.model.generator.forward = lambda ids, states, mask, order: logits
     batch = task.collate([task.dataset[(n, n)] for n in range(8)])
     output = task.model(batch, 0)
 
@@ -306,3 +308,43 @@ def test_long_texts_are_drawn_like_captions(tokens):
     assert longer.captions == (("one", "two", "all of a"), ("three",))
     drawn = {TokenExamples(longer)[(0, draw)][1] for draw in range(60)}
     assert drawn == {0, 1, 2}
+
+
+def test_random_orders_turn_to_raster_order():
+    run = dataclasses.replace(RUN_PRESETS["tiny"], random_order_until=0.5, raster_order_from=0.75)
+    shares = [train.random_order_share(progress, run) for progress in (0, 0.49, 0.5, 0.625, 0.74, 0.75, 1)]
+    assert shares == pytest.approx([1, 1, 1, 0.5, 0.04, 0, 0])
+    assert train.random_order_share(0.0, RUN_PRESETS["flickr8k"]) == 0
+    with pytest.raises(ValueError, match="expected 0 <= random_order_until <= raster_order_from <= 1"):
+        dataclasses.replace(run, raster_order_from=0.3)
+
+
+def test_each_image_has_an_order_of_its_own_and_the_last_steps_have_none():
+    run = dataclasses.replace(RUN_PRESETS["tiny"], random_order_until=0.5, raster_order_from=0.75)
+    model = train.GeneratorTrainer(run, torch.nn.Identity())
+    steps, ids = run.training.steps, torch.zeros(256, 16, dtype=torch.long)
+    torch.manual_seed(0)
+    first, middle, last = (model._orders(ids, round(part * steps)) for part in (0, 0.625, 0.75))
+    raster = torch.arange(16)
+    assert last is None and len(first.unique(dim=0)) == 256
+    assert torch.equal(first.sort(1).values, raster.expand(256, -1))
+    assert 0.35 < float((middle == raster).all(1).float().mean()) < 0.65
+
+
+@pytest.mark.slow
+def test_training_in_random_orders_ends_with_a_generator_that_follows_the_text_in_raster_order(
+    tokens, tmp_path
+):
+    flags = [
+        "--preset",
+        "tiny",
+        "--tokens",
+        str(tokens),
+        "--training.steps",
+        "160",
+        "--training.evaluate-every",
+        "160",
+    ]
+    main([*flags, "--random-order-until", "0.5", "--raster-order-from", "0.75", "--out", str(tmp_path)])
+    (line,) = [line for line in read_log(tmp_path / "training" / "log.jsonl") if "val/loss" in line]
+    assert line["val/loss"] < line["val/loss_null_text"] - 0.05
