@@ -172,6 +172,11 @@ class GeneratorRun:
     """How far preferences may lead away from what the generator was: small values lead further."""
     real_weight: float = 1.0
     """Weight of the real images of the prompts beside the preferences."""
+    more_tokens: Path | None = None
+    """Another token set of the same tokenizer, such as one of photos that `tavq caption` described
+    (pseudo-captions, as in ITIT and RECAP). All its splits join the training."""
+    more_share: float = 0.25
+    """Fraction of the examples that come from it."""
     random_order_until: float = 0.0
     """Part of training, 0 to 1, in which each image's tokens are predicted in a random order (RAR).
     Afterwards ever more images are predicted in raster order, in which images are sampled."""
@@ -194,7 +199,7 @@ class GeneratorRun:
     )
 
     def __post_init__(self) -> None:
-        for name in ("label_smoothing", "null_text_rate"):
+        for name in ("label_smoothing", "null_text_rate", "more_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 <= {name} < 1")
         if not 0 <= self.random_order_until <= self.raster_order_from <= 1:

@@ -10,6 +10,7 @@ n images.
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -21,9 +22,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from tavq.base.seeding import mixed_seed
+from tavq.data.config import SPLITS
 from tavq.data.images import grid, to_pil
 from tavq.data.text_encoder import TextEncoder
-from tavq.data.tokens import TokenMeta, TokenSet, open_tokens
+from tavq.data.tokens import TokenMeta, TokenSet, open_tokens, read_meta
 from tavq.training.checkpoint import tensor_hash
 from tavq.training.dry_run import dry_run
 from tavq.training.loop import train
@@ -90,10 +92,14 @@ class GeneratorTask(Task[nn.Module, GeneratorModel]):
             train_set = _with_long_texts(train_set)
         self.train_set = train_set
         self.dataset: Dataset = TokenExamples(train_set)
+        all_captions = [caption for captions in train_set.captions for caption in captions]
+        if run.more_tokens is not None:
+            more = open_more_tokens(run.more_tokens, train_set.meta)
+            self.dataset = MixedExamples(train_set, more, run.more_share)
+            all_captions += [caption for captions in more.captions for caption in captions]
         self.val_set = open_tokens(run.tokens, "val")
 
         encoder, max_tokens = TextEncoder(run.model.text_encoder), run.model.max_text_tokens
-        all_captions = [caption for captions in train_set.captions for caption in captions]
         self.texts = pack_states(encoder, all_captions, max_tokens)
         first_captions = [captions[0] for captions in self.val_set.captions]
         self.val_texts = pack_states(encoder, first_captions, max_tokens)
@@ -172,6 +178,47 @@ class TokenExamples(Dataset):
         variant = mixed_seed(draw_seed, 0) % self.ids_nVN.shape[1]
         caption = mixed_seed(draw_seed, 1) % self.num_captions[index]
         return self.ids_nVN[index, variant], self.first_caption[index] + caption
+
+
+class MixedExamples(Dataset):
+    """Examples of two token sets, as `TokenExamples` gives them: a share of them comes from the second."""
+
+    def __init__(self, tokens: TokenSet, more: TokenSet, share: float):
+        self.first, self.second = TokenExamples(tokens), TokenExamples(more)
+        self.share = share
+        self.num_first_captions = sum(self.first.num_captions)
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
+        _, draw_seed = item
+        rng = random.Random(draw_seed)
+        if rng.random() >= self.share:
+            return self.first[item]
+        ids_N, caption = self.second[(rng.randrange(len(self.second)), draw_seed)]
+        return ids_N, self.num_first_captions + caption
+
+
+def open_more_tokens(directory: Path, meta: TokenMeta) -> TokenSet:
+    """Read all splits of another token set.
+
+    Raises:
+        ValueError: another tokenizer encoded it.
+    """
+    if read_meta(directory).codebook_hash != meta.codebook_hash:
+        raise ValueError(
+            f"{directory} holds ids of another tokenizer than the other tokens; encode its images anew with "
+            "tavq tokenize"
+        )
+    sets = [open_tokens(directory, split) for split in SPLITS if any(directory.glob(f"{split}-*.tar"))]
+    return TokenSet(
+        meta,
+        names=tuple(name for tokens in sets for name in tokens.names),
+        ids=torch.cat([tokens.ids for tokens in sets]),
+        captions=tuple(captions for tokens in sets for captions in tokens.captions),
+        long_texts=tuple(text for tokens in sets for text in tokens.long_texts),
+    )
 
 
 class GeneratorTrainer(nn.Module):

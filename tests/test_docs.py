@@ -166,7 +166,7 @@ def write_foreign_output(folder: Path) -> None:
     (folder / "references.json").write_text(
         json.dumps({"images": [{"id": n} for n in range(2)], "annotations": annotations})
     )
-    for name in ("generated", "real"):
+    for name in ("generated", "real", "more-photos"):
         (folder / name).mkdir()
         for number in range(4):
             Image.new("RGB", (32, 32), (40 * number, 90, 10 * len(name))).save(

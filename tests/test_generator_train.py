@@ -348,3 +348,33 @@ def test_training_in_random_orders_ends_with_a_generator_that_follows_the_text_i
     main([*flags, "--random-order-until", "0.5", "--raster-order-from", "0.75", "--out", str(tmp_path)])
     (line,) = [line for line in read_log(tmp_path / "training" / "log.jsonl") if "val/loss" in line]
     assert line["val/loss"] < line["val/loss_null_text"] - 0.05
+
+
+def test_a_share_of_another_token_set_joins_the_training_with_its_own_captions(tokens, tmp_path):
+    scene = np.full((1, 4, 4), 63)
+    records = [
+        TokenRecord(f"more{n}", split, scene, ("made up",)) for n, split in enumerate(("train", "val") * 3)
+    ]
+    meta = TokenMeta(64, (4, 4), tensor_hash(CODEBOOK), "tokenizer-hash", "more", 32)
+    write_tokens(tmp_path / "more", records, meta)
+    run = dataclasses.replace(
+        RUN_PRESETS["tiny"], tokens=tokens, more_tokens=tmp_path / "more", more_share=0.25, out=tmp_path
+    )
+    task = GeneratorTask(run)
+    assert len(task.dataset) == 32
+    drawn = [task.dataset[(index % 32, index)] for index in range(2000)]
+    from_more = [example for example in drawn if int(example[0][0]) == 63]
+    assert 0.2 < len(from_more) / len(drawn) < 0.3
+    assert {caption for _, caption in from_more} == set(range(64, 70)), (
+        "after the 64 captions of the first set"
+    )
+    texts = task.collate(from_more[:1])
+    expected = TextEncoder().token_states(["made up"], task.texts.max_tokens)
+    torch.testing.assert_close(texts["states"], expected.states, atol=2e-3, rtol=1e-3)
+
+    foreign = dataclasses.replace(meta, codebook_hash="another")
+    write_tokens(tmp_path / "foreign", records, foreign)
+    with pytest.raises(
+        ValueError, match="holds ids of another tokenizer than the other tokens; encode its images"
+    ):
+        GeneratorTask(dataclasses.replace(run, more_tokens=tmp_path / "foreign"))
