@@ -203,6 +203,20 @@ def sample_next_token(logits: Tensor, noise: Tensor | None, config: SamplingConf
     return (logits + noise).argmax(-1)
 
 
+@torch.inference_mode()
+def resample(model: GeneratorModel, ids_BN: Tensor, top_k: int) -> Tensor:
+    """Sample every token anew, each given the true ones before it and the null text: (B, N).
+
+    These are the mistakes that a generator makes where an image is right so far. Torch's own random numbers
+    decide.
+    """
+    config = model.config
+    states_BTM = torch.zeros(len(ids_BN), config.max_text_tokens, config.text_dim, device=ids_BN.device)
+    logits_BNK = model(ids_BN, states_BTM, torch.zeros_like(states_BTM[..., 0], dtype=torch.bool))
+    probabilities = top_k_top_p_filtering(logits_BNK, top_k, 1.0).softmax(-1)
+    return probabilities.flatten(0, 1).multinomial(1).view_as(ids_BN)
+
+
 def top_k_top_p_filtering(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """Set all logits (..., K) to -inf but those of the likeliest codes: exactly `top_k` of them, and the
     fewest that hold a probability of `top_p`. Among equals the lower code stays.

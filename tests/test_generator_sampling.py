@@ -14,7 +14,14 @@ from tavq.data.text_encoder import TokenStates
 from tavq.generator.config import PRESETS, SamplingConfig
 from tavq.generator.engine import Engine
 from tavq.generator.model import GeneratorConfig, GeneratorModel
-from tavq.generator.sampling import gumbel_noise, sample, sample_next_token, stream, top_k_top_p_filtering
+from tavq.generator.sampling import (
+    gumbel_noise,
+    resample,
+    sample,
+    sample_next_token,
+    stream,
+    top_k_top_p_filtering,
+)
 
 TINY = GeneratorConfig.of(PRESETS["tiny"], num_codes=64, grid_size=(4, 4))
 SETTINGS = SamplingConfig(guidance_scale=2.0, guidance_schedule="constant", micro_batch=4, draft_tokens=1)
@@ -317,3 +324,15 @@ def test_wrong_counts_and_shapes_are_refused(model, texts):
         sample(model, two, [1, 2], SETTINGS, given_ids=torch.zeros(2, 4, 4), given_mask=ones)
     with pytest.raises(ValueError, match="given_ids reach from 64 to 64, expected 0 to 63"):
         sample(model, two, [1, 2], SETTINGS, given_ids=torch.full((16,), 64), given_mask=ones)
+
+
+def test_resampled_tokens_are_the_generator_s_own_guesses_at_each_place(model):
+    ids = torch.randint(TINY.num_codes, (64, 16), generator=torch.Generator().manual_seed(3))
+    torch.manual_seed(0)
+    sampled = resample(model, ids, top_k=3)
+    with torch.inference_mode():
+        none = torch.zeros(64, TINY.max_text_tokens, dtype=torch.bool)
+        logits = model(ids, torch.zeros(*none.shape, TINY.text_dim), none)
+    likeliest = logits.topk(3).indices
+    assert (likeliest == sampled[..., None]).any(-1).all()
+    assert len({int(rank) for rank in (likeliest == sampled[..., None]).nonzero()[:, 2]}) == 3

@@ -22,6 +22,7 @@ from tavq.tokenizer.distillation import map_of_view, teacher_maps
 from tavq.tokenizer.losses import FrozenNetwork
 from tavq.tokenizer.model import TAVQTokenizer, TokenizerConfig
 from tavq.tokenizer.provenance import TokenizerProvenance, migrate_provenance
+from tavq.tokenizer.run_config import DECODER_PRESETS
 from tavq.tokenizer.train import HEAD_RATE, TokenizerTask
 from tavq.tokenizer.training_images import WHOLE, TrainingImages
 from tavq.training.card import earlier_runs, model_card
@@ -216,6 +217,35 @@ def test_training_the_decoder_further_leaves_the_ids_alone(perceptual_network, t
     assert (before.decode_size_px, after.decode_size_px) == (32, 64)
     assert after.config.provenance.taught_by == (file_hash(perceptual_network),)
     assert [run["data"] for run in earlier_runs(after.card)] == ["the first photos", "shapes"]
+
+
+def test_a_share_of_the_tokens_in_a_share_of_the_batches_is_a_generator_s(tmp_path):
+    TAVQTokenizer(TINY.model).save_pretrained(tmp_path)
+    run = dataclasses.replace(DECODER_PRESETS["tiny"], tokenizer=tmp_path, generated_tokens=0.25)
+    trainer = train_decoder_module.DecoderTask(run, lambda ids: ids + 1000).model
+    torch.manual_seed(0)
+    ids = torch.arange(64).expand(8, -1)
+    batches = [trainer.with_mistakes(ids) for _ in range(200)]
+    touched = [batch for batch in batches if not torch.equal(batch, ids)]
+    assert 0.4 < len(touched) / len(batches) < 0.6
+    replaced = torch.stack(touched) != ids
+    assert float(replaced.float().mean()) == pytest.approx(0.25, abs=0.01)
+    assert torch.equal(torch.stack(touched)[replaced], (ids + 1000).expand(len(touched), -1, -1)[replaced])
+    assert torch.equal(train_decoder_module.DecoderTask(run).model.with_mistakes(ids), ids)
+
+
+@pytest.mark.slow
+def test_the_decoder_learns_from_a_generator_s_mistakes_and_refuses_a_foreign_one(
+    tiny_checkpoint, perceptual_network, tmp_path, capsys
+):
+    flags = ["--preset", "tiny", "--perceptual", str(perceptual_network), "--training.steps", "2"]
+    flags += ["--generator", str(tiny_checkpoint / "generator"), "--generated-batches", "1"]
+    train_decoder([*flags, "--tokenizer", str(tiny_checkpoint / "tokenizer"), "--out", str(tmp_path / "run")])
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+    TAVQTokenizer(TINY.model).save_pretrained(tmp_path / "other")
+    with pytest.raises(SystemExit):
+        train_decoder([*flags, "--tokenizer", str(tmp_path / "other"), "--out", str(tmp_path / "no")])
+    assert "the generator learned ids of" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -51,6 +51,13 @@ class DecoderRun:
     """Attention blocks of the decoder on the token grid; those that the tokenizer lacks start untrained."""
     decoder_noise: bool = False
     """Add noise to the map of each stage of `upsample_channels`; noise that the tokenizer has stays."""
+    generator: Path | None = None
+    """Generator of these ids, whose mistakes the decoder shall learn to bear: some tokens are replaced by
+    what it samples in their place, while the target stays the photo."""
+    generated_batches: float = 0.5
+    """Fraction of the batches in which tokens are replaced."""
+    generated_tokens: float = 0.25
+    """Fraction of the tokens that are replaced in them."""
     losses: ReconstructionLossConfig = ReconstructionLossConfig()
     training: TrainingConfig = TrainingConfig(
         steps=5000,
@@ -61,6 +68,11 @@ class DecoderRun:
         ema_decay=0.999,
         evaluate_every=1000,
     )
+
+    def __post_init__(self) -> None:
+        for name in ("generated_batches", "generated_tokens"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 to 1")
 
 
 TINY = TrainingConfig(steps=20, batch_size=8, warmup_steps=5, ema_decay=0.9, evaluate_every=20)

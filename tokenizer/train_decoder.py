@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ from .training_images import TrainingImages, image_batches, originals, random_wi
 VIEWS = 8  # of each image; few, since the ids of each are kept
 NEW_PARTS = ("upsample", "to_rgb")  # of the decoder; they learn faster than what has been trained before
 TRAINED_RATE = 0.3
+
+Resample = Callable[[Tensor], Tensor]
+"""ids (B, N) -> other ids (B, N)."""
 
 
 def with_decoder_shape(
@@ -69,10 +73,19 @@ class DecoderTrainer(nn.Module):
     """A tokenizer of which only the decoder learns, with its losses.
 
     The ids of a view are computed when it is first seen and kept: a later step costs no encoder.
+
+    Args:
+        run: the run.
+        tokenizer: to train.
+        resample: ids (B, N) -> what a generator samples at each place, given the ids before it. Some of it
+            replaces the ids, so that the decoder learns to bear a generator's mistakes (after RobusTok,
+            arXiv:2509.12474).
     """
 
-    def __init__(self, run: DecoderRun, tokenizer: TAVQTokenizer):
+    def __init__(self, run: DecoderRun, tokenizer: TAVQTokenizer, resample: Resample | None = None):
         super().__init__()
+        self.run = run
+        self.resample = resample
         self.loss = ReconstructionLoss(run.losses, run.perceptual, run.training.steps)
         self.tokenizer = tokenizer.requires_grad_(False)
         tokenizer.decoder.requires_grad_(True)
@@ -89,6 +102,13 @@ class DecoderTrainer(nn.Module):
                 self.known_ids[views[row]] = ids
         return torch.stack([self.known_ids[view] for view in views]).to(batch["image"].device).long()
 
+    def with_mistakes(self, ids: Tensor) -> Tensor:
+        """Replace some of the ids (B, N), in some batches, by what the generator samples there."""
+        if self.resample is None or torch.rand(()) >= self.run.generated_batches:
+            return ids
+        replaced = torch.rand(ids.shape, device=ids.device) < self.run.generated_tokens
+        return torch.where(replaced, self.resample(ids), ids)
+
     def decode(self, ids: Tensor, window: Window | None = None) -> Tensor:
         """ids (B, N) -> images (B, 3, H', W'), not clipped, with a gradient to the decoder alone."""
         codes = self.tokenizer.quantizer.lookup(ids)
@@ -98,7 +118,7 @@ class DecoderTrainer(nn.Module):
         self, batch: dict[str, Tensor], step: int, discriminator: ProjectedDiscriminator | None = None
     ) -> StepOutput:
         window = random_window(self.tokenizer, self.window_px)
-        decoded = self.decode(self.ids(batch), window)
+        decoded = self.decode(self.with_mistakes(self.ids(batch)), window)
         target = batch["target"]
         if window is not None:
             target = window.of_pixels(target, self.tokenizer.decoder.pixels_per_cell)
@@ -116,7 +136,7 @@ class DecoderTask(Task[DecoderTrainer, TAVQTokenizer]):
     monitor = None  # with a discriminator, the last weights are the best ones
     muon_modules = frozenset({"stages", "attention"})
 
-    def __init__(self, run: DecoderRun):
+    def __init__(self, run: DecoderRun, resample: Resample | None = None):
         tokenizer = TAVQTokenizer.from_pretrained(run.tokenizer)
         self.earlier_card = tokenizer.card
         self.val_set = open_dataset(run.data, "val")
@@ -126,7 +146,7 @@ class DecoderTask(Task[DecoderTrainer, TAVQTokenizer]):
             tokenizer, run.upsample_channels, run.decoder_blocks, run.decoder_noise
         )
         self.dataset = TrainingImages(train_set, tokenizer.image_size_px, tokenizer.decode_size_px, VIEWS)
-        self.model = DecoderTrainer(run, tokenizer)
+        self.model = DecoderTrainer(run, tokenizer, resample)
         self.shipped = tokenizer
         provenance = tokenizer.config.provenance.taught_also_by(self.model.loss.network_hash)
         tokenizer.config = dataclasses.replace(tokenizer.config, provenance=provenance)
