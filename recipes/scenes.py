@@ -238,10 +238,10 @@ def row(title: str, cells: Sequence[str]) -> str:
 
 TOKENIZER = ("--model.upsample-channels", "--model.decoder-blocks", "1", "--model.quantizer.num-codes", "512")
 TOKENIZER += ("--losses.l1-size-px", "0")  # a scene has no detail that must be invented
-CAPTIONER = ("--model.long-words", "100", "--min-word-count", "1", "--captions-per-image", "1")
+CAPTIONER = ("--model.long-words", "80", "--min-word-count", "1", "--captions-per-image", "1")
 CAPTIONER_SIZE = ("--model.width", "128", "--model.num-heads", "4")
 GENERATOR_SIZE = ("--model.width", "128", "--model.num-layers", "4", "--model.hidden-width", "352")
-GENERATOR_SIZE += ("--model.max-text-tokens", "112")
+GENERATOR_SIZE += ("--model.max-text-tokens", "88")
 EMPTY = """# What matters
 
 Which part of the alignment pays, and by how much? Small chains are trained on generated scenes, whose truth
