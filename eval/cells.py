@@ -17,6 +17,7 @@ TIMES_100 = (
     "t2i_R@",
     "i2t_R@",
     "prompt_R@",
+    "photo_R@",
     "pointing",
     "binding",
     "captions,",

@@ -96,6 +96,10 @@ class T2IEvaluation(EvaluationRun):
     """TorchScript feature network (uint8 B,3,H,W -> B,D), which names the metric. By default Inception v3."""
     seeds: int = 3
     """Number of generation seeds 0, 1, ...: the Frechet distance is their mean, with its range."""
+    image_words: int = 0
+    """Words of each real image that the generator is given, too (see tavq train lexicon); 0 gives none."""
+    text: bool = True
+    """Give the generator the caption. Without it, only the words of the image."""
     floors: bool = True
     """Also measure reference points: real images of another split, shrunk ones, reconstructions, noise, a
     constant image."""
@@ -111,6 +115,12 @@ class T2IEvaluation(EvaluationRun):
         super().__post_init__()
         if self.seeds < 1:
             raise ValueError(f"seeds is {self.seeds}, expected 1 or more")
+        if self.image_words < 0:
+            raise ValueError(f"image_words is {self.image_words}, expected 0 or more")
+        if not (self.text or self.image_words):
+            raise ValueError(
+                "the generator would be given nothing; leave out --no-text, or give --image-words"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -87,6 +87,44 @@ def prompt_hits(judge: Pipeline, images: Tensor, prompts: list[str]) -> np.ndarr
     return (ranks < RANK).double().cpu().numpy()[:, None]
 
 
+@torch.inference_mode()
+def photo_hits(
+    judge: Pipeline, images: Tensor, dataset: ImageTextDataset
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """Score whether each image's own photo is among the ten whose codes the judge finds most like its own.
+
+    Images are compared by the mean of their projected codes. A photo that cannot be read is never found.
+
+    Args:
+        judge: see `judge.open_judge`; aligned with text, else nothing is measured.
+        images: (n, 3, S, S) uint8.
+        dataset: n examples.
+
+    Returns:
+        Scores (n, 1) by metric, and as floors the mean scores when each image has the next one's photo.
+    """
+    if NUM_LEVELS not in judge.tokenizer.aligned_levels.values():
+        return {}, {}
+    every_code = torch.arange(judge.tokenizer.num_codes, device=judge.device)
+    projected = judge.tokenizer.project(every_code)
+
+    def vectors_of(pictures: list[Image.Image]) -> Tensor:
+        ids = judge.encode(pictures).flatten(1)
+        return torch.nn.functional.normalize(projected[ids].mean(1), dim=-1).cpu()
+
+    photos = list(readable_images(dataset))
+    photo_vectors = torch.full((len(dataset), projected.shape[1]), torch.nan)
+    photo_vectors[[index for index, _ in photos]] = vectors_of([image for _, image in photos])
+    similarity = vectors_of(uint8_to_pil(images)) @ photo_vectors.T
+
+    def hits(likeness: Tensor) -> np.ndarray:
+        own = likeness.diagonal().unsqueeze(1)
+        return ((likeness >= own).sum(1) <= RANK).where(~own.isnan()[:, 0], False).double().numpy()[:, None]
+
+    name = f"photo_R@{RANK}"
+    return {name: hits(similarity)}, {name: float(hits(similarity.roll(1, dims=0)).mean())}
+
+
 def nearest_training_images(pipeline: Pipeline, images: Tensor, training: ImageTextDataset) -> Image.Image:
     """Draw generated images above the training images whose codes are nearest, position by position.
 

@@ -41,7 +41,7 @@ from tavq.eval.evaluation import (
     squashed_images,
     uint8_to_pil,
 )
-from tavq.eval.faithfulness import judge_images, nearest_training_images
+from tavq.eval.faithfulness import judge_images, nearest_training_images, photo_hits
 from tavq.eval.judge import JUDGE_DISTANCE, JudgeDistance, judge_fields, open_judge
 from tavq.eval.results import format_comparison, make_protocol, measured, with_intervals, write_results
 from tavq.generator.config import SamplingConfig
@@ -65,7 +65,15 @@ def evaluate_generator(run: T2IEvaluation) -> None:
     reference, _ = reference_set(dataset)
 
     images_by_seed = [
-        generate_images(pipeline, dataset, seed, path.with_suffix("") / f"seed{seed}", run.sampling)
+        generate_images(
+            pipeline,
+            dataset,
+            seed,
+            path.with_suffix("") / f"seed{seed}",
+            run.sampling,
+            image_words=run.image_words,
+            text=run.text,
+        )
         for seed in range(run.seeds)
     ]
     scores = [score_images(pipeline, images, network, reference) for images in images_by_seed]
@@ -85,9 +93,10 @@ def evaluate_generator(run: T2IEvaluation) -> None:
             shrunk, _ = squashed_images(dataset, pipeline.tokenizer.decode_size_px)
             floors |= distance.floors(shrunk, other_split(run, len(reference)))
 
-        statistics, shuffled = judge_images(judge, images_by_seed[0], dataset)
-        per_image |= statistics
-        floors |= {f"{name}, prompts shuffled": value for name, value in shuffled.items()}
+        for measure in (judge_images, photo_hits):
+            statistics, shuffled = measure(judge, images_by_seed[0], dataset)
+            per_image |= statistics
+            floors |= {f"{name}, prompts shuffled": value for name, value in shuffled.items()}
         fields |= judge_fields(judge, pipeline, tuple(judge.hashes))
     metrics |= with_intervals(per_image)
 
@@ -100,7 +109,7 @@ def evaluate_generator(run: T2IEvaluation) -> None:
         **fields,
         sampling=dataclasses.asdict(run.sampling),
         seeds=list(range(run.seeds)),
-        prompts="the first caption of each photo",
+        prompts=described_prompts(run),
         floors=floors,
     )
     write_results(path, metrics, protocol, per_image=per_image, ids=dataset.ids)
@@ -122,29 +131,55 @@ def evaluate_generator(run: T2IEvaluation) -> None:
         print(format_comparison(run.compare, path))
 
 
+def described_prompts(run: T2IEvaluation) -> str:
+    """Say what the generator is given."""
+    words = f"{run.image_words} words of each photo"
+    caption = "the first caption of each photo"
+    if not run.image_words:
+        return caption
+    return f"{words}, and {caption}" if run.text else words
+
+
 def generate_images(
-    pipeline: Pipeline, dataset: ImageTextDataset, seed: int, folder: Path, sampling: SamplingConfig
+    pipeline: Pipeline,
+    dataset: ImageTextDataset,
+    seed: int,
+    folder: Path,
+    sampling: SamplingConfig,
+    *,
+    image_words: int = 0,
+    text: bool = True,
 ) -> Tensor:
     """Generate an image from the first caption of every example into `folder` as 000000.png, ...
 
-    An image that an earlier call has written with the same recipe is not generated again.
+    With `image_words` the generator is given so many words of the example's image, too, and without `text`
+    nothing else. An image that an earlier call has written with the same recipe is not generated again.
 
     Returns:
         (n, 3, S, S) uint8.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    prompts = [example.captions[0] for example in dataset.examples]
+    prompts = [example.captions[0] if text else "" for example in dataset.examples]
     paths = [folder / f"{index:06d}.png" for index in range(len(prompts))]
     seeds = [seed * SEED_STRIDE + index for index in range(len(prompts))]
     parts = {part: pipeline.hashes[part] for part in ("tokenizer", "generator")}
-    expected = {"settings": dataclasses.asdict(sampling), "checkpoints": parts}
+    at_once = 1 if image_words else PROMPTS_AT_ONCE  # each photo has words of its own
+    expected: dict[str, Any] = {"settings": dataclasses.asdict(sampling), "checkpoints": parts}
+    if image_words:
+        expected["image_words"] = image_words
     missing = [i for i, path in enumerate(paths) if not _has_recipe(path, prompts[i], seeds[i], expected)]
 
     done = len(paths) - len(missing)
     with Progress(total=len(paths), initial=done, desc=f"seed {seed}", unit="image") as bar:
-        for start in range(0, len(missing), PROMPTS_AT_ONCE):
-            batch = missing[start : start + PROMPTS_AT_ONCE]
-            results = pipeline.generate_each([prompts[i] for i in batch], [seeds[i] for i in batch], sampling)
+        for start in range(0, len(missing), at_once):
+            batch = missing[start : start + at_once]
+            results = pipeline.generate_each(
+                [prompts[i] for i in batch] if text else None,
+                [seeds[i] for i in batch],
+                sampling,
+                images=dataset.load_image(batch[0]) if image_words else None,
+                image_words=image_words,
+            )
             for index, result in zip(batch, results, strict=True):
                 result.save(paths[index])
                 bar.update(1)

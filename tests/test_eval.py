@@ -1,5 +1,6 @@
 """The three evaluations on tiny weights: protocol recorded, training networks refused, runs resumed."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -22,12 +23,13 @@ from tavq.eval import (
     t2i,
 )
 from tavq.eval.config import EvaluationRun
-from tavq.eval.evaluation import open_evaluation, squashed_images
-from tavq.eval.faithfulness import cycle_cider
+from tavq.eval.evaluation import open_evaluation, squashed_images, uint8_to_pil
+from tavq.eval.faithfulness import cycle_cider, photo_hits
 from tavq.eval.judge import JudgeDistance, judge_features
 from tavq.eval.results import read_results, with_intervals
+from tavq.generator.config import SamplingConfig
 from tavq.metrics import spectral
-from tavq.pipeline import CHECKPOINT, Pipeline
+from tavq.pipeline import CHECKPOINT, Generated, Pipeline
 from tavq.tokenizer.model import TAVQTokenizer
 
 LIMIT = ("--data", "shapes", "--limit", "12")
@@ -232,6 +234,50 @@ def test_the_judges_floor_gives_every_image_another_prompt(monkeypatch):
     assert scores["prompt_R@10"].tolist() == [[1], [1], [1]] and shuffled["prompt_R@10"] == 0
 
 
+def test_an_image_is_found_by_its_photo_s_codes_and_not_by_those_of_another(judge):
+    pipeline = Pipeline.from_pretrained(judge)
+    photos = torch.randint(256, (24, 3, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    size = pipeline.tokenizer.image_size_px
+    images = torch.nn.functional.interpolate(photos, size=(size, size))
+    pil_images = uint8_to_pil(images)
+    broken = Path("/nowhere.png")
+    examples = [
+        Example(
+            f"{i}", broken if i == 5 else functools.partial(pil_images.__getitem__, i), ("a",), None, "test"
+        )
+        for i in range(24)
+    ]
+    with pytest.warns(UserWarning, match="1 of 24"):
+        scores, floors = photo_hits(pipeline, images, ImageTextDataset("made up", examples))
+    hits = scores["photo_R@10"][:, 0]
+    assert hits[5] == 0 and hits.sum() == 23
+    assert floors["photo_R@10"] < 0.8
+
+
+def test_the_generator_is_measured_with_words_of_the_photos(tiny_checkpoint, tmp_path, monkeypatch):
+    asked = []
+
+    def generate_each(prompt, seed, settings, **given):
+        asked.append((prompt, given["image_words"], given["images"]))
+        texts = prompt or [""]
+        recipe = {"settings": dataclasses.asdict(settings), "checkpoints": parts, "image_words": 2, "version": "0"}
+        for text, number in zip(texts, seed, strict=True):
+            image = Image.new("RGB", (8, 8), (number, 0, 0))
+            yield Generated(image, torch.zeros(4, 4), recipe | {"prompt": text, "seed": number})
+
+    pipeline = Pipeline.from_pretrained(tiny_checkpoint)
+    parts = {part: pipeline.hashes[part] for part in ("tokenizer", "generator")}
+    monkeypatch.setattr(pipeline, "generate_each", generate_each)
+    dataset = open_dataset("shapes", "test").take(3)
+    for _ in range(2):  # the second call finds everything done
+        images = t2i.generate_images(
+            pipeline, dataset, 0, tmp_path, SamplingConfig(), image_words=2, text=False
+        )
+    assert [(prompt, words) for prompt, words, _ in asked] == [(None, 2)] * 3
+    assert images[:, 0, 0, 0].tolist() == [0, 1, 2]
+    assert asked[1][2].tobytes() == dataset.load_image(1).tobytes()
+
+
 def test_what_drew_the_pictures_never_judges_them(checkpoint, network, tmp_path, capsys):
     likewise = shutil.copytree(checkpoint, tmp_path / "likewise")
     with_another_decoder(likewise)
@@ -261,9 +307,9 @@ def test_a_killed_t2i_evaluation_goes_on_where_it_stopped(checkpoint, judge, net
         run_t2i.main(flags)
     assert not out.exists()
 
-    def counted(self, prompts, *rest):
+    def counted(self, prompts, *rest, **more):
         prompts_drawn.extend(prompts)
-        return drawn(self, prompts, *rest)
+        return drawn(self, prompts, *rest, **more)
 
     monkeypatch.setattr(t2i.Pipeline, "generate_each", counted)
     run_t2i.main(flags)
