@@ -6,7 +6,7 @@ import contextlib
 import io
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,11 +48,13 @@ class Actions:
     Args:
         pipeline: does the work.
         folder: that images are written to; the page serves files from there.
+        stop_waiting: ends the jobs of a browser tab (its session) that wait in the queue.
     """
 
-    def __init__(self, pipeline: Pipeline, folder: Path):
+    def __init__(self, pipeline: Pipeline, folder: Path, stop_waiting: Callable[[str | None], None]):
         self.pipeline = pipeline
         self.folder = folder
+        self.stop_waiting = stop_waiting
         self.stopped: set[str | None] = set()  # browser tabs whose generation shall end
 
     def generate(
@@ -104,9 +106,13 @@ class Actions:
         """Forget an earlier `stop` of this browser tab; called before its next job waits in the queue."""
         self.stopped.discard(request.session_hash)
 
-    def stop(self, request: gr.Request) -> None:
-        """End the job of this browser tab: after the current row of tokens or image, or before it begins."""
+    async def stop(self, request: gr.Request) -> None:
+        """End the jobs of this browser tab: those that wait at once, one that runs after its current step.
+
+        It is async to run in the server's event loop, which owns the queue.
+        """
         self.stopped.add(request.session_hash)
+        self.stop_waiting(request.session_hash)
 
     def is_stopped(self, request: gr.Request) -> bool:
         return request.session_hash in self.stopped

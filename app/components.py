@@ -19,6 +19,7 @@ EXAMPLES = Path(__file__).resolve().parent / "examples"
 MAX_IMAGES = 16
 # One job at a time: two on one model would only slow each other down.
 QUEUED: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
+STATUS = "status"
 HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
@@ -46,13 +47,15 @@ def sampling(pipeline: Pipeline) -> Sequence[Component]:
 
 def gallery(label: str, **options: Any) -> gr.Gallery:
     """A gallery of generated images; its download button gives the file itself."""
+    # On a phone the fourth column would lie outside of the page.
+    many = options.get("columns", 2) > 2
     defaults: dict[str, Any] = {
         "columns": 2,
         "fit_columns": False,
         "object_fit": "contain",
         "format": "png",
         "interactive": False,
-        "elem_classes": "results",
+        "elem_classes": ["results", "many"] if many else ["results"],
         "buttons": ["download", "fullscreen"],
     }
     return gr.Gallery(label=label, show_label=False, **(defaults | options))
@@ -101,7 +104,7 @@ def photo_examples(photo: Component, drawn: Sequence[Path]) -> None:
 def status() -> gr.HTML:
     """A line that screen readers read out when it changes; see `told` and `failed`."""
     return gr.HTML(
-        "", html_template='<div role="status" aria-live="polite">${value}</div>', elem_classes="status"
+        "", html_template='<div role="status" aria-live="polite">${value}</div>', elem_classes=STATUS
     )
 
 
@@ -110,9 +113,20 @@ def told(line: str) -> str:
     return f"<p>{html.escape(line)}</p>"
 
 
-def failed(error: gr.Error) -> str:
+def failed(error: gr.Error | str) -> str:
     """Write an error for `status`: it stays there until the next job, and covers no image."""
-    return f'<p class="error">{html.escape(str(error.message))}</p>'
+    reason = error if isinstance(error, str) else str(error.message)
+    return f'<p class="error">{html.escape(reason)}</p>'
+
+
+def only_failed(outputs: Sequence[Any], reason: str) -> list[Any] | None:
+    """Return what a handler with these outputs returns to show an error and change nothing else.
+
+    None where its last output is no `status`. Gradio's own message would cover what is there.
+    """
+    if not outputs or STATUS not in (getattr(outputs[-1], "elem_classes", None) or []):
+        return None
+    return [gr.skip()] * (len(outputs) - 1) + [failed(reason)]
 
 
 def shortcuts() -> None:

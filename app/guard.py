@@ -6,9 +6,11 @@ page, its API or an assistant (MCP) asks. Both are wrapped here, so that no endp
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import tempfile
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import safehttpx
 from gradio.block_function import BlockFunction
 from gradio.utils import get_function_params, get_upload_folder
 
+from .components import only_failed
 from .jobs import MODEL, FairQueue, Turns
 from .limits import (
     Limits,
@@ -49,6 +52,8 @@ class GuardedBlocks(gr.Blocks):
     def __init__(self, limits: Limits, **options: Any):
         self.limits = limits
         self.turns = Turns()
+        self.stoppable: list[Callable[..., Any]] = []
+        """Handlers that look whether their browser tab pressed Stop, before they do anything."""
         super().__init__(**options)
 
     def queue(self, *args: Any, **options: Any) -> GuardedBlocks:
@@ -93,6 +98,14 @@ class GuardedBlocks(gr.Blocks):
     def candidates_of(self, block_fn: BlockFunction, inputs: list[Any]) -> int:
         values = dict(zip(self._field_names(block_fn), inputs, strict=True))
         return int(values.get("num_images") or 1) * int(values.get("best_of") or 1)
+
+    def can_be_stopped(self, block_fn: BlockFunction) -> bool:
+        return block_fn.fn in self.stoppable
+
+    def stop_waiting(self, session_hash: str | None) -> None:
+        """End the jobs of a browser tab that wait in the queue, of those in `stoppable`."""
+        if isinstance(self._queue, FairQueue):
+            self._queue.stop_waiting(session_hash)
 
     @staticmethod
     def _field_names(block_fn: BlockFunction) -> list[str]:
@@ -211,22 +224,43 @@ class GuardedBlocks(gr.Blocks):
         function = self.fns[block_fn] if isinstance(block_fn, int) else block_fn
         step = super().call_function
         arguments = (function, processed_input, iterator, requests, event_id, *more)
+        if not isinstance(self._queue, FairQueue):
+            raise TypeError("the page is served without its queue; call queue()")
+
+        job = self._queue.job(event_id)
+        if job.ended:  # and its last step has said why
+            return _step_of([gr.skip()] * len(function.outputs), None)
+        turn = self.turns.of(job) if function.concurrency_id == MODEL else contextlib.nullcontext()
+        failure: Exception
         try:
-            if function.concurrency_id != MODEL:
+            async with turn:
                 return await step(*arguments, **options)
-            if not isinstance(self._queue, FairQueue):
-                raise TypeError("an endpoint that needs the model is served without its queue; call queue()")
-            async with self.turns.of(self._queue.job(event_id)):
-                return await step(*arguments, **options)
-        except RefusedError as refusal:
-            raise one_line(str(refusal)) from None
         except gr.Error as error:
             error.print_exception = False
             raise
+        except RefusedError as error:
+            failure = error
+            reason = str(error)
         except Exception as error:
+            failure = error
             number = uuid.uuid4().hex[:8]
             log.exception("internal error %s in %s", number, function.api_name)
-            raise one_line(f"internal error {number}; the server's log tells more") from error
+            reason = f"internal error {number}; the server's log tells more"
+
+        prediction = only_failed(function.outputs, reason)
+        if prediction is None:
+            raise one_line(reason) from failure
+        job.ended = True
+        return _step_of(prediction, iterator)
+
+
+def _step_of(prediction: list[Any], iterator: Any) -> dict[str, Any]:
+    """Return a step as Gradio does: the values of the outputs, and the iterator of further steps, if any.
+
+    Gradio shows what a running endpoint yields, but not what it ends with, so an error is not the last step.
+    """
+    is_generating = iterator is not None
+    return {"prediction": prediction, "duration": 0.0, "is_generating": is_generating, "iterator": iterator}
 
 
 def one_line(reason: str) -> gr.Error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import ipaddress
 import time
 import uuid
@@ -17,11 +18,13 @@ from gradio import route_utils
 from gradio.block_function import BlockFunction
 from gradio.data_classes import PredictBodyInternal
 from gradio.queueing import Event, Queue
-from gradio.server_messages import ProcessCompletedMessage
+from gradio.server_messages import EstimationMessage, ProcessCompletedMessage
 from gradio.utils import run_coro_in_background
 
 from . import metrics
+from .components import only_failed
 from .limits import Limits, RefusedError
+from .waiting import Pace, seconds_until_done
 
 MODEL = "model"
 """Gradio's concurrency_id of all endpoints that need the model."""
@@ -46,6 +49,8 @@ class Job:
     computed_seconds: float = 0.0
     asked: float = field(default_factory=time.monotonic)
     reason: str = ""  # why it was refused or ended
+    stopped: bool = False  # by its user, before it began
+    ended: bool = False  # by an error, which its page shows
 
 
 class Turns:
@@ -62,13 +67,19 @@ class Turns:
 
     @contextlib.asynccontextmanager
     async def of(self, job: Job) -> AsyncIterator[None]:
-        """Wait for the job's turn, and count its seconds. Raises RefusedError where it may not go on."""
+        """Wait for the job's turn, and count its seconds. Raises RefusedError where it may not go on.
+
+        A job that was stopped before it began needs no turn.
+        """
         if job.computed_seconds > job.limit_seconds:
             job.reason = (
                 f"the job has computed for {job.computed_seconds:.0f} s, at most {job.limit_seconds:g} s are "
                 "allowed; ask for fewer images"
             )
             raise RefusedError(job.reason)
+        if job.stopped:  # only says so
+            yield
+            return
         await self._acquire(job.client)
         start = time.monotonic()
         try:
@@ -124,6 +135,10 @@ class JobChecks(Protocol):
         """Return how many candidates a job with these inputs samples: images times candidates of each."""
         ...
 
+    def can_be_stopped(self, block_fn: BlockFunction) -> bool:
+        """Return whether the endpoint looks whether its browser tab pressed Stop, before it does anything."""
+        ...
+
 
 class FairQueue(Queue):
     """Gradio's queue, in which no client's second job waits before another's first.
@@ -153,6 +168,8 @@ class FairQueue(Queue):
         self._last_heard: dict[str, float] = {}
         self._jobs: dict[str, Job] = {}  # by event
         self._arriving: list[Job] = []
+        self._pace = Pace()
+        self._ending: set[asyncio.Task[None]] = set()  # so that no task is lost before it is done
         metrics.QUEUE.set_function(self.__len__)
         metrics.RUNNING.set_function(lambda: sum(job is not None for job in self.active_jobs))
 
@@ -234,8 +251,7 @@ class FairQueue(Queue):
         event_queue.queue.remove(event)
         if job.reason:
             self.event_ids_to_events.pop(event._id)
-            output = {"error": job.reason, "visible": True, "duration": 10, "title": "Error"}
-            self.send_message(event, ProcessCompletedMessage(output=output, title="Error", success=False))
+            self.send_message(event, _refusal(event.fn, job.reason))
             metrics.report(job.endpoint, "refused", job.client, 0.0, 0.0, job.reason)
             return
 
@@ -245,6 +261,50 @@ class FairQueue(Queue):
         index = next((n for n, place in enumerate(places) if place > job.place), len(places))
         event_queue.queue.insert(index, event)
         self.broadcast_estimations(MODEL, index)
+
+    def broadcast_estimations(self, concurrency_id: str, after: int | None = None) -> None:
+        """Tell each job that waits its place, and the seconds until its result as far as they are known."""
+        if concurrency_id != MODEL:
+            super().broadcast_estimations(concurrency_id, after)
+            return
+        waiting = self.event_queue_per_concurrency_id[MODEL].queue
+        done_in = self._seconds_until_done(waiting)
+        for rank, (event, seconds) in enumerate(zip(waiting, done_in, strict=True)):
+            if after is None or rank >= after:
+                message = EstimationMessage(rank=rank, rank_eta=seconds, queue_size=len(waiting))
+                self.send_message(event, message)
+
+    def _seconds_until_done(self, waiting: list[Event]) -> list[float | None]:
+        names = [event._id for event in waiting]
+        in_slots = [job for name, job in self._jobs.items() if name not in names]
+        seconds: list[float] = []
+        for job in (*in_slots, *map(self.job, names)):
+            pace = self._pace.seconds(job.endpoint)
+            if pace is None:
+                return [None] * len(waiting)
+            seconds.append(max(0.0, pace * job.candidates - job.computed_seconds))
+        return [*seconds_until_done(seconds[: len(in_slots)], seconds[len(in_slots) :], SLOTS)]
+
+    def stop_waiting(self, session_hash: str | None) -> None:
+        """End the jobs of a browser tab that wait and can be stopped. Call it in the server's event loop.
+
+        Each leaves the queue at once, and runs without a turn: it finds that it was stopped, and says so.
+        """
+        event_queue = self.event_queue_per_concurrency_id.get(MODEL)
+        if event_queue is None:  # no job ever came
+            return
+        for event in list(event_queue.queue):
+            if event.session_hash != session_hash or not self.checks.can_be_stopped(event.fn):
+                continue
+            event_queue.queue.remove(event)
+            self.job(event._id).stopped = True
+            event_queue.current_concurrency += 1  # `process_events` takes it back
+            # In a context of its own: in that of the handler of Stop, Gradio makes no components.
+            ended = self.process_events([event], False, time.time(), event.fn)
+            task = asyncio.create_task(ended, context=contextvars.Context())
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
+        self.broadcast_estimations(MODEL)
 
     async def process_events(
         self, events: list[Event], batch: bool, begin_time: float, fn: BlockFunction
@@ -262,8 +322,10 @@ class FairQueue(Queue):
             return
         status = (self.event_analytics.get(event._id) or {}).get("status")
         outcome = {"success": "done", "failed": "failed"}.get(str(status), "cancelled")
-        if not event.alive:
+        if not event.alive or job.stopped:
             outcome = "cancelled"
+        if outcome == "done":
+            self._pace.add(job.endpoint, job.computed_seconds, job.candidates)
         waited = (started or time.monotonic()) - job.asked
         metrics.report(job.endpoint, outcome, job.client, waited, job.computed_seconds, job.reason)
 
@@ -303,6 +365,15 @@ class FairQueue(Queue):
             event.alive = False
         for event_queue in self.event_queue_per_concurrency_id.values():
             event_queue.queue.clear()
+
+
+def _refusal(block_fn: BlockFunction, reason: str) -> ProcessCompletedMessage:
+    """Say why a job is refused: in the status line of its tab, or as an error of the API."""
+    data = only_failed(block_fn.outputs, reason)
+    if data is not None:
+        return ProcessCompletedMessage(output={"data": data, "is_generating": False}, success=True)
+    output = {"error": reason, "visible": True, "duration": 10, "title": "Error"}
+    return ProcessCompletedMessage(output=output, title="Error", success=False)
 
 
 def client_of(request: fastapi.Request, username: str | None, session_hash: str | None) -> str:

@@ -43,7 +43,6 @@ def build(pipeline: Pipeline, folder: Path, limits: Limits | None = None) -> Gua
         folder: that images are written to. It must lie in Gradio's temporary folder, or they are not served.
         limits: what clients, jobs and uploads may take.
     """
-    actions = Actions(pipeline, folder)
     drawn = greeting(pipeline)
     paths = [one.path for one in drawn]
     with GuardedBlocks(
@@ -52,6 +51,7 @@ def build(pipeline: Pipeline, folder: Path, limits: Limits | None = None) -> Gua
         analytics_enabled=False,
         delete_cache=(CLEAN_EVERY_S, KEEP_FILES_S),
     ) as page:
+        actions = Actions(pipeline, folder, page.stop_waiting)
         add_endpoints(pipeline, folder)
         gr.Markdown(_heading(pipeline))
         with gr.Tabs() as tabs:
@@ -65,7 +65,8 @@ def build(pipeline: Pipeline, folder: Path, limits: Limits | None = None) -> Gua
                 play = tokens(actions, paths)
             with gr.Tab("How it works", id="about"):
                 how_it_works(pipeline)
-        _send_to(tabs, generate, describe, complete, play)
+        _send_to(actions, tabs, generate, describe, complete, play)
+        page.stoppable = [generate.draw, complete.complete, complete.vary]
         smooth = gr.Checkbox(False, label="Show pixels instead of smoothing enlarged images")
         smooth.change(None, smooth, None, js='(on) => { document.body.classList.toggle("pixelated", on); }')
     hide_others(page)
@@ -73,7 +74,12 @@ def build(pipeline: Pipeline, folder: Path, limits: Limits | None = None) -> Gua
 
 
 def _send_to(
-    tabs: gr.Tabs, generate: GenerateTab, describe: DescribeTab, complete: CompleteTab, play: TokensTab
+    actions: Actions,
+    tabs: gr.Tabs,
+    generate: GenerateTab,
+    describe: DescribeTab,
+    complete: CompleteTab,
+    play: TokensTab,
 ) -> None:
     """Connect the buttons under a generated image to the tabs that take it."""
     chosen = [generate.files, generate.selected]
@@ -93,9 +99,11 @@ def _send_to(
     generate.to_complete.click(to(COMPLETE), chosen, to_complete, **HIDDEN).then(
         lambda text: text, prompt, complete.prompt, **HIDDEN
     )
-    generate.to_vary.click(to(COMPLETE), chosen, to_complete, **HIDDEN).then(
-        lambda text: (text, SOME), prompt, [complete.prompt, complete.part], **HIDDEN
-    ).then(complete.vary, [*chosen, *complete.settings], complete.outputs, **AFTER_SENDING)
+    generate.to_vary.click(actions.start, queue=False, **HIDDEN).then(
+        to(COMPLETE), chosen, to_complete, **HIDDEN
+    ).then(lambda text: (text, SOME), prompt, [complete.prompt, complete.part], **HIDDEN).then(
+        complete.vary, [*chosen, *complete.settings], complete.outputs, **AFTER_SENDING
+    )
 
 
 def _heading(pipeline: Pipeline) -> str:

@@ -17,6 +17,13 @@ from .completing import AROUND, PAINTED, PARTS, SOME, completions, task_of
 from .components import HIDDEN, MAX_IMAGES, QUEUED
 from .settings import MAX_PROMPT_LETTERS
 
+# The editor draws by WebGL, and shows nothing at all without it.
+TELL_IF_NO_WEBGL = """
+if (!document.createElement("canvas").getContext("webgl")) {
+  element.innerHTML = "<p role='alert'><b>This browser has no WebGL, which this tab needs. Turn on " +
+    "hardware acceleration in its settings, or use another browser.</b></p>";
+}
+"""
 BRUSH = gr.Brush(default_size=24, colors=["#e11d48"], color_mode="fixed")
 
 
@@ -27,6 +34,8 @@ class CompleteTab:
     editor: gr.ImageEditor
     part: gr.Radio
     prompt: gr.Textbox
+    complete: Any
+    """Handler of the main button."""
     vary: Any
     """Handler: paths, number of the selected one, then `settings` -> `outputs`."""
     settings: Sequence[Component]
@@ -131,6 +140,7 @@ def completion(actions: Actions, drawn: Sequence[Path]) -> CompleteTab:
     photo: gr.State = gr.State(None)
     with gr.Row():
         with gr.Column(scale=2):
+            gr.HTML("", js_on_load=TELL_IF_NO_WEBGL)
             editor = gr.ImageEditor(
                 label="Paint what shall change", type="pil", format="png", brush=BRUSH,
                 layers=False, transforms=(), sources=("upload", "clipboard"), height=420, buttons=[],
@@ -156,7 +166,7 @@ def completion(actions: Actions, drawn: Sequence[Path]) -> CompleteTab:
         with gr.Column(scale=3):
             status = components.status()
             with gr.Column(visible=False) as results:
-                comparison = components.comparison("Photo and result: move the line")
+                comparison = components.comparison("Photo and result")
                 gallery = components.gallery("Completions", columns=4)
                 with gr.Accordion("All PNG files", open=False):
                     all_files = components.files()
@@ -176,4 +186,4 @@ def completion(actions: Actions, drawn: Sequence[Path]) -> CompleteTab:
     stop.click(actions.stop, queue=False, **HIDDEN)
     files.change(lambda paths: paths, files, all_files, **HIDDEN)
     gallery.select(completing.compare, [photo, files], comparison, **HIDDEN)
-    return CompleteTab(editor, part, prompt, completing.vary, settings, outputs)
+    return CompleteTab(editor, part, prompt, completing.complete, completing.vary, settings, outputs)

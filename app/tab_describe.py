@@ -87,7 +87,8 @@ def image_to_text(actions: Actions, drawn: Sequence[Path]) -> DescribeTab:
             patches = components.gallery("Attention of each word: red is much, yellow is little", **GALLERY)
             ranking = gr.Dataframe(
                 headers=["rank", "caption", "score"], datatype=["number", "str", "number"],
-                column_widths=["12%", "70%", "18%"], type="array", interactive=False, wrap=True, buttons=[],
+                column_widths=["14%", "64%", "22%"], type="array", interactive=False, wrap=True, buttons=[],
+                elem_classes="ranking",
                 label="All captions. Score: mean log-probability of the words, plus alignment. Click one.",
             )  # fmt: skip
     with gr.Row():

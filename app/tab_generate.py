@@ -24,6 +24,8 @@ GREETING_COLUMNS = 4
 class GenerateTab:
     """Components of this tab that the page connects to others."""
 
+    draw: Any
+    """Handler of the main button."""
     fields: Sequence[Component]
     """One for each of `settings.FIELDS`."""
     status: gr.HTML
@@ -190,7 +192,7 @@ def text_to_image(page: gr.Blocks, actions: Actions, drawn: Sequence[Drawn]) -> 
     _connect_drawing(drawing, inputs, results, files, selected, entries)
     _connect_restoring(page, drawing, inputs, results, entries)
     return GenerateTab(
-        inputs.fields, results.status, entries, results.past, files, selected,
+        drawing.draw, inputs.fields, results.status, entries, results.past, files, selected,
         results.to_vary, results.to_complete, results.to_describe, results.to_tokens,
     )  # fmt: skip
 
@@ -224,7 +226,7 @@ def _inputs(actions: Actions) -> Inputs:
         )
     png = gr.File(
         label="Drop a PNG to restore its settings",
-        file_types=[".png"], height=110, elem_id="settings-png",
+        file_types=[".png"], height=140, elem_id="settings-png",
     )  # fmt: skip
     return Inputs(prompt, count, seed, run, stop, negative, sampling, best_of, live, png)
 

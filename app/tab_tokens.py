@@ -181,7 +181,7 @@ def tokens(actions: Actions, drawn: Sequence[Path]) -> TokensTab:
                     reset = gr.Button("The photo's own tokens", size="sm", min_width=120)
     with gr.Row(visible=False) as found:
         with gr.Column(scale=2):
-            comparison = components.comparison("Photo and decoded image: move the line")
+            comparison = components.comparison("Photo and decoded")
         with gr.Column(scale=3):
             card = gr.HTML("", css_template=CODE_CSS, js_on_load=PRESS)
     with gr.Row(visible=False) as mixing:

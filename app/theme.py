@@ -9,7 +9,7 @@ import gradio as gr
 PHONE_PX = 640  # narrower windows are phones
 PREVIEW_PX = 520  # height of an image that was clicked
 
-# Text on its background has a contrast of 4.5 or more (WCAG 2.2, AA); tests/test_page.py measures it.
+# Text on its background has a contrast of 4.5 or more (WCAG 2.2, AA); tests/test_page_items.py measures it.
 THEME = gr.themes.Soft(
     primary_hue="teal", secondary_hue="teal", neutral_hue="slate", font=("system-ui", "sans-serif")
 ).set(
@@ -30,6 +30,14 @@ THEME = gr.themes.Soft(
     block_info_text_color_dark="*neutral_300",
     body_text_color_subdued="*neutral_600",
     body_text_color_subdued_dark="*neutral_300",
+    input_border_width="1px",
+    input_border_color="*neutral_300",
+    checkbox_border_color="*neutral_500",
+    checkbox_label_border_width="1px",
+    checkbox_label_border_color="*neutral_300",
+    button_border_width="1px",
+    button_secondary_border_color="*neutral_300",
+    button_secondary_background_fill_hover_dark="*neutral_700",
     input_placeholder_color="*neutral_500",
     input_placeholder_color_dark="*neutral_400",
     link_text_color="*primary_700",
@@ -39,7 +47,9 @@ THEME = gr.themes.Soft(
 CSS = f"""
 .gradio-container {{max-width: min(1180px, 100vw) !important; margin: 0 auto !important}}
 .gradio-container > .main, .gradio-container .wrap, main.contain {{max-width: 100%; min-width: 0}}
-.results, .results .grid-wrap {{height: auto !important; max-height: none !important}}
+.results, .results .grid-wrap {{
+  height: auto !important; min-height: 0 !important; max-height: none !important;
+}}
 .results .preview {{position: relative !important; height: {PREVIEW_PX}px !important}}
 .results:has(.preview) .grid-wrap {{display: none}}
 .results .caption-label {{
@@ -48,7 +58,11 @@ CSS = f"""
 .results img {{object-fit: contain !important; width: 100% !important; height: 100% !important}}
 button[role=tab].selected {{color: var(--primary-700) !important}}
 .dark button[role=tab].selected {{color: var(--primary-300) !important}}
+.token .text, .legend-item {{color: #0f172a !important}}
+.dark .token .text {{color: white !important}}
+.dark .legend-item {{color: white !important}}
 body.pixelated img, body.pixelated .token-grid > div {{image-rendering: pixelated}}
+#settings-png .icon-wrap {{display: none}}
 .figure {{background: white; border-radius: 8px; width: 100%; max-width: 1000px}}
 .prose td, .prose th {{overflow-wrap: normal !important; word-break: normal !important}}
 .shortcuts {{font-size: var(--text-sm); color: var(--body-text-color-subdued)}}
@@ -67,6 +81,8 @@ body.pixelated img, body.pixelated .token-grid > div {{image-rendering: pixelate
   h1 {{font-size: 1.4em !important}}
   .prose td, .prose th {{padding: 4px !important; font-size: var(--text-xs)}}
   main, .gradio-container > .main {{padding: 0 !important}}
+  .many .grid-container {{grid-template-columns: repeat(3, minmax(0, 1fr)) !important}}
+  .ranking td, .ranking th {{font-size: var(--text-xs) !important; padding: 2px !important}}
 }}
 """
 
@@ -116,10 +132,21 @@ const nameAll = () => {{
 }};
 new MutationObserver(nameAll).observe(document.documentElement, {{childList: true, subtree: true}});
 
+// The page may be too short to scroll so far before the first result is there.
+let followed = null;
+new ResizeObserver(() => {{
+  if (!followed) return;
+  followed.scrollIntoView({{block: "start"}});
+  if (followed.getBoundingClientRect().top < 10) followed = null;
+}}).observe(document.documentElement);
+["touchmove", "wheel"].forEach((name) => document.addEventListener(name, () => {{ followed = null; }}));
+
 document.addEventListener("click", (event) => {{
   if (!event.target.closest(".run") || window.innerWidth > {PHONE_PX}) return;
   const status = visible(".status");
-  if (status) status.scrollIntoView({{behavior: "smooth", block: "start"}});
+  if (!status) return;
+  status.scrollIntoView({{behavior: "smooth", block: "start"}});
+  followed = status;
 }});
 </script>
 """

@@ -1,5 +1,6 @@
 """The demo as it is started by its command, and what its page shows."""
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def test_a_prompt_longer_than_the_generator_reads_is_warned_of_on_the_page(
     settings = {"num_images": 1, "seed": 0, "best_of": 1, "live": False, **SAMPLING}
     request = actions.gr.Request(session_hash="one")
     for _ in range(2):  # the second time too
-        page = actions.Actions(tiny_pipeline, tmp_path)
+        page = actions.Actions(tiny_pipeline, tmp_path, print)
         *_, last = page.generate("a dog " * 20 + "barks", request=request, **settings)
         assert len(last[1]) == 1 and "barks" in shown.pop() and not shown
 
@@ -43,12 +44,15 @@ def test_stop_ends_the_generation_of_its_own_tab_after_the_current_row(
 ):
     from tavq.app.actions import Actions, gr
 
-    actions, own, other = Actions(tiny_pipeline, tmp_path), gr.Request(session_hash="1"), gr.Request()
+    told: list[str | None] = []
+    actions = Actions(tiny_pipeline, tmp_path, told.append)
+    own = gr.Request(session_hash="1")
+    other = gr.Request()
     settings = {"num_images": 2, "seed": 0, "best_of": 1, "live": True, **SAMPLING}
     generation = actions.generate("a dog", request=own, **settings)
     gallery, files, *_ = next(generation)
-    actions.stop(own)
-    assert len(gallery) == 1 and not files
+    asyncio.run(actions.stop(own))
+    assert len(gallery) == 1 and not files and told == ["1"]
     assert [(left, saved) for left, saved, *_ in generation] == [([], [])]  # the partial image disappears
     assert len([*actions.generate("a dog", request=other, **settings)][-1][1]) == 2
     actions.start(own)

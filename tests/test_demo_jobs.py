@@ -14,10 +14,11 @@ import gradio as gr
 import httpx
 import pytest
 
-from tavq.app import jobs
+from tavq.app import components, jobs
 from tavq.app.guard import GuardedBlocks
 from tavq.app.jobs import MODEL, Job, Turns, client_of
 from tavq.app.limits import Limits, RefusedError
+from tavq.app.waiting import Pace, seconds_until_done
 
 
 def turns_taken(*wanted: tuple[str, int]) -> list[str]:
@@ -77,6 +78,38 @@ def test_a_job_ends_when_it_has_computed_for_too_long():
 
     with pytest.raises(RefusedError, match=r"computed for 0 s, at most 0.02 s are allowed; ask for fewer"):
         asyncio.run(scenario())
+
+
+def test_a_job_that_was_stopped_before_it_began_needs_no_turn():
+    async def scenario() -> list[str]:
+        turns = Turns()
+        served = []
+        async with turns.of(Job("a", "", float("inf"))):
+            async with turns.of(Job("b", "", float("inf"), stopped=True)):
+                served.append("b")
+        return served
+
+    assert asyncio.run(asyncio.wait_for(scenario(), 5)) == ["b"]
+
+
+def test_the_expected_time_is_that_of_jobs_that_share_one_model():
+    # Both running ones go on at half the speed: the first ends after 8 s, and the other needs 4 s more.
+    # Then the first that waits shares with it for 4 s, and the last one begins.
+    assert seconds_until_done([4, 8], [2, 1], slots=2) == [12, 14]
+    assert seconds_until_done([], [3, 1], slots=1) == [3, 4]
+    assert seconds_until_done([5], [], slots=4) == []
+
+
+def test_the_pace_is_that_of_the_endpoint_else_of_all():
+    pace = Pace()
+    assert pace.seconds("draw") is None
+    pace.add("draw", 10.0, candidates=5)
+    pace.add("caption", 1.0, candidates=1)
+    assert (pace.seconds("draw"), pace.seconds("caption"), pace.seconds("vary")) == (
+        2,
+        1,
+        pytest.approx(11 / 6),
+    )
 
 
 @pytest.mark.parametrize(
@@ -170,6 +203,24 @@ def test_a_job_that_takes_too_long_ends_with_its_reason(counter: Counter):
     counter.gate.set()
     event, result = answer(counter.http, ask(counter.http, 30))
     assert event == "error" and "at most 0.2 s are allowed; ask for fewer images" in result["error"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("steps", "reason"), [(99, "num_images is 99"), (30, "at most 0.2 s are allowed")])
+def test_on_the_page_the_reason_is_the_line_of_the_status_and_no_error(steps: int, reason: str):
+    def count(num_images: float) -> Iterator[tuple[int, str]]:
+        for number in range(int(num_images)):
+            time.sleep(0.05)
+            yield number, "counting"
+
+    with GuardedBlocks(Limits(job_seconds=0.2)) as page:
+        outputs = [gr.Number(), components.status()]
+        gr.Button().click(count, gr.Slider(1, 30, 1, step=1), outputs, api_name="count", concurrency_id=MODEL)
+    page.queue().launch(prevent_thread_lock=True, quiet=True, ssr_mode=False)
+    with httpx.Client(base_url=page.local_url, timeout=60) as http:
+        event, (_, status) = answer(http, ask(http, steps))
+    page.close(verbose=False)
+    assert event == "complete" and status.startswith('<p class="error">') and reason in status
 
 
 @pytest.mark.slow

@@ -160,10 +160,11 @@ def test_an_assistant_draws_and_describes(tiny_checkpoint: Path, tmp_path: Path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_ends_jobs_and_server_within_five_seconds(
+def test_a_signal_ends_jobs_and_server_within_five_seconds_and_a_restart_serves_on_the_same_port(
     tiny_checkpoint: Path, tmp_path: Path, number: signal.Signals, code: int
 ):
-    with demo_server(tiny_checkpoint, tmp_path, "--log-json") as server:
+    port = free_port()
+    with demo_server(tiny_checkpoint, tmp_path, "--log-json", port=port) as server:
         values = ["a dog", "", 16, 7, 2, 1, 0, 1, 4]  # 64 candidates, which take longer than the test
         with httpx.Client(base_url=server.address, timeout=60) as http:
             event = http.post("gradio_api/call/generate", json={"data": values}).json()["event_id"]
@@ -176,3 +177,8 @@ def test_a_signal_ends_jobs_and_server_within_five_seconds(
     assert server.process.returncode == code and not list(server.folder.glob("tavq-demo-*"))
     events = [json.loads(line) for line in server.log().splitlines() if line.startswith("{")]
     assert events[0]["event"] == "started" and "Traceback" not in server.log()
+
+    # The connection that the server closed still lingers in the kernel, and must not block the port.
+    (tmp_path / "again").mkdir()
+    with demo_server(tiny_checkpoint, tmp_path / "again", port=port) as again:
+        assert httpx.get(f"{again.address}healthz", timeout=60).json() == {"status": "ok", "waiting": 0}
