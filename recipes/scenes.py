@@ -112,11 +112,11 @@ class Scenes(Ablation):
     """Images that each tokenizer sees in training."""
     channels: tuple[int, int] = (48, 96)
     """Channels of the tokenizer."""
-    captioner_steps: int = 500
+    captioner_steps: int = 800
     """Training steps of the captioner."""
     probe_steps: int = 300
     """Training steps of the probe."""
-    generator_steps: int = 500
+    generator_steps: int = 800
     """Training steps of the generator."""
     evaluated: int = 300
     """Images of the test split that are measured."""
