@@ -6,15 +6,18 @@ endpoints for programs.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import importlib.util
 import os
+import shutil
 import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -25,6 +28,9 @@ from tavq.base.device import Device, choose_device
 
 if TYPE_CHECKING:
     from tavq.pipeline import Pipeline
+
+
+REMOVE_SECONDS = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,11 +101,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from_signal = None
     try:
-        with tempfile.TemporaryDirectory(prefix="tavq-demo-", ignore_cleanup_errors=True) as folder:
+        with _temporary_folder() as folder:
             # Gradio reads these when it is imported.
             os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-            os.environ["GRADIO_TEMP_DIR"] = folder
-            _serve(pipeline, Path(folder), run, accounts)
+            os.environ["GRADIO_TEMP_DIR"] = str(folder)
+            _serve(pipeline, folder, run, accounts)
     except KeyboardInterrupt:
         from_signal = 130
     except SystemExit as stopped:
@@ -108,6 +114,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         from tavq.app.server import leave
 
         leave(from_signal)
+
+
+@contextlib.contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """Make a folder for uploads and results, and remove it at the end."""
+    folder = Path(tempfile.mkdtemp(prefix="tavq-demo-"))
+    try:
+        yield folder
+    finally:
+        # A step that still computes may write its image while the folder is removed.
+        deadline = time.monotonic() + REMOVE_SECONDS
+        while folder.exists() and time.monotonic() < deadline:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _serve(pipeline: Pipeline, folder: Path, run: DemoRun, accounts: list[tuple[str, str]]) -> None:
