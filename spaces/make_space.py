@@ -15,7 +15,7 @@ from tavq.base.arguments import parse, run_main
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("Dockerfile", ".dockerignore", "pyproject.toml", "constraints.txt", "LICENSE")
-LEFT_OUT = ("__pycache__", "*.egg-info", "results")
+LEFT_OUT = ("__pycache__", "*.egg-info", "*.per_image.npz", "*.samples.png")
 # Clients reach a Space through a proxy whose address is not known, and which names theirs.
 BEHIND_A_PROXY = "\n# The proxy of Hugging Face names the clients' addresses.\nENV FORWARDED_ALLOW_IPS=*\n"
 

@@ -67,6 +67,8 @@ def test_the_space_has_the_front_matter_that_hugging_face_needs(space: Path):
     _, front, _ = (space / "README.md").read_text().split("---\n", 2)
     card = yaml.safe_load(front)
     assert card["sdk"] == "docker" and len(card["short_description"]) <= 60
+    assert (space / "checkpoints" / "flickr8k" / "results" / "caption.json").is_file()  # the page shows them
+    assert {file.name for file in space.rglob("*.npz")} == {"tokens.npz"}
     steps = instructions(space / "Dockerfile")
     assert card["app_port"] == int(last(steps, "EXPOSE"))
     assert "FORWARDED_ALLOW_IPS=*" in [arguments for name, arguments in steps if name == "ENV"]

@@ -260,7 +260,12 @@ def test_the_generator_is_measured_with_words_of_the_photos(tiny_checkpoint, tmp
     def generate_each(prompt, seed, settings, **given):
         asked.append((prompt, given["image_words"], given["images"]))
         texts = prompt or [""]
-        recipe = {"settings": dataclasses.asdict(settings), "checkpoints": parts, "image_words": 2, "version": "0"}
+        recipe = {
+            "settings": dataclasses.asdict(settings),
+            "checkpoints": parts,
+            "image_words": 2,
+            "version": "0",
+        }
         for text, number in zip(texts, seed, strict=True):
             image = Image.new("RGB", (8, 8), (number, 0, 0))
             yield Generated(image, torch.zeros(4, 4), recipe | {"prompt": text, "seed": number})

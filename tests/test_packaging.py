@@ -200,7 +200,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_every_file_of_the_packages_and_the_weights_without_results(wheel):
+def test_the_wheel_holds_every_file_of_the_packages_and_of_the_results_what_the_demo_shows(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     packed = {name for name in names if ".dist-info/" not in name}
     expected = {
@@ -209,6 +209,10 @@ def test_the_wheel_holds_every_file_of_the_packages_and_the_weights_without_resu
         for path in folder.rglob("*")
         if path.is_file() and not {"__pycache__", "results"} & set(path.parts)
     }
+    from tavq.app.tab_about import METRICS
+
+    shown = {file for file, *_ in METRICS}
+    expected |= {f"tavq/checkpoints/flickr8k/results/{file}" for file in shown}
     assert packed == expected
     assert {name.split("/")[0] for name in packed} == {"tavq"}
     assert "tavq/py.typed" in packed and "tavq/checkpoints/flickr8k/generator/model.safetensors" in packed
