@@ -22,6 +22,7 @@ TIMES_100 = (
     "binding",
     "captions,",
     "drawing",
+    "reconstructions",
 )
 DIGITS = {"PSNR": 2, "SSIM": 3, "KID": 4, "precision": 3, "recall": 3, "usage": 3, "IS": 2}
 DIGITS |= dict.fromkeys(("ends in a function word", "distinct captions"), 3)

@@ -305,48 +305,43 @@ def drawings_of(
     """Generate an image from the short and one from the long text of each scene, and read what it shows.
 
     Returns:
-        Scores of each image; and as reference points those of the drawn scenes themselves (the reader's own
-        accuracy), of their reconstructions, and of images of the next prompt.
+        Scores of each image, those of the reconstructions among them; and as reference points those of the
+        drawn scenes (the reader's own accuracy), and of images of the next prompt.
     """
     reader = open_reader(run.reader)
+    drawn = [draw(scene) for scene in scenes]
+    rows = read_images(reader, pipeline.decode(ids[:, -1]), scenes, "reconstructions")
+    truth = read_images(reader, drawn, scenes, "reconstructions")
+    floors = {f"{name}, drawn scenes": float(values.mean()) for name, values in truth.items()}
+
     prompts = {
-        "short": [caption_of(scene, scene.things[0]) for scene in scenes],
-        "long": [long_text_of(scene) for scene in scenes],
+        "drawing, short": [caption_of(scene, scene.things[0]) for scene in scenes],
+        "drawing, long": [long_text_of(scene) for scene in scenes],
     }
-    rows: Rows = {}
-    references: dict[str, float] = {}
-    for length, texts in prompts.items():
-        generated = [
-            result.image for result in pipeline.generate_each(texts, range(len(texts)), run.sampling)
-        ]
-        sources = {
-            "": generated,
-            ", drawn scenes": [draw(scene) for scene in scenes],
-            ", reconstructions": pipeline.decode(ids[:, -1]),
-            ", prompts shuffled": [*generated[1:], generated[0]],
-        }
-        for suffix, images in sources.items():
-            scores = read_drawings(reader, images, scenes, length)
-            if suffix:
-                references |= {f"{name}{suffix}": float(values.mean()) for name, values in scores.items()}
-            else:
-                rows |= scores
-    return rows, references
+    for name, texts in prompts.items():
+        results = pipeline.generate_each(texts, range(len(texts)), run.sampling)
+        generated = [result.image for result in Progress(results, total=len(texts), desc=name)]
+        rows |= read_images(reader, generated, scenes, name)
+        sources = {"drawn scenes": drawn, "prompts shuffled": [*generated[1:], generated[0]]}
+        for source, images in sources.items():
+            scores = read_images(reader, images, scenes, name)
+            floors |= {f"{metric}, {source}": float(values.mean()) for metric, values in scores.items()}
+    return rows, floors
 
 
-def read_drawings(
-    reader: SceneReader, images: Iterable[Image.Image], scenes: Sequence[Scene], length: str
+def read_images(
+    reader: SceneReader, images: Iterable[Image.Image], scenes: Sequence[Scene], name: str
 ) -> Rows:
-    """Score each image against the short or the long text of its scene."""
+    """Score each image against its scene; those of short prompts against the one object that these name."""
+    is_short = name.endswith("short")
     scores = []
     for image, scene in zip(images, scenes, strict=True):
-        things = scene.things if length == "long" else scene.things[:1]
-        statements = statements_of(scene) if length == "long" else []
+        things = scene.things[:1] if is_short else scene.things
+        statements = [] if is_short else statements_of(scene)
         scores.append(score_drawing(reader.read(image), [thing.look for thing in things], statements))
     columns = np.array(scores).T
-    return {
-        f"drawing, {length}: {subject}": column for subject, column in zip(SUBJECTS, columns, strict=False)
-    }
+    names = [f"{name}: {subject}" for subject in SUBJECTS[: len(columns)]]
+    return dict(zip(names, columns, strict=True))
 
 
 def _batches(count: int) -> Iterable[tuple[int, int]]:

@@ -61,6 +61,8 @@ TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
     "Images": (
         "own",
         (
+            "reconstructions: colour and shape",
+            "reconstructions: relation",
             "drawing, short: colour",
             "drawing, short: colour and shape",
             "drawing, long: colour",
