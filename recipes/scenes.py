@@ -63,10 +63,10 @@ TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
         (
             "reconstructions: colour and shape",
             "reconstructions: relation",
-            "drawing, short: colour",
             "drawing, short: colour and shape",
-            "drawing, long: colour",
+            "drawing, short, shuffled: colour and shape",
             "drawing, long: colour and shape",
+            "drawing, long, shuffled: colour and shape",
             "drawing, long: relation",
         ),
     ),

@@ -174,7 +174,8 @@ def test_a_checkpoint_is_measured_in_all_its_parts(tiny_checkpoint, tmp_path, mo
     assert results.metrics["binding by captioner, relation"]["value"] == 0.5
     rows = results.per_image()
     assert {len(values) for values in rows.values()} == {4}
-    assert results.protocol["floors"]["drawing, long: relation, drawn scenes"] >= 0
+    assert "drawing, long, shuffled: relation" in rows and "drawing, short, shuffled: colour" in rows
+    assert 0 <= results.protocol["floors"]["reconstructions: relation, drawn scenes"] <= 1
     assert {name.split(",")[0].split()[0] for name in results.metrics} == {
         "pointing", "binding", "captions", "CIDEr", "drawing", "reconstructions:",
     }  # fmt: skip
