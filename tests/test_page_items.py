@@ -155,6 +155,7 @@ def test_a_browser_without_webgl_is_told_that_completion_needs_it(open_page):
     assert told.count() == 0
     page.add_init_script("HTMLCanvasElement.prototype.getContext = () => null")
     page.reload()
+    page.get_by_role("button", name="Generate", exact=True).wait_for()
     open_tab(page, "Complete")
     told.wait_for()
 
