@@ -138,12 +138,21 @@ class Scenes(Ablation):
 def main(argv: Sequence[str] | None = None) -> None:
     run = parse(Scenes, argv, prog="python recipes/scenes.py")
     for name, flags, seed in claimed(run, queue_of(VARIANTS, run.seeds)):
+        if all(result_of(run, name, seed, part).exists() for part in RESULTS):
+            print(f"== {name}, seed {seed}: done before", flush=True)
+            continue
         train_and_measure(run, name, flags, seed)
-        if not run.out.exists():
-            run.out.parent.mkdir(parents=True, exist_ok=True)
-            run.out.write_text(EMPTY)
-        write_block(run.out, "scenes", document(run))
+        write_tables(run)
+    write_tables(run)
     print(run.out)
+
+
+def write_tables(run: Scenes) -> None:
+    """Write docs/what-matters.md, or the tables in it where it exists."""
+    if not run.out.exists():
+        run.out.parent.mkdir(parents=True, exist_ok=True)
+        run.out.write_text(EMPTY)
+    write_block(run.out, "scenes", document(run))
 
 
 def result_of(run: Scenes, name: str, seed: int, part: str) -> Path:
@@ -154,9 +163,6 @@ def result_of(run: Scenes, name: str, seed: int, part: str) -> Path:
 def train_and_measure(run: Scenes, name: str, flags: Sequence[str], seed: int) -> None:
     """Train all parts of one variant, measure them, and leave out what only a stopped training needs."""
     paths = {part: result_of(run, name, seed, part) for part in RESULTS}
-    if all(path.exists() for path in paths.values()):
-        print(f"== {name}, seed {seed}: done before", flush=True)
-        return
     print(f"== {name}, seed {seed}", flush=True)
     folder = folder_of(run, name, seed)
     tiny = run.preset == "tiny"
