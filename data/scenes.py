@@ -254,7 +254,8 @@ def draw(scene: Scene, size_px: int = SIZE_PX) -> Image.Image:
     image = _ground(scene.ground, scene.seed).resize((size_px, size_px), Image.Resampling.BILINEAR)
     for thing in sorted(scene.things, key=lambda thing: thing.layer):
         picture, mask = _sprite(thing.look, size_px)
-        corner = round((thing.x - thing.radius) * size_px), round((thing.y - thing.radius) * size_px)
+        half = picture.width / 2
+        corner = round(thing.x * size_px - half), round(thing.y * size_px - half)
         image.paste(picture, corner, mask)
     return image
 
