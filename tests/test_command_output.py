@@ -20,6 +20,7 @@ def test_named_images_are_described_into_a_file(tmp_path, checkpoint, tiny_pipel
     assert [path.name for path in (tmp_path / "texts").iterdir()] == ["cat.txt"]
 
 
+@pytest.mark.slow
 def test_results_are_printed_as_lines_of_json(tmp_path, checkpoint, tiny_pipeline, capsys):
     def said(*arguments: str | Path) -> list[dict]:
         capsys.readouterr()

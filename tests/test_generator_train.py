@@ -157,6 +157,7 @@ def test_a_start_that_does_not_fit_the_tokens_is_refused(tokens, tmp_path, chang
         GeneratorTask(dataclasses.replace(run, start=tmp_path))
 
 
+@pytest.mark.slow
 def test_the_first_weights_come_from_the_seed_of_the_run(tokens):
     run = dataclasses.replace(RUN_PRESETS["tiny"], tokens=tokens)
     torch.manual_seed(1)

@@ -24,6 +24,8 @@ from tavq.training.run_folder import read_log
 
 from .demo_server import PHOTO
 
+pytestmark = pytest.mark.slow  # a lexicon is trained
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

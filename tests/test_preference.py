@@ -24,6 +24,8 @@ CODEBOOK = torch.nn.functional.normalize(
 CODEBOOK_HASH = tensor_hash(CODEBOOK)
 NUM_IMAGES = 45
 
+pytestmark = pytest.mark.slow  # a generator is trained
+
 
 def test_the_pairs_are_resumed_and_the_best_scores_higher_than_the_worst(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -152,6 +152,7 @@ def test_a_step_without_decoding_teaches_the_encoder_alone(teacher):
         task.model.zero_grad(set_to_none=True)
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_tokenizer_and_remembers_its_teachers(teacher, tmp_path):
     before = TAVQTokenizer(
         TokenizerConfig.of(TINY.model, provenance=TokenizerProvenance(taught_by=("abc", "def")))
