@@ -19,7 +19,8 @@ SOURCES := pyproject.toml constraints.txt install.py
 LINT := .venv/bin/python -m ruff check .; .venv/bin/python -m ruff format --check .
 TYPES := .venv/bin/python .ci/typecheck.py
 DOCS := .venv/bin/python .ci/link_tree.py; NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict --quiet
-PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+CORES := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || echo auto)  # that this process may use; pytest counts all
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses $(strip $(CORES)) --maxprocesses 4 --dist loadfile
 TIMED = set -e; start=$$(date +%s); trap 'echo "make $@ took $$(($$(date +%s) - start)) s"' EXIT
 
 .PHONY: demo quick test coverage mutants types docs
