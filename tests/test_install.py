@@ -213,7 +213,8 @@ def test_a_second_make_installs_nothing_until_the_requirements_change(clone, tar
 LINT = ["-m ruff check .", "-m ruff format --check ."]
 TYPES = [".ci/typecheck.py"]
 DOCS = [".ci/link_tree.py", "-m mkdocs build --strict --quiet"]
-PYTEST = ["-m pytest --numprocesses auto --maxprocesses 4 --dist loadfile"]
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else "auto"
+PYTEST = [f"-m pytest --numprocesses {CORES} --maxprocesses 4 --dist loadfile"]
 
 
 @pytest.mark.parametrize(
