@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import sys
 import time
 
 import numpy as np
@@ -19,10 +20,9 @@ from tavq.captioner.reward import ends_in_function_word
 from tavq.data.dataset import ImageTextDataset, readable_images
 from tavq.data.images import squash
 from tavq.eval.config import CaptionEvaluation
-from tavq.eval.evaluation import open_evaluation, print_metrics, print_results, protocol_fields
+from tavq.eval.evaluation import open_evaluation, print_report, protocol_fields
 from tavq.eval.results import (
     caption_fields,
-    format_comparison,
     make_protocol,
     measured,
     with_intervals,
@@ -66,16 +66,9 @@ def evaluate_captioner(run: CaptionEvaluation) -> None:
         temporary.write_text(json.dumps(rows, indent=0, ensure_ascii=False) + "\n")
     write_results(path, metrics, protocol, per_image=per_image, ids=scores.ids)
 
-    if run.json:
-        print_results(path, metrics, protocol)
-        return
-    print_metrics(metrics, path)
-    for name, value in protocol["floors"].items():
-        print(f"beside it: {name} {value:.3f}")
+    print_report(run, path, metrics, protocol)
     for metric, reason in scores.skipped.items():
-        print(f"{metric} was left out: {reason}")
-    if run.compare is not None:
-        print(format_comparison(run.compare, path))
+        print(f"{metric} was left out: {reason}", file=sys.stderr)
 
 
 def caption_split(pipeline: Pipeline, dataset: ImageTextDataset, decoding: DecodingConfig) -> dict[int, str]:

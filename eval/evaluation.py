@@ -23,6 +23,7 @@ from tavq.data.dataset import ImageTextDataset, readable_images
 from tavq.data.images import to_pil, to_pixels
 from tavq.data.layouts import open_dataset
 from tavq.eval.config import EvaluationRun
+from tavq.eval.results import format_comparison
 from tavq.metrics.features import FeatureNetwork, ImageSet, load_network, refuse_training_network
 from tavq.pipeline import Pipeline
 from tavq.tokenizer.provenance import migrate_provenance
@@ -142,9 +143,21 @@ def reference_set(dataset: ImageTextDataset) -> tuple[ImageSet, list[int]]:
     return ImageSet(images), indices
 
 
-def print_results(path: Path, metrics: Mapping[str, Mapping[str, Any]], protocol: Mapping[str, Any]) -> None:
-    """Print a result file as one line of JSON, as --json asks for."""
-    print_json({"path": str(path), "metrics": metrics, "protocol": protocol})
+def print_report(
+    run: EvaluationRun, path: Path, metrics: Mapping[str, Mapping[str, Any]], protocol: Mapping[str, Any]
+) -> None:
+    """Print what was measured, the reference points, and how it compares with an earlier result file.
+
+    With --json it is one line of JSON instead.
+    """
+    if run.json:
+        print_json({"path": str(path), "metrics": metrics, "protocol": protocol})
+        return
+    print_metrics(metrics, path)
+    for name, value in protocol["floors"].items():
+        print(f"reference point: {name} {value:.4g}")
+    if run.compare is not None:
+        print(format_comparison(run.compare, path))
 
 
 def print_metrics(metrics: Mapping[str, Mapping[str, Any]], path: Path) -> None:

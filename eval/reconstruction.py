@@ -26,15 +26,14 @@ from tavq.eval.evaluation import (
     open_evaluation,
     open_network,
     other_split,
-    print_metrics,
-    print_results,
+    print_report,
     protocol_fields,
     reference_set,
     resized,
     squashed_images,
 )
 from tavq.eval.judge import JUDGE_DISTANCE, JudgeDistance, judge_fields, open_judge
-from tavq.eval.results import format_comparison, make_protocol, measured, with_intervals, write_results
+from tavq.eval.results import make_protocol, measured, with_intervals, write_results
 from tavq.metrics.features import FeatureNetwork, ImageSet
 from tavq.metrics.frechet import image_metrics
 from tavq.metrics.image import psnr, ssim
@@ -86,14 +85,7 @@ def evaluate_tokenizer(run: TokenizerEvaluation) -> None:
     path = run.result_path("tokenizer")
     result = make_protocol(task="tokenizer", ids=evaluated.ids, started=started, **protocol, floors=floors)
     write_results(path, metrics, result, per_image=per_image, ids=evaluated.ids)
-    if run.json:
-        print_results(path, metrics, result)
-        return
-    print_metrics(metrics, path)
-    for floor, value in floors.items():
-        print(f"floor: {floor} {value:.1f}")
-    if run.compare is not None:
-        print(format_comparison(run.compare, path))
+    print_report(run, path, metrics, result)
 
 
 def reconstruct(pipeline: Pipeline, images: Tensor) -> tuple[Tensor, Tensor]:

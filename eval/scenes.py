@@ -44,8 +44,8 @@ from tavq.data.scenes import (
     statements_of,
 )
 from tavq.eval.config import SceneEvaluation
-from tavq.eval.evaluation import open_evaluation, print_metrics, print_results, protocol_fields
-from tavq.eval.results import format_comparison, make_protocol, with_intervals, write_results
+from tavq.eval.evaluation import open_evaluation, print_report, protocol_fields
+from tavq.eval.results import make_protocol, with_intervals, write_results
 from tavq.eval.scene_reader import SUBJECTS, SceneReader, open_reader, score_drawing
 from tavq.metrics.captions import caption_metrics
 from tavq.metrics.objects import compare_objects
@@ -125,14 +125,7 @@ def evaluate_scenes(run: SceneEvaluation) -> None:
     )
     path = run.result_path("scenes")
     write_results(path, metrics, protocol, per_image=per_image, ids=dataset.ids)
-    if run.json:
-        print_results(path, metrics, protocol)
-        return
-    print_metrics(metrics, path)
-    for name, value in floors.items():
-        print(f"beside it: {name} {value:.3f}")
-    if run.compare is not None:
-        print(format_comparison(run.compare, path))
+    print_report(run, path, metrics, protocol)
 
 
 def encode_levels(pipeline: Pipeline, scenes: Sequence[Scene]) -> Tensor:

@@ -34,8 +34,7 @@ from tavq.eval.evaluation import (
     open_evaluation,
     open_network,
     other_split,
-    print_metrics,
-    print_results,
+    print_report,
     protocol_fields,
     reference_set,
     squashed_images,
@@ -43,7 +42,7 @@ from tavq.eval.evaluation import (
 )
 from tavq.eval.faithfulness import judge_images, nearest_training_images, photo_hits
 from tavq.eval.judge import JUDGE_DISTANCE, JudgeDistance, judge_fields, open_judge
-from tavq.eval.results import format_comparison, make_protocol, measured, with_intervals, write_results
+from tavq.eval.results import make_protocol, measured, with_intervals, write_results
 from tavq.generator.config import SamplingConfig
 from tavq.metrics.features import FeatureNetwork, ImageSet
 from tavq.metrics.frechet import ImageScores, image_metrics
@@ -93,10 +92,9 @@ def evaluate_generator(run: T2IEvaluation) -> None:
             shrunk, _ = squashed_images(dataset, pipeline.tokenizer.decode_size_px)
             floors |= distance.floors(shrunk, other_split(run, len(reference)))
 
-        for measure in (judge_images, photo_hits):
-            statistics, shuffled = measure(judge, images_by_seed[0], dataset)
-            per_image |= statistics
-            floors |= {f"{name}, prompts shuffled": value for name, value in shuffled.items()}
+        judged, shuffled = scores_by_judge(judge, images_by_seed[0], dataset)
+        per_image |= judged
+        floors |= shuffled
         fields |= judge_fields(judge, pipeline, tuple(judge.hashes))
     metrics |= with_intervals(per_image)
 
@@ -114,21 +112,34 @@ def evaluate_generator(run: T2IEvaluation) -> None:
     )
     write_results(path, metrics, protocol, per_image=per_image, ids=dataset.ids)
 
-    images = images_by_seed[0]
+    save_sheets(run, pipeline, images_by_seed[0], path)
+    print_report(run, path, metrics, protocol)
+
+
+def scores_by_judge(
+    judge: Pipeline, images: Tensor, dataset: ImageTextDataset
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """Let a judge find prompts and photos of generated images (n, 3, S, S) uint8.
+
+    Returns:
+        Scores (n, 1) by metric, and as floors the means where each image has the next one's prompt or photo.
+    """
+    per_image: dict[str, np.ndarray] = {}
+    floors: dict[str, float] = {}
+    for measure in (judge_images, photo_hits):
+        scores, shuffled = measure(judge, images, dataset)
+        per_image |= scores
+        floors |= {f"{name}, prompts shuffled": value for name, value in shuffled.items()}
+    return per_image, floors
+
+
+def save_sheets(run: T2IEvaluation, pipeline: Pipeline, images: Tensor, path: Path) -> None:
+    """Write the first images as a sheet beside the result file, and the nearest training images if asked."""
     grid(uint8_to_pil(images[:SAMPLES]), columns=8).save(path.with_suffix(".samples.png"))
     if run.neighbours:
         training = open_dataset(run.data, "train")
         sheet = nearest_training_images(pipeline, images[: run.neighbours], training)
         sheet.save(path.with_suffix(".neighbours.png"))
-
-    if run.json:
-        print_results(path, metrics, protocol)
-        return
-    print_metrics(metrics, path)
-    for name, value in floors.items():
-        print(f"{name}: {value:.4g}")
-    if run.compare is not None:
-        print(format_comparison(run.compare, path))
 
 
 def described_prompts(run: T2IEvaluation) -> str:

@@ -316,8 +316,7 @@ class LexiconRun:
     )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.text_rate <= 1:
-            raise ValueError(f"text_rate is {self.text_rate}, expected 0 to 1")
+        check_bounds(self, text_rate=(0, 1))
 
 
 LEXICON_PRESETS: dict[str, LexiconRun] = {

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from tavq.base.journal import read_journal
 from tavq.base.seeding import mixed_seed
-from tavq.data.text_encoder import TextEncoder, TokenStates
+from tavq.data.text_encoder import TextEncoder
 from tavq.training.task import StepOutput
 
 from .config import GeneratorRun
@@ -90,9 +90,8 @@ class PreferenceTask(GeneratorTask):
                 "no preferences to learn; make some with tavq preferences, and add --preferences"
             )
         super().__init__(run, decode, codebook)
-        encoder = TextEncoder(self.run.model.text_encoder)
-        codebook_hash = self.shipped.config.codebook_hash
-        self.pairs = read_pairs(run.preferences, codebook_hash, encoder, self.run.model.max_text_tokens)
+        config = self.shipped.config
+        self.pairs = read_pairs(run.preferences, config.codebook_hash, self.encoder, config.max_text_tokens)
         self.held_out = list(range(0, len(self.pairs), HELD_OUT))
         self.dataset = PairExamples(self.pairs, self.train_set.names, self.train_set.ids.flatten(2).long())
         self.model = self.preference = PreferenceTrainer(self.run, self.shipped)
@@ -178,19 +177,16 @@ class PreferenceTrainer(nn.Module):
 
     def margins(self, generator: GeneratorModel, batch: dict[str, Tensor]) -> Tensor:
         """By how many nats more than the reference the generator prefers the best to the worst: (B,)."""
-        texts = TokenStates(batch["states"], batch["mask"])
-        gained_B = _log_likelihood(generator, batch["best"], texts) - _log_likelihood(
-            generator, batch["worst"], texts
-        )
         with torch.no_grad():
-            before_B = _log_likelihood(self.reference, batch["best"], texts) - _log_likelihood(
-                self.reference, batch["worst"], texts
-            )
-        return gained_B - before_B
+            before_B = _preference(self.reference, batch)
+        return _preference(generator, batch) - before_B
 
 
-def _log_likelihood(generator: GeneratorModel, ids_BN: Tensor, texts: TokenStates) -> Tensor:
-    """Log-probability of whole images, in nats: (B,)."""
-    logits_BNK = generator(ids_BN, texts.states, texts.mask)
-    losses_BN = F.cross_entropy(logits_BNK.flatten(0, 1), ids_BN.flatten(), reduction="none").view_as(ids_BN)
-    return -losses_BN.sum(1)
+def _preference(generator: GeneratorModel, batch: dict[str, Tensor]) -> Tensor:
+    """By how many nats a generator finds the best image likelier than the worst: (B,)."""
+
+    def log_likelihood(ids_BN: Tensor) -> Tensor:
+        logits_BNK = generator(ids_BN, batch["states"], batch["mask"])
+        return -F.cross_entropy(logits_BNK.mT, ids_BN, reduction="none").sum(1)
+
+    return log_likelihood(batch["best"]) - log_likelihood(batch["worst"])

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from tavq.base.seeding import mixed_seed
 from tavq.data.config import SPLITS
 from tavq.data.images import grid, to_pil
-from tavq.data.text_encoder import TextEncoder
+from tavq.data.text_encoder import TextEncoder, TokenStates
 from tavq.data.tokens import TokenMeta, TokenSet, open_tokens, read_meta
 from tavq.training.checkpoint import tensor_hash
 from tavq.training.dry_run import dry_run
@@ -35,7 +35,7 @@ from tavq.training.task import StepOutput, Task
 from .config import RUN_PRESETS, GeneratorRun, GeneratorShape
 from .model import GeneratorConfig, GeneratorModel
 from .sampling import sample
-from .text_states import pack_states
+from .text_states import PackedStates, pack_states
 
 EVALUATION_BATCH = 100
 NUM_SAMPLES = 16  # images in the sample grid
@@ -99,7 +99,8 @@ class GeneratorTask(Task[nn.Module, GeneratorModel]):
             all_captions += [caption for captions in more.captions for caption in captions]
         self.val_set = open_tokens(run.tokens, "val")
 
-        encoder, max_tokens = TextEncoder(run.model.text_encoder), run.model.max_text_tokens
+        self.encoder = encoder = TextEncoder(run.model.text_encoder)
+        max_tokens = run.model.max_text_tokens
         self.texts = pack_states(encoder, all_captions, max_tokens)
         first_captions = [captions[0] for captions in self.val_set.captions]
         self.val_texts = pack_states(encoder, first_captions, max_tokens)
@@ -128,17 +129,13 @@ class GeneratorTask(Task[nn.Module, GeneratorModel]):
         }
 
     def _nats_per_token(self, model: GeneratorModel, *, with_text: bool) -> float:
-        device = model.bos_embedding.device
-        # Variant 0 of each image is the image as it is, not mirrored or cropped.
-        ids_nN = self.val_set.ids[:, 0].flatten(1).long()
-        total = 0.0
-        for rows in torch.arange(len(ids_nN)).split(EVALUATION_BATCH):
-            texts, ids_BN = self.val_texts.rows(rows.tolist()), ids_nN[rows].to(device)
-            mask_BT = texts.mask.to(device) & with_text  # a mask of False alone means the null text
-            logits_BNK = model(ids_BN, texts.states.to(device), mask_BT)
-            # Summed, as the last batch may be smaller.
-            total += float(F.cross_entropy(logits_BNK.flatten(0, 1), ids_BN.flatten(), reduction="sum"))
-        return total / ids_nN.numel()
+        # A mask of False alone means the null text.
+        return nats_per_token(
+            model,
+            self.val_set,
+            self.val_texts,
+            lambda ids_BN, texts: TokenStates(texts.states, texts.mask & with_text),
+        )
 
     def sample_images(self, model: GeneratorModel) -> dict[str, Any]:
         """Make a grid of images for the first captions of the validation split, the same ones each time."""
@@ -159,6 +156,32 @@ def _with_long_texts(tokens: TokenSet) -> TokenSet:
     pairs = zip(tokens.captions, tokens.long_texts, strict=True)
     captions = tuple((*captions, text) if text else captions for captions, text in pairs)
     return dataclasses.replace(tokens, captions=captions)
+
+
+def nats_per_token(
+    model: GeneratorModel,
+    tokens: TokenSet,
+    texts: PackedStates,
+    given: Callable[[Tensor, TokenStates], TokenStates],
+) -> float:
+    """Measure how likely a generator finds the images of a token set.
+
+    Args:
+        model: in eval mode.
+        tokens: n images; variant 0 of each counts, the image as it is, not mirrored or cropped.
+        texts: of the n images.
+        given: ids (B, N) and texts -> what the generator is given.
+    """
+    device = model.bos_embedding.device
+    ids_nN = tokens.ids[:, 0].flatten(1).long()
+    total = 0.0
+    for rows in torch.arange(len(ids_nN)).split(EVALUATION_BATCH):
+        ids_BN, packed = ids_nN[rows].to(device), texts.rows(rows.tolist())
+        condition = given(ids_BN, TokenStates(packed.states.to(device), packed.mask.to(device)))
+        logits_BNK = model(ids_BN, condition.states, condition.mask)
+        # Summed, as the last batch may be smaller.
+        total += float(F.cross_entropy(logits_BNK.flatten(0, 1), ids_BN.flatten(), reduction="sum"))
+    return total / ids_nN.numel()
 
 
 class TokenExamples(Dataset):

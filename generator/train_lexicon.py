@@ -25,9 +25,7 @@ from .config import LexiconRun
 from .lexicon import Lexicon, LexiconConfig, with_words
 from .model import GeneratorModel
 from .text_states import pack_states
-from .train import TokenExamples
-
-EVALUATION_BATCH = 100
+from .train import TokenExamples, nats_per_token
 
 
 def train_lexicon(run: LexiconRun) -> None:
@@ -86,16 +84,11 @@ class LexiconTask(Task["LexiconTrainer", Lexicon]):
         }
 
     def _nats_per_token(self, model: Lexicon, count: int, *, with_text: bool) -> float:
-        device = model.queries.device
-        ids_nN = self.val_set.ids[:, 0].flatten(1).long()
-        total = 0.0
-        for rows in torch.arange(len(ids_nN)).split(EVALUATION_BATCH):
-            ids_BN, packed = ids_nN[rows].to(device), self.val_texts.rows(rows.tolist())
-            texts = TokenStates(packed.states.to(device), packed.mask.to(device) & with_text)
-            given = with_words(model(ids_BN)[:, :count], texts) if count else texts
-            logits_BNK = self.model.generator(ids_BN, given.states, given.mask)
-            total += float(F.cross_entropy(logits_BNK.flatten(0, 1), ids_BN.flatten(), reduction="sum"))
-        return total / ids_nN.numel()
+        def given(ids_BN: Tensor, texts: TokenStates) -> TokenStates:
+            said = TokenStates(texts.states, texts.mask & with_text)
+            return with_words(model(ids_BN)[:, :count], said)
+
+        return nats_per_token(self.model.generator, self.val_set, self.val_texts, given)
 
     def save(self, model: Lexicon, directory: Path, card: str) -> None:
         model.card = card

@@ -46,6 +46,15 @@ VARIANTS: dict[str, tuple[str, ...]] = METHODS | {
     "ot, no per-code embedding": (*OT, "--alignment.no-per-code-embedding"),
 }
 """Name -> flags of `tavq train tokenizer`. A relaxation of 100 leaves the image marginal no freedom."""
+MAPS = (
+    "pointing, word: kind",
+    "pointing, word: colour",
+    "pointing, phrase: colour and shape",
+    "pointing, sentence: caption",
+    "binding by phrases, attributes",
+    "binding by sentences, attributes",
+    "binding by sentences, relation",
+)
 TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
     "Captions": (
         "own",
@@ -72,27 +81,11 @@ TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "Maps and binding, by the projections of the training": (
         "own",
-        (
-            "pointing, word: kind",
-            "pointing, word: colour",
-            "pointing, phrase: colour and shape",
-            "pointing, sentence: caption",
-            "binding by phrases, attributes",
-            "binding by sentences, attributes",
-            "binding by sentences, relation",
-        ),
+        MAPS,
     ),
     "Maps and binding, by one probe for all": (
         "probed",
-        (
-            "pointing, word: kind",
-            "pointing, word: colour",
-            "pointing, phrase: colour and shape",
-            "pointing, sentence: caption",
-            "binding by phrases, attributes",
-            "binding by sentences, attributes",
-            "binding by sentences, relation",
-        ),
+        MAPS,
     ),
 }
 """Title -> which result file, and its metrics."""

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from tavq.base.files import file_hash
 from tavq.base.weights import WEIGHTS_FILE
-from tavq.data.images import ImageSource
 from tavq.data.text_encoder import TextEncoder, TokenStates
 from tavq.generator.lexicon import Lexicon, with_words
 from tavq.generator.model import GeneratorModel
@@ -29,10 +28,6 @@ class Conditions:
     directory: Path
     device: torch.device
     tokenizer: TAVQTokenizer
-
-    def encode(self, images: ImageSource | Sequence[ImageSource]) -> Tensor:
-        """Encode images: -> (B, h, w) int64."""
-        raise NotImplementedError
 
     @functools.cached_property
     def generator(self) -> GeneratorModel:
@@ -77,17 +72,16 @@ class Conditions:
         return states.rows([different.index(prompt) for prompt in prompts])
 
     @torch.inference_mode()
-    def image_words(self, images: ImageSource | Sequence[ImageSource], count: int) -> Tensor:
-        """Write images in `count` words each: (W, M), those of the first image first.
+    def image_words(self, ids: Tensor, count: int) -> Tensor:
+        """Write images in `count` words each: ids (n, h, w) -> (W, M), those of the first image first.
 
         Raises:
             ValueError: there are more words than the lexicon or the generator has room for.
         """
         if not 1 <= count <= self.lexicon.config.num_words:
             raise ValueError(f"image_words is {count}, expected 1 to {self.lexicon.config.num_words}")
-        ids = self.encode(images).flatten(1)
         # One by one: kernels round differently by batch, and no other image may change the words of one.
-        return torch.cat([self.lexicon(row)[0, :count] for row in ids.split(1)])
+        return torch.cat([self.lexicon(row)[0, :count] for row in ids.flatten(1).split(1)])
 
     def conditions(
         self, jobs: Sequence[Job], words: Tensor | None = None

@@ -183,7 +183,7 @@ class Pipeline(Conditions):
                 raise ValueError("best_of and negative_prompt need a prompt; leave them out, or give one")
             if images is None:
                 settings = dataclasses.replace(settings, guidance_scale=1.0)  # there is nothing to be led to
-        words = None if images is None else self.image_words(images, image_words)
+        words = None if images is None else self.image_words(self.encode(images), image_words)
         jobs = jobs_of(prompt, seed, num_images, negative_prompt)
         candidates = self._sample_candidates(jobs, settings, best_of, words)
         for job, ids in zip(jobs, candidates, strict=True):

@@ -143,7 +143,7 @@ def test_an_image_draws_without_a_prompt_and_the_number_of_words_matters(pipelin
 
 def test_guidance_leads_from_the_image_alone_to_image_and_prompt(pipeline: Pipeline):
     job = pipeline_job("a dog")
-    words = pipeline.image_words(PHOTO, 2)
+    words = pipeline.image_words(pipeline.encode(PHOTO), 2)
     led_to, away = pipeline.conditions([job], words)
     assert away is not None and away.mask.sum() == 2 and led_to.mask.sum() > 2
     assert torch.equal(led_to.states[:, :2], away.states[:, :2]) and torch.equal(away.states[0, :2], words)
@@ -162,12 +162,12 @@ def pipeline_job(prompt: str, negative: str | None = None):
 
 def test_several_images_give_their_words_in_order(pipeline: Pipeline):
     other = PHOTO.with_name("coffee.jpg")
-    both = pipeline.image_words([PHOTO, other], 2)
+    both = pipeline.image_words(pipeline.encode([PHOTO, other]), 2)
     assert both.shape[0] == 4
-    assert torch.equal(both[:2], pipeline.image_words(PHOTO, 2))
-    assert torch.equal(both[2:], pipeline.image_words(other, 2))
+    assert torch.equal(both[:2], pipeline.image_words(pipeline.encode(PHOTO), 2))
+    assert torch.equal(both[2:], pipeline.image_words(pipeline.encode(other), 2))
     with pytest.raises(ValueError, match="image_words is 5, expected 1 to 4"):
-        pipeline.image_words(PHOTO, 5)
+        pipeline.image_words(pipeline.encode(PHOTO), 5)
 
 
 def test_the_command_draws_from_images_and_refuses_to_repeat_what_its_recipe_does_not_hold(

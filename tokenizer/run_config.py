@@ -12,6 +12,7 @@ from pathlib import Path
 from tyro.conf import OmitArgPrefixes, Positional
 
 from tavq.alignment.config import NUM_LEVELS, AlignmentConfig, Method
+from tavq.base.bounds import check_bounds
 from tavq.base.device import Device
 from tavq.base.weights import shipped_checkpoint
 from tavq.data.config import VisionLanguageConfig
@@ -70,9 +71,7 @@ class DecoderRun:
     )
 
     def __post_init__(self) -> None:
-        for name in ("generated_batches", "generated_tokens"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 to 1")
+        check_bounds(self, generated_batches=(0, 1), generated_tokens=(0, 1))
 
 
 TINY = TrainingConfig(steps=20, batch_size=8, warmup_steps=5, ema_decay=0.9, evaluate_every=20)
