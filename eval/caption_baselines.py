@@ -50,7 +50,8 @@ class CaptionBaselines:
     limit: int | None = None
     """Only the first so many images of each split."""
     features: Path | None = None
-    """TorchScript feature network (uint8 B,3,H,W -> B,D). Without it, Inception v3."""
+    """TorchScript feature network (uint8 B,3,H,W -> B,D). Without it, Inception v3.
+    A program: it runs only if networks.lock or TAVQ_TRUST holds its SHA-256."""
     neighbours: int = 25
     """Nearest training images whose captions vote."""
     constants: int = 200

@@ -76,7 +76,8 @@ class TokenizerEvaluation(EvaluationRun):
     """
 
     features: Path | None = None
-    """TorchScript feature network (uint8 B,3,H,W -> B,D), which names the metric. By default Inception v3."""
+    """TorchScript feature network (uint8 B,3,H,W -> B,D), which names the metric. By default Inception v3.
+    A program: it runs only if networks.lock or TAVQ_TRUST holds its SHA-256."""
     frechet: bool = True
     """Measure rFID or rFD. Without it no feature network is needed."""
     judge: str | None = None
@@ -93,7 +94,8 @@ class T2IEvaluation(EvaluationRun):
     """
 
     features: Path | None = None
-    """TorchScript feature network (uint8 B,3,H,W -> B,D), which names the metric. By default Inception v3."""
+    """TorchScript feature network (uint8 B,3,H,W -> B,D), which names the metric. By default Inception v3.
+    A program: it runs only if networks.lock or TAVQ_TRUST holds its SHA-256."""
     seeds: int = 3
     """Number of generation seeds 0, 1, ...: the Frechet distance is their mean, with its range."""
     image_words: int = 0

@@ -55,7 +55,8 @@ class GeneratorCurve:
     """Number of images; one is generated for each. A Frechet distance of so few is biased, but equally at
     all steps."""
     features: Path | None = None
-    """TorchScript feature network (uint8 B,3,H,W -> B,D). By default Inception v3."""
+    """TorchScript feature network (uint8 B,3,H,W -> B,D). By default Inception v3.
+    A program: it runs only if networks.lock or TAVQ_TRUST holds its SHA-256."""
     out: Path = Path("generator_curve.png")
     """File for the plot; NAME.json beside it holds the numbers."""
     sampling: SamplingConfig = SamplingConfig()

@@ -76,7 +76,8 @@ class ScoreImages:
     out: Path
     """Result file to write."""
     features: Path | None = None
-    """TorchScript feature network (uint8 B,3,H,W -> B,D). By default Inception v3."""
+    """TorchScript feature network (uint8 B,3,H,W -> B,D). By default Inception v3.
+    A program: it runs only if networks.lock or TAVQ_TRUST holds its SHA-256."""
     image_size_px: int | None = None
     """Side that every image is squashed to first (antialiased bicubic). Needed where sizes differ."""
     kid_subsets: int = 100

@@ -17,10 +17,11 @@ from urllib.error import URLError
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from tavq.base.cache import cached_tensors
 from tavq.base.files import file_sha256
+from tavq.base.torchscript import load_torchscript
 
 EXTENSIONS = (".png", ".jpg", ".jpeg")
 METRIC_LAYERS = ("fid", "kid", "prc", "isc")
@@ -56,6 +57,7 @@ def load_network(path: str | Path | None = None) -> FeatureNetwork:
 
     Raises:
         FileNotFoundError: the file is absent, or Inception's weights are and cannot be downloaded.
+        PermissionError: it is a TorchScript network whose hash is not trusted.
         ValueError: the file is no TorchScript network.
     """
     return _inception() if path is None else _torchscript(Path(path))
@@ -209,26 +211,19 @@ def _checked(image: Tensor | np.ndarray) -> Tensor:
 def _torchscript(path: Path) -> FeatureNetwork:
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 
-    if not path.is_file():
-        raise FileNotFoundError(f"no feature network {path}; give a TorchScript file (uint8 B,3,H,W -> B,D)")
-    sha256 = file_sha256(path)
+    loaded, sha256 = load_torchscript(path)
     name = path.stem.removesuffix("_features")
     extractor = f"{name}-{sha256[:12]}"
     if extractor not in FEATURE_EXTRACTORS_REGISTRY:
-        register_feature_extractor(extractor, _torchscript_extractor(path))
+        register_feature_extractor(extractor, _torchscript_extractor(path.name, loaded))
     return FeatureNetwork(
         name, extractor, path.resolve(), sha256, dict.fromkeys(("fid", "kid", "prc"), "features")
     )
 
 
-def _torchscript_extractor(path: Path) -> type:
+def _torchscript_extractor(file_name: str, network: nn.Module) -> type:
     """Make the class that torch-fidelity registers, around one loaded network."""
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase
-
-    try:
-        network = torch.jit.load(path, map_location="cpu").eval()
-    except RuntimeError as error:
-        raise ValueError(f"{path} is not a TorchScript file; save the network with torch.jit.save") from error
 
     class TorchScriptExtractor(FeatureExtractorBase):
         def __init__(self, name: str, features_list: list[str], **options: object):
@@ -247,7 +242,7 @@ def _torchscript_extractor(path: Path) -> type:
             features = self.network(images)
             if not isinstance(features, Tensor) or features.ndim != 2:
                 shape = tuple(getattr(features, "shape", ())) or type(features).__name__
-                raise ValueError(f"{path.name} gives {shape}; a feature network gives a tensor (B, D)")
+                raise ValueError(f"{file_name} gives {shape}; a feature network gives a tensor (B, D)")
             return (features.float(),)
 
     return TorchScriptExtractor

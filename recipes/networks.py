@@ -1,8 +1,9 @@
 """python recipes/networks.py [--out networks/]
 
 Write the two networks that the recipes need, from torchvision's ImageNet weights (downloaded once, 19 MB):
-squeezenet_layers.pt for --perceptual and --distill, and mobilenet_v2_features.pt for --features. Any
-TorchScript file with the same inputs and outputs can be used instead.
+squeezenet_layers.pt for --perceptual and --distill, and mobilenet_v2_features.pt for --features. Commands
+on this machine trust the two from then on. Any TorchScript file with the same inputs and outputs can be used
+instead; TAVQ_TRUST=SHA256 before a command lets it load one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from tavq.base.arguments import parse, run_main
 from tavq.base.files import atomic_write
+from tavq.base.torchscript import trust
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for pixels in [0, 1]
 PARTS = ((0, 2), (2, 5), (5, 8), (8, 10), (10, 11), (11, 12), (12, 13))
@@ -77,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         path = run.out / f"{name}.pt"
         with atomic_write(path) as temporary:
             torch.jit.script(network.eval()).save(str(temporary))
+        trust(path, "written by recipes/networks.py")
         print(path)
 
 

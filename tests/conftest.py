@@ -13,6 +13,7 @@ os.environ.setdefault("TAVQ_CACHE", str(Path(tempfile.gettempdir()) / "tavq-test
 import pytest
 import torch
 
+from tavq.base.files import file_sha256
 from tavq.captioner.config import PRESETS as CAPTIONER_PRESETS
 from tavq.captioner.model import Captioner, CaptionerConfig
 from tavq.data.text_encoder import TextEncoder
@@ -52,13 +53,25 @@ class ThreeMaps(torch.nn.Module):
         return [first, second, torch.relu(self.third(second))]
 
 
+def save_network(network: torch.nn.Module | torch.jit.ScriptModule, path: Path) -> Path:
+    """Write a network as TorchScript, and let the commands of these tests load it."""
+    scripted = network if isinstance(network, torch.jit.ScriptModule) else torch.jit.script(network)
+    scripted.save(str(path))
+    return trusted(path)
+
+
+def trusted(path: Path) -> Path:
+    """Let the commands of these tests load a TorchScript file; the processes that they start, too."""
+    hashes = [*os.environ.get("TAVQ_TRUST", "").split(), file_sha256(path)]
+    os.environ["TAVQ_TRUST"] = " ".join(dict.fromkeys(hashes))
+    return path
+
+
 @pytest.fixture(scope="session")
 def perceptual_network(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small frozen network, as --perceptual takes it."""
     torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("networks") / "maps.pt"
-    torch.jit.script(ThreeMaps()).save(str(path))
-    return path
+    return save_network(ThreeMaps(), tmp_path_factory.mktemp("networks") / "maps.pt")
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ from tavq.cli import COMMANDS, main
 from tavq.data.layouts import open_dataset
 from tavq.eval import table
 
-from .conftest import ThreeMaps
+from .conftest import ThreeMaps, save_network
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "checkpoints" / "flickr8k"
@@ -152,11 +152,10 @@ def write_photos(folder: Path) -> None:
 def write_networks(folder: Path) -> None:
     folder.mkdir()
     torch.manual_seed(0)
-    torch.jit.script(ThreeMaps()).save(str(folder / "squeezenet_layers.pt"))
+    save_network(ThreeMaps(), folder / "squeezenet_layers.pt")
     example = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
-    torch.jit.trace(lambda x: x.float().mean(dim=(2, 3)), example).save(
-        str(folder / "mobilenet_v2_features.pt")
-    )
+    colours = torch.jit.trace(lambda x: x.float().mean(dim=(2, 3)), example)
+    save_network(colours, folder / "mobilenet_v2_features.pt")
 
 
 def write_foreign_output(folder: Path) -> None:

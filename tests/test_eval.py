@@ -32,6 +32,8 @@ from tavq.metrics import spectral
 from tavq.pipeline import CHECKPOINT, Generated, Pipeline
 from tavq.tokenizer.model import TAVQTokenizer
 
+from .conftest import save_network
+
 LIMIT = ("--data", "shapes", "--limit", "12")
 
 
@@ -45,9 +47,7 @@ class Moments(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory):
-    path = tmp_path_factory.mktemp("network") / "moments_features.pt"
-    torch.jit.script(Moments()).save(str(path))
-    return path
+    return save_network(Moments(), tmp_path_factory.mktemp("network") / "moments_features.pt")
 
 
 @pytest.fixture

@@ -21,6 +21,8 @@ from tavq.metrics.frechet import (
     precision_recall,
 )
 
+from .conftest import save_network, trusted
+
 
 class Projection(torch.nn.Module):
     """A feature network: 4 x 4 mean colours through a fixed random projection to 12 numbers."""
@@ -33,9 +35,8 @@ class Projection(torch.nn.Module):
         return torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 4).flatten(1) @ self.weight
 
 
-def save_network(path: Path, seed: int = 0) -> Path:
-    torch.jit.script(Projection(seed)).save(str(path))
-    return path
+def save_projection(path: Path, seed: int = 0) -> Path:
+    return save_network(Projection(seed), path)
 
 
 def save_images(folder: Path, n: int, seed: int, shift: int = 0) -> Path:
@@ -53,7 +54,7 @@ def folders(tmp_path_factory) -> tuple[Path, Path, Path]:
     return (
         save_images(root / "g", 60, 1, 20),
         save_images(root / "r", 70, 2),
-        save_network(root / "tiny_features.pt"),
+        save_projection(root / "tiny_features.pt"),
     )
 
 
@@ -143,14 +144,14 @@ def test_cache_goes_by_content(folders, tmp_path, monkeypatch):
     assert torch.equal(first, again) and len(calls) == 1
     images[0, 0, 0, 0] += 1
     assert not torch.equal(extract_features(ImageSet(images), network, cache_dir=tmp_path)["features"], first)
-    other = load_network(save_network(tmp_path / "tiny_features.pt", seed=1))
+    other = load_network(save_projection(tmp_path / "tiny_features.pt", seed=1))
     assert not torch.equal(extract_features(ImageSet(images), other, cache_dir=tmp_path)["features"], first)
     assert len(calls) == 3
     assert list(tmp_path.glob("*.tmp*")) == []
 
 
 def test_name_carries_the_weights(tmp_path):
-    a, b = (load_network(save_network(tmp_path / f"{i}_features.pt", seed=i)) for i in (0, 1))
+    a, b = (load_network(save_projection(tmp_path / f"{i}_features.pt", seed=i)) for i in (0, 1))
     assert (a.frechet_name, a.extractor) == ("FD-0", f"0-{a.sha256[:12]}")
     assert a.sha256 != b.sha256
     with pytest.raises(ValueError, match=r"shaped training \(as perceptual\)"):
@@ -176,9 +177,12 @@ def test_inception_without_network(tmp_path, monkeypatch):
 def test_refused_input(folders, tmp_path):
     generated, reference, path = folders
     network = load_network(path)
-    with pytest.raises(FileNotFoundError, match="no feature network"):
+    with pytest.raises(FileNotFoundError, match="no network"):
         load_network(tmp_path / "none.pt")
     (tmp_path / "bad.pt").write_bytes(b"nothing")
+    with pytest.raises(PermissionError, match="is a program"):
+        load_network(tmp_path / "bad.pt")
+    trusted(tmp_path / "bad.pt")
     with pytest.raises(ValueError, match="not a TorchScript file"):
         load_network(tmp_path / "bad.pt")
     with pytest.raises(FileNotFoundError, match="no folder"):

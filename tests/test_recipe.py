@@ -157,7 +157,8 @@ def test_every_variant_of_the_scenes_is_a_command_that_is_understood():
 
 
 @pytest.mark.slow
-def test_the_networks_of_the_recipes_teach_and_measure(tmp_path):
+def test_the_networks_of_the_recipes_teach_and_measure(tmp_path, monkeypatch):
+    monkeypatch.setenv("TAVQ_CACHE", str(tmp_path / "cache"))  # where it is noted that both may be loaded
     load("networks").main(["--out", str(tmp_path), "--no-pretrained"])
     perceptual = PerceptualNetwork(tmp_path / "squeezenet_layers.pt")
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1

@@ -14,6 +14,8 @@ from tavq.cli import main
 from tavq.eval import cells, report, results, table
 from tavq.eval.results import compare, make_protocol, measured, read_results, with_intervals, write_results
 
+from .conftest import save_network
+
 FIXTURE = Path(__file__).parent / "fixtures/coco_captions.json"
 
 
@@ -258,7 +260,7 @@ def test_score_images(tmp_path, monkeypatch):
     network = torch.jit.trace(
         lambda x: x.float().mean(dim=(2, 3)), torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
     )
-    network.save(str(tmp_path / "mean_features.pt"))
+    save_network(network, tmp_path / "mean_features.pt")
     options = [
         "--features",
         str(tmp_path / "mean_features.pt"),

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import struct
@@ -17,8 +18,12 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 from PIL import Image
 
+from tavq import cli
+from tavq.base.files import file_sha256
+from tavq.base.torchscript import load_torchscript, trust
 from tavq.captioner.caption_folder import caption_folder
 from tavq.captioner.decoding import Caption
 from tavq.commands.caption import main as caption
@@ -29,6 +34,8 @@ from tavq.commands.train_generator import main as train_generator
 from tavq.data.layouts import open_dataset
 from tavq.data.text_encoder import minilm_directory
 from tavq.data.tokens import TokenMeta, TokenRecord, open_tokens, write_tokens
+
+from .test_tokenizer_adapters import diffusers_model
 
 
 class Bomb:
@@ -309,6 +316,74 @@ def test_a_pickle_in_the_place_of_weights_never_runs(tiny_checkpoint, tmp_path):
     (directory / "model.safetensors").write_bytes(pickle.dumps(Bomb(exploded)))
     assert "model.safetensors is damaged" in refused(export, directory, "--out", tmp_path / "out")
     assert not exploded.exists()
+
+
+class WritesFile(torch.nn.Module):
+    """A network whose every call fills a file with ones."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.path = str(path)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        ones = torch.from_file(self.path, True, 4).fill_(1.0)
+        return images.float().mean(dim=(2, 3)) * ones.mean()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "eval tokenizer --data shapes --limit 4 --checkpoint CHECKPOINT --out OUT.json --features NETWORK",
+        "eval t2i --data shapes --limit 4 --checkpoint CHECKPOINT --out OUT.json --features NETWORK",
+        "score images PHOTOS PHOTOS --out OUT.json --features NETWORK",
+        "train tokenizer --preset tiny --data shapes --align none --out OUT --perceptual NETWORK",
+        "train tokenizer --preset tiny --data shapes --align none --out OUT --distill NETWORK",
+        "train decoder --preset tiny --tokenizer CHECKPOINT/tokenizer --out OUT --perceptual NETWORK",
+        "align --base diffusers:FOREIGN --data shapes --out OUT --perceptual NETWORK",
+    ],
+    ids=lambda command: " ".join(re.findall(r"^[a-z]+ [a-z0-9]*|--\w+(?= NETWORK)", command)),
+)
+def test_a_torchscript_network_of_unknown_hash_never_runs(tmp_path, tiny_checkpoint, command):
+    network, exploded = tmp_path / "network.pt", tmp_path / "exploded"
+    torch.jit.script(WritesFile(exploded)).save(str(network))
+    torch.jit.load(network)(torch.zeros(1, 3, 8, 8))  # which works, where it is let
+    assert exploded.read_bytes() == np.ones(4, np.float32).tobytes()
+    exploded.unlink()
+    (tmp_path / "photos").mkdir()
+    for number in range(2):
+        Image.new("RGB", (16, 16)).save(tmp_path / "photos" / f"{number}.png")
+    places = {"CHECKPOINT": tiny_checkpoint, "OUT": tmp_path / "out"}
+    places |= {"PHOTOS": tmp_path / "photos", "NETWORK": network, "FOREIGN": tmp_path / "foreign"}
+    if "FOREIGN" in command:
+        diffusers_model().save_pretrained(tmp_path / "foreign")
+    for name, place in places.items():
+        command = command.replace(name, str(place))
+
+    line = refused(cli.main, *command.split())
+    assert f"{network} is a program (TorchScript) that networks.lock does not know" in line
+    assert f"repeat the command with TAVQ_TRUST={file_sha256(network)} before it" in line
+    assert not exploded.exists()
+
+
+@pytest.mark.parametrize("trusted_by", ["TAVQ_TRUST", "trust"])
+def test_a_torchscript_network_whose_hash_is_given_is_loaded_and_no_other(tmp_path, monkeypatch, trusted_by):
+    monkeypatch.setenv("TAVQ_CACHE", str(tmp_path / "cache"))
+    network = tmp_path / "network.pt"
+    torch.jit.script(torch.nn.Identity()).save(str(network))
+    if trusted_by == "trust":
+        trust(network, "made by this test")
+    else:
+        monkeypatch.setenv("TAVQ_TRUST", f"{'0' * 64},{file_sha256(network).upper()}")
+    loaded, sha256 = load_torchscript(network)
+    assert loaded(torch.ones(1)) == 1 and sha256 == file_sha256(network)
+    network.write_bytes(network.read_bytes() + b" ")
+    with pytest.raises(PermissionError, match="does not know"):
+        load_torchscript(network)
+
+
+def test_the_networks_of_the_published_weights_are_known(shared_dir):
+    for network in sorted((shared_dir / "weights").glob("*.pt")):
+        load_torchscript(network)
 
 
 @pytest.fixture

@@ -364,7 +364,7 @@ def test_a_probe_learns_to_read_a_tokenizer_of_ours_and_changes_no_code(
     ("source", "message"),
     [
         ("elsewhere", "expected diffusers:PATH"),
-        ("diffusers:/no/such/place", "no VQModel at /no/such/place"),
+        ("diffusers:/no/such/place", "no VQModel with safetensors at /no/such/place"),
         ("call:no_such_module:build", "check that the module lies on PYTHONPATH"),
         ("call:builtins:dict", "returned a dict"),
     ],

@@ -27,6 +27,8 @@ from tavq.tokenizer.train import HEAD_RATE, TokenizerTask
 from tavq.tokenizer.training_images import WHOLE, TrainingImages
 from tavq.training.card import earlier_runs, model_card
 
+from .conftest import save_network
+
 TINY = RUN_PRESETS["tiny"]
 
 
@@ -59,9 +61,7 @@ def few_shapes(monkeypatch):
 
 @pytest.fixture(params=[Maps, Vector])
 def teacher(request, tmp_path):
-    path = tmp_path / "teacher.pt"
-    torch.jit.script(request.param()).save(str(path))
-    return path
+    return save_network(request.param(), tmp_path / "teacher.pt")
 
 
 @pytest.mark.slow
@@ -183,8 +183,7 @@ def test_a_text_encoder_of_another_width_decides_the_width_of_the_way_to_text(tm
 
 
 def test_a_discriminator_is_refused_where_the_network_gives_no_maps(tmp_path, capsys):
-    network = tmp_path / "vector.pt"
-    torch.jit.script(Vector()).save(str(network))
+    network = save_network(Vector(), tmp_path / "vector.pt")
     TAVQTokenizer(TINY.model).save_pretrained(tmp_path / "before")
     with pytest.raises(SystemExit):
         train_decoder(

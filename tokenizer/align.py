@@ -27,6 +27,7 @@ from tavq.training.run_folder import read_log
 
 from .adapter import TAVQAdapter
 from .fit_projections import fit_projections
+from .losses import open_perceptual
 from .model import TAVQTokenizer, TokenizerConfig
 from .provenance import ALL_LEVELS
 from .run_config import AlignRun
@@ -79,11 +80,13 @@ def _open_diffusers(path: str) -> nn.Module:
     except ImportError as error:
         raise ValueError("--base diffusers:PATH needs the package: pip install diffusers") from error
     try:
-        return VQModel.from_pretrained(path)
+        # No hub and no pickles: diffusers would else look for `path` there, and read .bin.
+        return VQModel.from_pretrained(path, local_files_only=True, use_safetensors=True)
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise FileNotFoundError(
-            f"no VQModel at {path} ({reason}); give a directory that VQModel.save_pretrained wrote"
+            f"no VQModel with safetensors at {path} ({reason}); give a directory that VQModel.save_pretrained "
+            "wrote"
         ) from error
 
 
@@ -91,6 +94,8 @@ def align_foreign_model(run: AlignRun, base: nn.Module) -> None:
     """Probe a model, train it with the alignment, and report both."""
     image_size_px = DEFAULT_IMAGE_SIZE_PX if run.image_size_px is None else run.image_size_px
     run = dataclasses.replace(run, image_size_px=image_size_px)
+    if run.perceptual is not None and not run.probe_only:
+        open_perceptual(run.perceptual)  # refused before the probe's steps, not after
     adapter = adapt(base, image_size_px, run.stages)
     data = AlignData(run, image_size_px)
     hashes = {"text_encoder": data.text_hash}

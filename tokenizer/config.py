@@ -249,9 +249,11 @@ class TokenizerRun:
     align: Literal["ot", "gaussian", "filip", "lgvq", "none"] = "ot"
     """How codes are aligned with text; `lgvq` and `none` (plain VQ) are the baselines."""
     perceptual: str | None = None
-    """`lpips`, or the path of a TorchScript network that gives feature maps; without it L1 alone."""
+    """`lpips`, or the path of a TorchScript network that gives feature maps; without it L1 alone.
+    A TorchScript file is a program: it runs only if networks.lock or TAVQ_TRUST holds its SHA-256."""
     distill: Path | None = None
-    """TorchScript vision network whose last map the latents learn to predict."""
+    """TorchScript vision network whose last map the latents learn to predict. A program, trusted as that of
+    --perceptual is."""
     text_encoder: str = "minilm"
     """minilm, or a directory or hf:OWNER/NAME of a transformers text model."""
     min_usage: float = 0.0

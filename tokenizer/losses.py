@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tavq.base.files import file_hash
+from tavq.base.torchscript import load_torchscript
 from tavq.training.task import StepOutput
 
 from .config import ReconstructionLossConfig
@@ -36,11 +36,8 @@ class FrozenNetwork:
     """
 
     def __init__(self, path: str | Path):
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no network {path}; give the path of a TorchScript file (.pt)")
-        self.hash = file_hash(path)
-        self.network = torch.jit.load(str(path), map_location="cpu").eval()
+        self.network, sha256 = load_torchscript(Path(path))
+        self.hash = sha256[:16]
         for parameter in self.network.parameters():
             parameter.requires_grad = False
         self.device = torch.device("cpu")

@@ -44,7 +44,8 @@ class DecoderRun:
     """Show shapes, parameters, memory and time of this training, measured in a few steps; write nothing."""
     perceptual: str | None = None
     """`lpips`, or the path of a TorchScript network that gives feature maps. Without it only pixels are
-    compared and there is no discriminator."""
+    compared and there is no discriminator. A TorchScript file is a program: it runs only if networks.lock or
+    TAVQ_TRUST holds its SHA-256."""
     upsample_channels: tuple[int, ...] = (64, 32, 16)
     """Width of each stage at the decoder's end; each doubles the resolution. Stages that the tokenizer
     lacks start untrained."""
@@ -118,7 +119,8 @@ class AlignRun:
     text_encoder: str = "minilm"
     """minilm, or a directory or hf:OWNER/NAME of a transformers text model."""
     perceptual: str | None = None
-    """`lpips`, or the path of a TorchScript network that returns feature maps. Without it L1 alone."""
+    """`lpips`, or the path of a TorchScript network that returns feature maps. Without it L1 alone.
+    A TorchScript file is a program: it runs only if networks.lock or TAVQ_TRUST holds its SHA-256."""
     probe_steps: int = 500
     """Steps in which the projections are fitted to the frozen base."""
     probe_only: bool = False
