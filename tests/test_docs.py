@@ -282,6 +282,13 @@ def test_every_file_that_is_linked_is_there(page):
     assert [link for link in links if not (page.parent / link).exists()] == [] and page.is_file()
 
 
+def test_every_test_that_is_named_is_there():
+    named = {match for page in PAGES for match in re.findall(r"`(tests/\w+\.py)::(\w+)`", page.read_text())}
+    assert len(named) > 20
+    for file, test in sorted(named):
+        assert re.search(rf"^ *(def|class) {test}\b", (ROOT / file).read_text(), flags=re.MULTILINE), test
+
+
 def test_every_file_that_is_named_in_code_is_there():
     folders = "|".join(path.name for path in ROOT.iterdir() if path.is_dir() and path.name[0] != ".")
     missing = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import json
 import os
 import pickle
@@ -12,6 +13,7 @@ import resource
 import shutil
 import struct
 import tarfile
+import tomllib
 import zlib
 from pathlib import Path
 
@@ -19,6 +21,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from packaging.requirements import Requirement
 from PIL import Image
 
 from tavq import cli
@@ -35,6 +38,7 @@ from tavq.data.layouts import open_dataset
 from tavq.data.text_encoder import minilm_directory
 from tavq.data.tokens import TokenMeta, TokenRecord, open_tokens, write_tokens
 
+from .conftest import ROOT
 from .test_tokenizer_adapters import diffusers_model
 
 
@@ -420,6 +424,16 @@ def test_pickled_weights_of_a_text_encoder_never_run(tiny_checkpoint, tmp_path):
     assert f"no text encoder at {str(encoder)!r}" in line and not exploded.exists()
 
 
+def test_pickled_weights_of_a_foreign_model_never_run(tmp_path):
+    exploded = tmp_path / "exploded"
+    diffusers_model().save_pretrained(tmp_path / "foreign")
+    (tmp_path / "foreign" / "diffusion_pytorch_model.safetensors").unlink()
+    (tmp_path / "foreign" / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Bomb(exploded)))
+    source = f"diffusers:{tmp_path / 'foreign'}"
+    line = refused(cli.main, "align", "--base", source, "--data", "shapes", "--out", tmp_path / "out")
+    assert f"no VQModel with safetensors at {tmp_path / 'foreign'}" in line and not exploded.exists()
+
+
 def test_a_minilm_that_is_another_one_is_refused(tiny_checkpoint, tmp_path, monkeypatch):
     changed = tmp_path / "model"
     shutil.copytree(minilm_directory(), changed)
@@ -429,3 +443,12 @@ def test_a_minilm_that_is_another_one_is_refused(tiny_checkpoint, tmp_path, monk
     monkeypatch.setattr("tavq.data.text_encoder.minilm_directory", lambda: changed)
     line = refused(generate, "a dog", "--checkpoint", tiny_checkpoint, "--out", tmp_path / "out")
     assert f"{changed / 'model.safetensors'} is not the file that was tested" in line
+
+
+@pytest.mark.parametrize(("package", "patched"), [("pillow", "10.3"), ("jinja2", "3.1.6")])
+def test_lower_bounds_exclude_known_holes(package, patched):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
+    (requirement,) = [Requirement(line) for line in lines if re.match(rf"{package}\b", line)]
+    before = ".".join([*patched.split(".")[:-1], str(int(patched.split(".")[-1]) - 1)])
+    assert patched in requirement.specifier and before not in requirement.specifier

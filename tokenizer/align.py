@@ -85,8 +85,8 @@ def _open_diffusers(path: str) -> nn.Module:
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise FileNotFoundError(
-            f"no VQModel with safetensors at {path} ({reason}); give a directory that VQModel.save_pretrained "
-            "wrote"
+            f"no VQModel with safetensors at {path} ({reason}); name a directory that "
+            "VQModel.save_pretrained wrote"
         ) from error
 
 
