@@ -17,6 +17,7 @@ CACHES = {
     "text_vectors": "one vector for each caption and text unit, from the text encoder",
     "token_states": "one state for each token of the captions that a generator trains on",
     "teacher_maps": "feature maps of the training images, from the network that is distilled",
+    "classes": "semantic classes of the positions of training images (tavq train tokenizer --classes)",
     "image_features": "features of the images that an evaluation compares with",
 }
 """Name, which is also that of the folder -> what it holds."""

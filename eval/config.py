@@ -84,6 +84,11 @@ class TokenizerEvaluation(EvaluationRun):
     """Checkpoint whose encoder measures a second Frechet distance. It must have another codebook."""
     retrieval: bool = True
     """Measure text-to-image and image-to-text recall, where the tokenizer is aligned with text."""
+    classes: str | None = None
+    """Measure how pure codes are in semantic classes: a TorchScript vision network (.pt), whose maps of these
+    images are clustered, or a directory or hf:OWNER/NAME of a transformers segmentation model."""
+    num_classes: int = 64
+    """Number of clusters, or at least that of the segmentation model's classes."""
 
 
 @dataclasses.dataclass(frozen=True)

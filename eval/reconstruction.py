@@ -41,6 +41,7 @@ from tavq.metrics.spectral import WEAVE_FIELDS, flat_patches, octave_statistics,
 from tavq.pipeline import Pipeline
 from tavq.tokenizer.codebook_usage import codebook_usage
 from tavq.tokenizer.retrieval import alignment_scores, image_to_text_ranks, text_to_image_ranks
+from tavq.tokenizer.semantic_classes import code_meaning, open_classes
 
 RECALLS = (1, 5, 10)
 
@@ -81,6 +82,13 @@ def evaluate_tokenizer(run: TokenizerEvaluation) -> None:
         floors |= judge_distance.floors(shrunk, other_split(run, len(ids)))
         protocol |= judge_fields(judge, pipeline, ("tokenizer",))
     metrics |= with_intervals(per_image) | usage_metrics(ids[:, -1].cpu(), tokenizer.num_codes)
+    if run.classes is not None:
+        classes = open_classes(run.classes, evaluated, tokenizer.grid_size, run.num_classes)
+        meaning = code_meaning(ids[:, -1].cpu(), classes.ids, run.num_classes)
+        metrics["code_purity"] = measured(meaning.purity, len(ids), classes=run.num_classes)
+        metrics["class_evenness"] = measured(meaning.evenness, len(ids), classes=run.num_classes)
+        floors["purity of shuffled codes"] = meaning.chance
+        protocol |= {"classes": classes.source_hash}
 
     path = run.result_path("tokenizer")
     result = make_protocol(task="tokenizer", ids=evaluated.ids, started=started, **protocol, floors=floors)

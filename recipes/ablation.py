@@ -25,7 +25,10 @@ from tavq.training.run_folder import claim_folder
 
 Job = tuple[str, Sequence[str], int]
 """Name of a variant, its flags, a seed."""
+Columns = dict[str, tuple[str, str, float, int]]
+"""Title -> result file, metric, factor, digits."""
 ROOT = Path(__file__).resolve().parent.parent
+SGC = ("--model.quantizer.name", "sgc", "--model.fuse-levels")
 VARIANTS: dict[str, tuple[str, ...]] = {
     "none": ("--align", "none"),
     "lgvq": ("--align", "lgvq"),
@@ -34,6 +37,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "ot": ("--align", "ot"),
     "ot, sentences alone": ("--align", "ot", "--alignment.level-weights", "0", "0", "3"),
     "ot, levels reversed": ("--align", "ot", "--alignment.pairing", "3", "2", "1"),
+    "none, sgc": ("--align", "none", *SGC),
+    "ot, sgc": ("--align", "ot", *SGC),
 }
 TUNING: dict[str, tuple[str, ...]] = {
     "none, five times the commitment": (*VARIANTS["none"], "--model.quantizer.commitment", "0.25"),
@@ -46,7 +51,7 @@ TUNING: dict[str, tuple[str, ...]] = {
 }
 """One further setting for each method, of the first seed alone."""
 METHODS = ("none", "lgvq", "gaussian", "ot")
-COLUMNS: dict[str, tuple[str, str, float, int]] = {
+COLUMNS: Columns = {
     "R@10, own projections": ("tokenizer", "t2i_R@10", 100, 1),
     "R@10, probe": ("probed", "t2i_R@10", 100, 1),
     "image to text": ("probed", "i2t_R@10", 100, 1),
@@ -55,7 +60,12 @@ COLUMNS: dict[str, tuple[str, str, float, int]] = {
     "usage": ("tokenizer", "usage", 1, 3),
     "CIDEr": ("caption", "CIDEr", 100, 1),
 }
-"""Title -> result file, metric, factor, digits."""
+MEANING_COLUMNS: Columns = {
+    "purity of codes": ("tokenizer", "code_purity", 100, 1),
+    "evenness of classes": ("tokenizer", "class_evenness", 100, 1),
+    "usage": ("tokenizer", "usage", 1, 3),
+    "PSNR": ("tokenizer", "PSNR", 1, 2),
+}
 
 
 RESULTS = ("tokenizer", "probed", "caption")
@@ -73,7 +83,8 @@ class Ablation:
     data: str = dataclasses.field(default_factory=default_data)
     """Dataset: a directory in any known layout, `shapes` or `scenes`. By default that of TAVQ_DATA."""
     teacher: Path | None = None
-    """TorchScript network of the perceptual loss. Nothing is distilled here."""
+    """TorchScript network of the perceptual loss, and of the classes of SGC-VQGAN and of purity. Nothing is
+    distilled here."""
     features: Path | None = None
     """TorchScript network that measures rFD. Without it rFD is left out."""
     seeds: tuple[int, ...] = (0, 1)
@@ -114,7 +125,11 @@ class Ablation:
 @run_main
 def main(argv: Sequence[str] | None = None) -> None:
     run = parse(Ablation, argv, prog="python recipes/ablation.py")
-    queue = queue_of(VARIANTS, run.seeds)
+    variants = VARIANTS
+    if run.teacher is None:
+        print("without --teacher no network gives classes: the rows of sgc are left out")
+        variants = {name: flags for name, flags in VARIANTS.items() if not name.endswith("sgc")}
+    queue = queue_of(variants, run.seeds)
     queue += [(name, flags, run.seeds[0]) for name, flags in TUNING.items()]
     for name, flags, seed in claimed(run, queue):
         train_and_measure(run, name, flags, seed)
@@ -159,6 +174,8 @@ def train_tokenizer(run: Ablation, folder: Path, flags: Sequence[str], seed: int
         arguments += ["--model.image-size-px", run.image_size_px]
     if run.teacher:
         arguments += ["--perceptual", run.teacher]
+    if set(SGC) <= set(flags):
+        arguments += ["--classes", run.teacher]
     arguments += ["--losses.adversarial", 0, "--training.steps", steps]
     arguments += ["--training.evaluate-every", max(1, steps // 2)]
     tavq("train", "tokenizer", *arguments)
@@ -189,9 +206,10 @@ def measure(run: Ablation, folder: Path, name: str) -> None:
     common: list[object] = ["--data", run.data, "--split", "val", "--label", name]
     network: list[object] = ["--features", run.features] if run.features else ["--no-frechet"]
     own = ["--checkpoint", folder, *common]
+    classes: list[object] = ["--classes", run.teacher] if run.teacher else []
     probed = ["--checkpoint", folder / "probed", *common]
     evaluation("run_caption", *own, "--beam", 1, "--out", results / "caption.json")
-    evaluation("run_tokenizer", *own, *network, "--out", results / "tokenizer.json")
+    evaluation("run_tokenizer", *own, *network, *classes, "--out", results / "tokenizer.json")
     evaluation("run_tokenizer", *probed, "--no-frechet", "--out", results / "probed.json")
 
 
@@ -223,13 +241,34 @@ def document(run: Ablation) -> str:
         if old_row and settings in earlier and int(old_row.split("|")[2]) > len(results):
             rows[name] = old_row  # made elsewhere, with more seeds than there are here
         elif results:
-            cells = [cell(results, *column) for column in COLUMNS.values()]
-            rows[name] = f"| {name} | {len(results)} | " + " | ".join(cells) + " |"
+            rows[name] = row(name, results, COLUMNS)
 
-    header = "| variant | seeds | " + " | ".join(COLUMNS) + " |"
-    table = "\n".join([header, "| --- | ---: |" + " ---: |" * len(COLUMNS), *rows.values()])
+    table = "\n".join([*header(COLUMNS), *rows.values()])
     tuned = f"tuning run with the first seed ({len(rows.keys() & TUNING.keys())} of {len(TUNING)} done)."
-    return f"{settings}\nBeside its default setting, each method gets {tuning_runs()} {tuned}\n\n{table}"
+    text = f"{settings}\nBeside its default setting, each method gets {tuning_runs()} {tuned}\n\n{table}"
+    return "\n\n".join([text, *meaning_of_codes(run)])
+
+
+def meaning_of_codes(run: Ablation) -> list[str]:
+    """Return the table of how codes and semantic classes go together, where runs have measured it."""
+    rows: list[str] = []
+    for name in VARIANTS:
+        results = [parts for seed in run.seeds if (parts := results_of(run, name, seed))]
+        results = [parts for parts in results if "code_purity" in parts["tokenizer"].metrics]
+        if results:
+            rows.append(row(name, results, MEANING_COLUMNS))
+    return [MEANING, "\n".join([*header(MEANING_COLUMNS), *rows])] if rows else []
+
+
+def header(columns: Columns) -> list[str]:
+    """Return the first two lines of a table."""
+    return ["| variant | seeds | " + " | ".join(columns) + " |", "| --- | ---: |" + " ---: |" * len(columns)]
+
+
+def row(name: str, results: list[dict[str, Results]], columns: Columns) -> str:
+    """Return the line of one variant."""
+    cells = [cell(results, *column) for column in columns.values()]
+    return f"| {name} | {len(results)} | " + " | ".join(cells) + " |"
 
 
 def tuning_runs() -> int:
@@ -272,6 +311,8 @@ SETTINGS = """Made by `python recipes/ablation.py`: validation split of {dataset
 the tokens of each. "Own projections" were trained with the codes. The probe is trained for
 {probe_steps} steps on frozen codes, alike for all. Recall in per cent (chance 1 %), CIDEr times 100
 (greedy). Mean over seeds, and the range."""
+MEANING = """What codes mean, in per cent: positions whose class is the commonest of their code's, and how
+evenly classes own codes (`--classes`: 64 clusters of the network's maps on val)."""
 
 
 if __name__ == "__main__":

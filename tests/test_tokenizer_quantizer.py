@@ -111,3 +111,65 @@ def test_fsq_codes_are_those_of_vector_quantize_pytorch():
 def test_configuration_mistakes_are_named():
     with pytest.raises(ValueError, match="set it to 60"):
         QuantizerConfig(name="fsq", num_codes=64, fsq_levels=(5, 4, 3))
+
+
+def sgc(**changes) -> torch.nn.Module:
+    return make("sgc", num_classes=2, **changes)
+
+
+def test_sgc_takes_the_code_of_the_class_where_two_are_equally_near():
+    quantizer = sgc(semantic_weight=0.5)
+    with torch.no_grad():
+        quantizer.weight[:2] = F.normalize(
+            torch.tensor([[1.0, 0.1] + [0.0] * 6, [1.0, -0.1] + [0.0] * 6]), dim=1
+        )
+        quantizer.weight[2:] = F.normalize(torch.tensor([-1.0] + [0.0] * 7), dim=0)
+    quantizer.histogram[0] = torch.tensor([1.0, 0.0])
+    quantizer.histogram[1] = torch.tensor([0.0, 1.0])
+    between = F.normalize(torch.tensor([[1.0, 0.02] + [0.0] * 6]), dim=1).repeat(2, 1)
+    assert quantizer.assign(between, torch.tensor([0, 1])).tolist() == [0, 1]
+    assert quantizer.assign(between, None).tolist() == [0, 0], "without classes the nearest code"
+    far = F.normalize(torch.tensor([[1.0, 3.0] + [0.0] * 6]), dim=1)
+    with torch.no_grad():
+        quantizer.weight[2] = far[0]
+    assert quantizer.assign(far, torch.tensor([1])).tolist() == [2], "meaning does not outweigh a far code"
+
+
+def test_codes_of_sgc_are_running_means_of_their_latents_and_of_their_classes():
+    quantizer = sgc(usage_decay=0.9, restart_below=0.0).train()
+    quantizer.untouched.fill_(False)
+    quantizer.usage[5] = 2.0
+    before = quantizer.codebook[5].detach().clone()
+    quantizer.histogram[5] = torch.tensor([1.0, 0.0])
+    latents = F.normalize(torch.randn(4, 8), dim=1)
+    quantizer.adapt(latents, torch.tensor([5, 5, 5, 5]), torch.tensor([1, 1, 1, 0]))
+
+    # All 4 latents chose one of 48 codes: 48 times even use; N' = 0.9 N + 0.1 n (VQ-VAE, app. A.1).
+    count = 0.9 * 2.0 + 0.1 * 48
+    moved = (0.9 * 2.0 * before + 0.1 * 48 * latents.mean(dim=0)) / count
+    torch.testing.assert_close(quantizer.codebook[5], F.normalize(moved, dim=0))
+    one = (0.9 * 2.0 * 1.0 + 0.1 * 48 * 0.25) / count
+    torch.testing.assert_close(quantizer.histogram[5], torch.tensor([one, 1 - one]))
+    assert torch.equal(quantizer.histogram[6], torch.tensor([0.5, 0.5])), "a code that nothing chose stays"
+
+
+def test_dead_codes_of_sgc_come_from_the_class_that_few_codes_mean():
+    quantizer = sgc().train()
+    quantizer.untouched.fill_(False)
+    quantizer.usage[:] = 1.0
+    quantizer.usage[40:] = 0.0
+    quantizer.histogram[:] = torch.tensor([1.0, 0.0])
+    quantizer.histogram[:2] = torch.tensor([0.0, 1.0])
+    common = F.normalize(torch.randn(100, 8) + torch.tensor([5.0] + [0.0] * 7), dim=1)
+    rare = F.normalize(torch.randn(100, 8) - torch.tensor([5.0] + [0.0] * 7), dim=1)
+    classes = torch.tensor([0] * 100 + [1] * 100)
+    quantizer.adapt(torch.cat([common, rare]), torch.randint(40, (200,)), classes)
+    drawn = quantizer.codebook[40:, 0] < 0
+    assert drawn.sum() >= 7, "38 to 46 codes mean the common class, 2 the other"
+    assert torch.equal(quantizer.histogram[40:].argmax(dim=1).bool(), drawn)
+
+
+def test_sgc_does_not_train_without_classes():
+    quantizer = sgc().train()
+    with pytest.raises(ValueError, match="--classes"):
+        quantizer(latents_for(quantizer))

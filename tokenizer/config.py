@@ -21,22 +21,27 @@ from tavq.training.config import TrainingConfig
 class QuantizerConfig:
     """How latents become ids."""
 
-    name: Literal["nearest", "cvq", "simvq", "ibq", "fsq"] = "nearest"
+    name: Literal["nearest", "cvq", "sgc", "simvq", "ibq", "fsq"] = "nearest"
     num_codes: int = 1024
     code_dim: int = 16
     gradient: Literal["straight-through", "rotation"] = "straight-through"
-    """How the reconstruction's gradient passes the quantiser (for nearest, cvq and simvq)."""
+    """How the reconstruction's gradient passes the quantiser (all but ibq and fsq)."""
     commitment: float = 0.05
     """Weight of the commitment loss, beside 1 for the codebook loss. Too strong, codes and latents
     collapse."""
     usage_decay: float = 0.95
-    """Decay of the running usage of each code (for nearest and cvq)."""
+    """Decay of the running usage of each code (for nearest, cvq and sgc)."""
     restart_below: float = 0.1
-    """A code used less often than this fraction of the mean is restarted from the batch (for nearest)."""
+    """A code used less often than this fraction of the mean is restarted from the batch (for nearest and
+    sgc)."""
     entropy_weight: float = 0.05
     """Weight of the entropy penalty (for ibq)."""
     temperature: float = 0.1
     """Temperature of the softmax over codes (for ibq and cvq)."""
+    num_classes: int = 64
+    """Semantic classes (for sgc): clusters, or at least the segmentation model's classes."""
+    semantic_weight: float = 0.5
+    """Weight of the distance in meaning beside that in features (for sgc)."""
     fsq_levels: tuple[int, ...] = (8, 5, 5, 5)
 
     def __post_init__(self) -> None:
@@ -49,6 +54,8 @@ class QuantizerConfig:
             restart_below=(0, 1),
             entropy_weight=(0, 1e6),
             temperature=(1e-6, 1e6),
+            num_classes=(2, 2048),
+            semantic_weight=(0, 1e6),
             fsq_levels=(2, 2**16),
         )
         product = math.prod(self.fsq_levels)
@@ -75,6 +82,8 @@ class TokenizerShape:
     """Attention blocks on the token grid in the encoder; the last three give the levels."""
     num_heads: int = 6
     """Heads of each attention block."""
+    fuse_levels: bool = False
+    """Add what the first two levels see to the codes that are decoded (the pyramid of SGC-VQGAN)."""
     projection_width: int = 192
     """Hidden width of the projections from codes to text."""
     decoder_blocks: int = 1
@@ -254,6 +263,10 @@ class TokenizerRun:
     distill: Path | None = None
     """TorchScript vision network whose last map the latents learn to predict. A program, trusted as that of
     --perceptual is."""
+    classes: str | None = None
+    """Where semantic classes come from, for --model.quantizer.name sgc: a TorchScript vision network (.pt),
+    whose maps are clustered (a program, trusted as that of --perceptual is), or a directory or hf:OWNER/NAME
+    of a transformers segmentation model."""
     text_encoder: str = "minilm"
     """minilm, or a directory or hf:OWNER/NAME of a transformers text model."""
     min_usage: float = 0.0
@@ -281,6 +294,8 @@ class TokenizerRun:
             raise ValueError(
                 "fsq has no learned codebook to align; add --align none, or choose another quantizer"
             )
+        if (self.model.quantizer.name == "sgc") != (self.classes is not None):
+            raise ValueError("--classes and --model.quantizer.name sgc go together; give both or neither")
         if self.images and self.align == "lgvq":
             raise ValueError(
                 "LG-VQ reads a caption of every image; leave out --images, or choose another --align"

@@ -71,19 +71,23 @@ def _image_or_grey(dataset: ImageTextDataset, index: int) -> Tensor:
         return torch.zeros(3, TEACHER_SIZE_PX, TEACHER_SIZE_PX)
 
 
-def map_of_view(map_: Tensor, box: tuple[float, float, float, float], *, flipped: bool) -> Tensor:
+def map_of_view(
+    map_: Tensor, box: tuple[float, float, float, float], *, flipped: bool, mode: str = "bilinear"
+) -> Tensor:
     """What a teacher's map of a whole photo says of a part of it, on the same grid: (C, h, w) -> (C, h, w).
 
     Args:
         map_: of the whole photo.
         box: the part: left, top, right, bottom in [0, 1].
         flipped: whether the part is seen mirrored.
+        mode: of the interpolation; "nearest" for classes, which have no mean.
     """
     if box != (0.0, 0.0, 1.0, 1.0):
         left, top, right, bottom = box
         place = torch.tensor([[right - left, 0.0, left + right - 1], [0.0, bottom - top, top + bottom - 1]])
         grid = F.affine_grid(place[None], [1, 1, *map_.shape[1:]], align_corners=False)
-        map_ = F.grid_sample(map_[None].float(), grid, padding_mode="border", align_corners=False)[0].half()
+        read = F.grid_sample(map_[None].float(), grid, mode, padding_mode="border", align_corners=False)
+        map_ = read[0].to(map_.dtype)
     return map_.flip(-1) if flipped else map_
 
 

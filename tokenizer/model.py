@@ -117,6 +117,10 @@ class Encoder(nn.Module):
             nn.Sequential(nn.LayerNorm(channels[-1]), nn.Linear(channels[-1], code_dim))
             for _ in range(NUM_LEVELS)
         )
+        self.fusion: nn.Linear | None = None
+        if config.fuse_levels:
+            self.fusion = nn.Linear((NUM_LEVELS - 1) * channels[-1], channels[-1], bias=False)
+            nn.init.zeros_(self.fusion.weight)
         self.grid = config.grid_size
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -130,7 +134,10 @@ class Encoder(nn.Module):
         for block in self.trunk:
             x = block(x)
             levels.append(x)
-        return tuple(levels[-NUM_LEVELS:])
+        *shallow, last = levels[-NUM_LEVELS:]
+        if self.fusion is not None:
+            last = last + self.fusion(torch.cat(shallow, dim=-1))
+        return *shallow, last
 
 
 class Decoder(nn.Module):
@@ -268,14 +275,26 @@ class TAVQTokenizer(Checkpointed):
         """Names this codebook; generator and captioner record it and refuse another."""
         return tensor_hash(self.codebook)
 
-    def forward(self, images: Tensor, *, decode: bool = True, window: Window | None = None) -> Encoded:
-        """Encode, quantise the last level, decode: one training pass over images (B, 3, H, W) in [-1, 1].
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        decode: bool = True,
+        window: Window | None = None,
+        classes: Tensor | None = None,
+    ) -> Encoded:
+        """Encode, quantise the last level, decode: one training pass.
 
-        `window` limits what is decoded to a part of the image, at a part of the cost.
+        Args:
+            images: (B, 3, H, W) in [-1, 1].
+            decode: whether to decode.
+            window: limits what is decoded to a part of the image, at a part of the cost.
+            classes: (B, h, w) int64, semantic classes, for a quantiser that learns from them.
         """
         latents = self.encoder(self._checked(images))
+        classes = None if classes is None else classes.flatten()
         with full_precision(images):
-            quantized = self.quantizer(to_sequence(latents[-1]).flatten(0, 1).float())
+            quantized = self.quantizer(to_sequence(latents[-1]).flatten(0, 1).float(), classes)
         codes = to_map(quantized.codes.unflatten(0, (len(images), -1)), self.grid_size)
         ids = quantized.ids.view(len(images), *self.grid_size)
         return Encoded(latents, ids, self.decoder(codes, window) if decode else None, quantized.loss)

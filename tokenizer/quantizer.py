@@ -5,7 +5,7 @@
 look-up of arbitrary latents, which that library does not expose for SimVQ, and offers for no IBQ;
 `tests/test_tokenizer_quantizer.py` holds the shared ones against it.
 
-Shapes: R latents (rows), K codes, E code width.
+Shapes: R latents (rows), K codes, E code width, C semantic classes.
 """
 
 from __future__ import annotations
@@ -73,13 +73,22 @@ class Quantizer(nn.Module):
         """ids (...) int64 in [0, K) -> codes (..., E)."""
         return F.embedding(ids, self.codebook)
 
-    def forward(self, latents: Tensor) -> Quantized:
-        """Quantise latents (R, E); in training the codebook also adapts to them."""
+    def assign(self, latents: Tensor, classes: Tensor | None) -> Tensor:
+        """(R, E) -> ids (R,) of the codes that training takes for these latents."""
+        return self.nearest(latents)
+
+    def forward(self, latents: Tensor, classes: Tensor | None = None) -> Quantized:
+        """Quantise latents (R, E); in training the codebook also adapts to them.
+
+        Args:
+            latents: of the last level.
+            classes: (R,) int64, the semantic class of each latent, where the quantiser learns from it.
+        """
         latents = self.normalise(latents)
         if self.training:
             # Before the codes enter the graph, since it writes them in place.
-            self.adapt(latents.detach(), self.nearest(latents))
-        ids = self.nearest(latents)
+            self.adapt(latents.detach(), self.assign(latents, classes), classes)
+        ids = self.assign(latents, classes)
         codes = self.lookup(ids)
 
         codebook_loss = F.mse_loss(codes, latents.detach())
@@ -95,7 +104,7 @@ class Quantizer(nn.Module):
         return latents + (codes - latents).detach()
 
     @torch.no_grad()
-    def adapt(self, latents: Tensor, ids: Tensor) -> None:
+    def adapt(self, latents: Tensor, ids: Tensor, classes: Tensor | None = None) -> None:
         """Track the use of each code and restart the unused ones from the latents of the batch.
 
         The first batch gives all codes: latents start in a narrow cone, where few random codes would be
@@ -103,14 +112,23 @@ class Quantizer(nn.Module):
         """
         self._track_usage(ids)
         latents = of_all_processes(latents)
-        dead = ((self.usage < self.config.restart_below) | self.untouched).nonzero().flatten()
-        self.untouched.fill_(False)
+        dead = self._dead_codes()
         if len(dead):
             rows = torch.randint(len(latents), (len(dead),), device=latents.device)
-            noise = RESTART_NOISE * torch.randn_like(self.weight[dead])
-            self.weight[dead] = F.normalize(latents[rows] + noise, dim=1).to(self.weight.dtype)
-            self.usage[dead] = 1.0
+            self._restart(dead, latents[rows])
         agree_with_first_process(self.weight)
+
+    def _dead_codes(self) -> Tensor:
+        """Ids of the codes that are hardly used; at the first call, of all."""
+        dead = ((self.usage < self.config.restart_below) | self.untouched).nonzero().flatten()
+        self.untouched.fill_(False)
+        return dead
+
+    def _restart(self, dead: Tensor, latents: Tensor) -> None:
+        """Put each dead code to one of `latents`, (len(dead), E)."""
+        noise = RESTART_NOISE * torch.randn_like(self.weight[dead])
+        self.weight[dead] = F.normalize(latents + noise, dim=1).to(self.weight.dtype)
+        self.usage[dead] = 1.0
 
     def _track_usage(self, ids: Tensor) -> None:
         ids = of_all_processes(ids)
@@ -128,7 +146,7 @@ class AnchoredQuantizer(Quantizer):
     """
 
     @torch.no_grad()
-    def adapt(self, latents: Tensor, ids: Tensor) -> None:
+    def adapt(self, latents: Tensor, ids: Tensor, classes: Tensor | None = None) -> None:
         self._track_usage(ids)
         latents = of_all_processes(latents)
         decay = self.config.usage_decay
@@ -138,6 +156,60 @@ class AnchoredQuantizer(Quantizer):
         anchors = candidates[torch.multinomial(nearness.softmax(dim=1), 1).flatten()]
         self.weight.copy_((1 - pull) * self.codebook + pull * anchors)
         agree_with_first_process(self.weight)
+
+
+class SemanticQuantizer(Quantizer):
+    """Semantic online clustering: a code is near in features and in meaning.
+
+    After SGC-VQGAN (Ding et al. 2024, arXiv:2409.06105), whose formulas could not be read; these are ours.
+    Each code keeps a running histogram h of the classes of its latents, and the code of a latent z of class c
+    minimises |z - e|^2 + w (1 - h[c]). Codes are running means of their latents (van den Oord et al. 2017,
+    arXiv:1711.00937, app. A.1). A dead code is drawn anew, the likelier from a class the fewer codes mean it.
+    Classes are known in training alone; afterwards the nearest code is taken.
+    """
+
+    histogram: Tensor
+
+    def __init__(self, config: QuantizerConfig):
+        super().__init__(config)
+        # (K, C), rows sum to 1; even, until a code has seen a latent.
+        even = torch.full((config.num_codes, config.num_classes), 1 / config.num_classes)
+        self.register_buffer("histogram", even)
+
+    @torch.no_grad()
+    def assign(self, latents: Tensor, classes: Tensor | None) -> Tensor:
+        if classes is None:
+            return self.nearest(latents)
+        # |z - e|^2 = 2 - 2 cos on the unit sphere.
+        nearness = 2 * latents.detach() @ self.codebook.T
+        return (nearness + self.config.semantic_weight * self.histogram.T[classes]).argmax(dim=1)
+
+    @torch.no_grad()
+    def adapt(self, latents: Tensor, ids: Tensor, classes: Tensor | None = None) -> None:
+        if classes is None:
+            raise ValueError("the quantiser sgc learns from the class of each latent; give --classes")
+        self._track_usage(ids)
+        latents, ids, classes = (of_all_processes(rows) for rows in (latents, ids, classes))
+
+        counts = torch.bincount(ids, minlength=self.config.num_codes).float()
+        relative = counts * (self.config.num_codes / len(ids))
+        pull = ((1 - self.config.usage_decay) * relative / self.usage.clamp_min(1e-8)).unsqueeze(1)
+        mean = torch.zeros_like(self.weight).index_add_(0, ids, latents.to(self.weight.dtype))
+        mean /= counts.clamp_min(1).unsqueeze(1)
+        seen = F.one_hot(classes, self.config.num_classes).float()
+        shares = torch.zeros_like(self.histogram).index_add_(0, ids, seen) / counts.clamp_min(1).unsqueeze(1)
+        # By steps from where a code is, so that what alignment moved stays moved.
+        self.weight.copy_(F.normalize(self.codebook.lerp(mean, pull), dim=1))
+        self.histogram.lerp_(shares, pull)
+
+        dead = self._dead_codes()
+        if len(dead):
+            codes_of_class = self.histogram.sum(dim=0)
+            rows = torch.multinomial(1 / codes_of_class[classes].clamp_min(1e-3), len(dead), replacement=True)
+            self._restart(dead, latents[rows])
+            self.histogram[dead] = seen[rows]
+        agree_with_first_process(self.weight)
+        agree_with_first_process(self.histogram)
 
 
 class ReparameterisedQuantizer(Quantizer):
@@ -160,7 +232,7 @@ class ReparameterisedQuantizer(Quantizer):
     def codebook(self) -> Tensor:
         return F.normalize(self.transform(self.basis), dim=1)
 
-    def adapt(self, latents: Tensor, ids: Tensor) -> None:
+    def adapt(self, latents: Tensor, ids: Tensor, classes: Tensor | None = None) -> None:
         self._track_usage(ids)
 
 
@@ -171,7 +243,7 @@ class IndexQuantizer(Quantizer):
     quantisation loss, and an entropy term that makes single choices sharp and the mean choice even.
     """
 
-    def forward(self, latents: Tensor) -> Quantized:
+    def forward(self, latents: Tensor, classes: Tensor | None = None) -> Quantized:
         latents = self.normalise(latents)
         codebook = self.codebook
         soft = (latents @ codebook.T / self.config.temperature).softmax(dim=1)
@@ -227,7 +299,7 @@ class FiniteScalarQuantizer(Quantizer):
     def _digits(self, bounded: Tensor) -> Tensor:
         return ((bounded + 1) / 2 * (self.levels - 1)).round().long()
 
-    def forward(self, latents: Tensor) -> Quantized:
+    def forward(self, latents: Tensor, classes: Tensor | None = None) -> Quantized:
         latents = self.normalise(latents)
         ids = (self._digits(latents) * self.strides).sum(dim=1)
         if self.training:
@@ -239,6 +311,7 @@ class FiniteScalarQuantizer(Quantizer):
 QUANTIZERS: dict[str, type[Quantizer]] = {
     "nearest": Quantizer,
     "cvq": AnchoredQuantizer,
+    "sgc": SemanticQuantizer,
     "simvq": ReparameterisedQuantizer,
     "ibq": IndexQuantizer,
     "fsq": FiniteScalarQuantizer,

@@ -36,6 +36,7 @@ from .losses import FrozenNetwork, ReconstructionLoss
 from .model import Encoded, TAVQTokenizer, TokenizerConfig
 from .provenance import TokenizerProvenance
 from .retrieval import alignment_scores, recall_at, text_to_image_ranks
+from .semantic_classes import SemanticClasses, open_classes
 from .training_images import TrainingImages, image_batches, originals, random_window, reconstruction_sheet
 
 HEAD_RATE = 5.0  # learning rate of the projections to text, relative to that of encoder and decoder
@@ -85,7 +86,7 @@ class TokenizerTrainer(nn.Module):
         report: dict[str, Any] = {}
         decodes = step % run.losses.decode_every == 0
         window = random_window(self.tokenizer, run.losses.window_px) if decodes else None
-        encoded = self.tokenizer(batch["image"], decode=decodes, window=window)
+        encoded = self.tokenizer(batch["image"], decode=decodes, window=window, classes=batch.get("classes"))
         report["quantizer"] = encoded.quantizer_loss
         loss = run.losses.quantizer * encoded.quantizer_loss
 
@@ -161,6 +162,12 @@ class TokenizerTask(Task[TokenizerTrainer, TAVQTokenizer]):
         self._prepare_texts(encoder)
         teacher = None if run.distill is None else FrozenNetwork(run.distill)
         self.maps = None if teacher is None else teacher_maps(teacher, self.train_set, run.model.grid_size)
+        self.classes: SemanticClasses | None = None
+        if run.classes is not None:
+            quantizer = run.model.quantizer
+            self.classes = open_classes(
+                run.classes, self.train_set, run.model.grid_size, quantizer.num_classes
+            )
 
         torch.manual_seed(run.training.seed)
         self.shipped = self._new_tokenizer(encoder, earlier)
@@ -174,7 +181,10 @@ class TokenizerTask(Task[TokenizerTrainer, TAVQTokenizer]):
         # What taught the earlier weights has shaped these, too.
         taught_by = () if earlier is None else earlier.config.provenance.taught_by
         provenance = self.shipped.config.provenance.taught_also_by(
-            *taught_by, self.model.loss.network_hash, None if teacher is None else teacher.hash
+            *taught_by,
+            self.model.loss.network_hash,
+            None if teacher is None else teacher.hash,
+            None if self.classes is None else self.classes.source_hash,
         )
         self.shipped.config = dataclasses.replace(self.shipped.config, provenance=provenance)
 
@@ -233,6 +243,9 @@ class TokenizerTask(Task[TokenizerTrainer, TAVQTokenizer]):
         if self.maps is not None:
             maps = [map_of_view(self.maps[e["index"]], e["box"], flipped=e["flipped"]) for e in examples]
             batch["teacher"] = torch.stack(maps)
+        if self.classes is not None:
+            views = [self.classes.of_view(e["index"], e["box"], flipped=e["flipped"]) for e in examples]
+            batch["classes"] = torch.stack(views)
         return batch
 
     def parameter_groups(self, config: TrainingConfig) -> list[dict[str, Any]]:
