@@ -73,6 +73,19 @@ def test_the_ablation_table_is_made_from_the_results_that_are_there(tmp_path):
     assert not any(line.startswith("| gaussian |") for line in lines)
 
 
+def test_purity_of_codes_has_a_table_of_its_own_where_it_was_measured(tmp_path):
+    ablation = load("ablation")
+    run = ablation.Ablation(data="shapes", seeds=(0,), runs=tmp_path, out=tmp_path / "ablation.md")
+    for name, purity in (("none", None), ("ot, sgc", 0.25)):
+        results = ablation.folder_of(run, name, 0) / "results"
+        measured = {} if purity is None else {"code_purity": {"value": purity, "n": 4}}
+        write_results(results / "tokenizer.json", measured, {})
+        write_results(results / "probed.json", {}, {})
+        write_results(results / "caption.json", {"CIDEr": {"value": 0.3, "n": 4}}, {})
+    _, meaning = ablation.document(run).split("What codes mean")
+    assert "| ot, sgc | 1 | 25.0 |" in meaning and "| none |" not in meaning
+
+
 def test_rows_of_the_ablation_with_more_seeds_than_are_here_stay_if_the_settings_are_the_same(tmp_path):
     ablation = load("ablation")
     run = ablation.Ablation(data="shapes", runs=tmp_path, out=tmp_path / "ablation.md")
