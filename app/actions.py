@@ -6,7 +6,7 @@ import contextlib
 import io
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,22 +71,26 @@ class Actions:
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008  gradio finds it by this default
         negative_prompt: str = "",
+        images: Sequence[Image.Image] = (),
+        image_words: int = 1,
     ) -> Iterator[tuple[list[Any], list[str], int, str]]:
         """Generate images. Yield (images, files, seed, recipe) again and again, until all are complete.
 
-        A file is written when its image is complete.
+        A file is written when its image is complete. `images` are what they shall be like, in `image_words`
+        words each; with them the prompt may be empty.
         """
         with readable_errors():
             settings = sampling_settings(guidance_scale, temperature, top_k, top_p)
             seed = self.used_seed(seed)
-            self.check(prompt)
+            if prompt.strip() or not images:
+                self.check(prompt)
 
             gallery: list[Any] = []
             files: list[str] = []
             recipe = ""
             progress((0, num_images), unit="images")
             for generated, complete in self._generate(
-                prompt, negative_prompt, seed, num_images, settings, best_of, live
+                prompt, negative_prompt, seed, num_images, settings, best_of, live, images, image_words
             ):
                 if complete:
                     files.append(self.save(generated))
@@ -126,6 +130,8 @@ class Actions:
         settings: SamplingConfig,
         best_of: int,
         live: bool,
+        images: Sequence[Image.Image],
+        image_words: int,
     ) -> Iterator[tuple[Generated, bool]]:
         """Yield (image, whether it is complete): row by row if `live`, else a micro-batch at a time."""
         if live and best_of == 1:
@@ -136,10 +142,17 @@ class Actions:
                     yield partial, row == rows
             return
 
-        images = self.pipeline.generate_each(
-            prompt, seed, settings, num_images=count, negative_prompt=negative, best_of=best_of
+        generated = self.pipeline.generate_each(
+            prompt if prompt.strip() else None,
+            seed,
+            settings,
+            num_images=count,
+            images=list(images) or None,
+            image_words=image_words,
+            negative_prompt=negative,
+            best_of=best_of,
         )
-        for image in images:
+        for image in generated:
             yield image, True
 
     def caption(

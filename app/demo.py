@@ -27,6 +27,7 @@ from tavq.base.bounds import check_bounds
 from tavq.base.device import Device, choose_device
 
 if TYPE_CHECKING:
+    from tavq.photo_index import PhotoIndex
     from tavq.pipeline import Pipeline
 
 
@@ -51,6 +52,8 @@ class DemoRun:
     default."""
     device: Device = "auto"
     """Where the models run."""
+    index: Path | None = None
+    """Directory that tavq index made. A tab searches these photos, for everybody who sees the page."""
     auth: str = ""
     """Ask for a login: USER:PASSWORD, or a file with one such line per user. A file keeps passwords out of
     the list of processes."""
@@ -98,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # All parts are loaded now, so that a bad checkpoint fails before the page is up.
     _ = pipeline.generator, pipeline.captioner, pipeline.text_encoder
+    index = None if run.index is None else finished_index(run.index, pipeline)
 
     from_signal = None
     try:
@@ -105,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             # Gradio reads these when it is imported.
             os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
             os.environ["GRADIO_TEMP_DIR"] = str(folder)
-            _serve(pipeline, folder, run, accounts)
+            _serve(pipeline, folder, run, accounts, index)
     except KeyboardInterrupt:
         from_signal = 130
     except SystemExit as stopped:
@@ -129,7 +133,25 @@ def _temporary_folder() -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _serve(pipeline: Pipeline, folder: Path, run: DemoRun, accounts: list[tuple[str, str]]) -> None:
+def finished_index(directory: Path, pipeline: Pipeline) -> PhotoIndex:
+    """Open an index of photos. Raises FileNotFoundError or ValueError where it cannot be searched."""
+    from tavq.base.files import file_hash
+    from tavq.base.weights import WEIGHTS_FILE
+    from tavq.photo_index import PhotoIndex
+
+    weights = file_hash(pipeline.directory / "tokenizer" / WEIGHTS_FILE)
+    index = PhotoIndex(directory, pipeline.tokenizer, weights)
+    index.search(pipeline.alignment_encoder.encode, "a photo", top=1)
+    return index
+
+
+def _serve(
+    pipeline: Pipeline,
+    folder: Path,
+    run: DemoRun,
+    accounts: list[tuple[str, str]],
+    index: PhotoIndex | None,
+) -> None:
     from tavq.app.server import serve
 
     limits = Limits(
@@ -147,6 +169,7 @@ def _serve(pipeline: Pipeline, folder: Path, run: DemoRun, accounts: list[tuple[
         share=run.share,
         root_path=run.root_path,
         accounts=accounts,
+        index=index,
         log_json=run.log_json,
     )
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import gradio as gr
 
+from tavq.base.weights import WEIGHTS_FILE
+from tavq.photo_index import PhotoIndex
 from tavq.pipeline import Pipeline
 
 from .actions import Actions
@@ -20,6 +22,8 @@ from .tab_about import how_it_works
 from .tab_complete import CompleteTab, completion
 from .tab_describe import DescribeTab, image_to_text
 from .tab_generate import GenerateTab, text_to_image
+from .tab_photos import images_from_photos
+from .tab_search import search_photos
 from .tab_tokens import TokensTab, tokens
 
 CLEAN_EVERY_S = 3600
@@ -35,13 +39,16 @@ LEARNT = {
 """What the shipped weights can draw, by the name of their directory."""
 
 
-def build(pipeline: Pipeline, folder: Path, limits: Limits | None = None) -> GuardedBlocks:
+def build(
+    pipeline: Pipeline, folder: Path, limits: Limits | None = None, index: PhotoIndex | None = None
+) -> GuardedBlocks:
     """Make the page.
 
     Args:
         pipeline: does the work.
         folder: that images are written to. It must lie in Gradio's temporary folder, or they are not served.
         limits: what clients, jobs and uploads may take.
+        index: photos that everybody who sees the page may search; None leaves the tab out.
     """
     drawn = greeting(pipeline)
     paths = [one.path for one in drawn]
@@ -63,10 +70,16 @@ def build(pipeline: Pipeline, folder: Path, limits: Limits | None = None) -> Gua
                 complete = completion(actions, paths)
             with gr.Tab("Tokens", id=TOKENS):
                 play = tokens(actions, paths)
+            page.stoppable = [generate.draw, complete.complete, complete.vary]
+            if (pipeline.directory / "lexicon" / WEIGHTS_FILE).is_file():
+                with gr.Tab("From photos", id="photos"):
+                    page.stoppable.append(images_from_photos(actions, paths))
+            if index is not None:
+                with gr.Tab("Search", id="search"):
+                    search_photos(actions, index)
             with gr.Tab("How it works", id="about"):
                 how_it_works(pipeline)
         _send_to(actions, tabs, generate, describe, complete, play)
-        page.stoppable = [generate.draw, complete.complete, complete.vary]
         smooth = gr.Checkbox(False, label="Show pixels instead of smoothing enlarged images")
         smooth.change(None, smooth, None, js='(on) => { document.body.classList.toggle("pixelated", on); }')
     hide_others(page)

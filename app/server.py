@@ -27,6 +27,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tavq.photo_index import PhotoIndex
 from tavq.pipeline import Pipeline
 
 from . import logs
@@ -191,6 +192,7 @@ def running(
     share: bool = False,
     root_path: str = "",
     accounts: Accounts = (),
+    index: PhotoIndex | None = None,
 ) -> Iterator[GuardedBlocks]:
     """Serve the page while the block runs.
 
@@ -203,8 +205,9 @@ def running(
         share: also open a public link.
         root_path: path under which a proxy shows the page.
         accounts: who may log in; nobody needs to where it is empty.
+        index: photos to search; None leaves the tab out.
     """
-    page = build(pipeline, folder, limits)
+    page = build(pipeline, folder, limits, index)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # Gradio is not quiet about its MCP server
             page.queue().launch(
