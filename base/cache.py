@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CACHES = {
+    "token_index": "where each image of a token set lies in its shards",
     "text_vectors": "one vector for each caption and text unit, from the text encoder",
     "token_states": "one state for each token of the captions that a generator trains on",
+    "caption_words": "word ids of the captions that a captioner trains on",
     "teacher_maps": "feature maps of the training images, from the network that is distilled",
     "classes": "semantic classes of the positions of training images (tavq train tokenizer --classes)",
     "image_features": "features of the images that an evaluation compares with",

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tavq.data.tokens import TokenSet, open_tokens
+from tavq.data.tokens import AllTexts, TokenSet, open_tokens
 from tavq.training.dry_run import dry_run
 from tavq.training.loop import train
 from tavq.training.provenance import TokenProvenance
@@ -185,9 +185,7 @@ def _loaded_captioner(run: CaptionerRun, start: Path, tokens: TokenSet, codebook
 
 
 def _new_captioner(run: CaptionerRun, tokens: TokenSet, codebook: Tensor | None) -> Captioner:
-    texts = [text for captions in tokens.captions for text in captions]
-    if run.model.long_words:
-        texts += [text for text in tokens.long_texts if text]
+    texts = AllTexts(dataclasses.replace(tokens, with_long_texts=bool(run.model.long_words)))
     # A pretrained decoder brings its own vocabulary.
     from_scratch = run.model.decoder is None
 

@@ -61,6 +61,11 @@ class WordVocabulary:
         return self.num_special + len(self.names)
 
     @property
+    def fingerprint(self) -> str:
+        """All that `encode` depends on, for caches."""
+        return " ".join(self.names)
+
+    @property
     def suppressed_ids(self) -> list[int]:
         """Ids that are never decoded or sampled."""
         return [self.pad_id, self.unknown_id]
@@ -104,6 +109,11 @@ class PretrainedVocabulary:
         from transformers import AutoTokenizer
 
         return cls(AutoTokenizer.from_pretrained(source, **DATA_ONLY))
+
+    @property
+    def fingerprint(self) -> str:
+        """All that `encode` depends on, for caches."""
+        return self.tokenizer.backend_tokenizer.to_str()
 
     @property
     def suppressed_ids(self) -> list[int]:

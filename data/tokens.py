@@ -8,30 +8,32 @@ Shapes: n images, V variants of an image (0 is the image as it is, then its mirr
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
-import io
 import json
-import math
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tavq.base.arguments import from_dict
+from tavq.base.arrays import DiskArray
 
-from .tar_shards import group_samples, is_regular, list_members, read_member
+from .tar_shards import read_range
+from .token_index import Place, SampleText, index_shards, parse_ids, parse_json, parse_text
 
 if TYPE_CHECKING:
     from webdataset import TarWriter
 
 META_FILE = "meta.json"
 IMAGES_PER_SHARD = 5000
-MEMBERS = ("json", "npy")  # all that a sample of a token shard may hold
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,25 +61,142 @@ class TokenRecord:
     long_text: str | None = None
 
 
+class Column(Sequence[T]):
+    """One thing of every image of a token set, read from its shard when it is asked for.
+
+    Args:
+        read: index -> the thing.
+        length: number of images.
+    """
+
+    def __init__(self, read: Callable[[int], T], length: int):
+        self.read = read
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self.read(number) for number in range(self.length)[index]]
+        return self.read(range(self.length)[index])
+
+
+class IdsColumn:
+    """The ids of every image: `ids[i]` is (V, h, w) int32, `ids[i, 0]` (h, w), `ids[:, 0]` (n, h, w).
+
+    Args:
+        images: reads the ids of one image.
+    """
+
+    def __init__(self, images: Column[Tensor]):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        first, *rest = index if isinstance(index, tuple) else (index,)
+        found = self.images[first]
+        if isinstance(found, list):
+            return torch.stack([ids[tuple(rest)] for ids in found])
+        return found[tuple(rest)]
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenSet:
-    """The tokens of one split, in memory.
+    """The tokens of one split. They stay in their shards, and each image is read when it is asked for.
 
     Attributes:
-        names: n image ids.
-        ids: (n, V, h, w) int32.
-        captions: n tuples of captions.
-        long_texts: n dense descriptions, None where an image has none.
+        meta: which tokenizer made them.
+        shards: the files.
+        rows: where the n images lie in them, see `token_index.Place`.
+        with_long_texts: whether the long text of an image is the last one of its captions.
     """
 
     meta: TokenMeta
-    names: tuple[str, ...]
-    ids: Tensor
-    captions: tuple[tuple[str, ...], ...]
-    long_texts: tuple[str | None, ...]
+    shards: tuple[Path, ...]
+    rows: np.ndarray | DiskArray
+    with_long_texts: bool = False
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.rows) - 1
+
+    @property
+    def names(self) -> Column[str]:
+        """The n image ids."""
+        return Column(lambda index: self._read_text(index).id, len(self))
+
+    @property
+    def ids(self) -> IdsColumn:
+        """The n images as tokens."""
+        return IdsColumn(Column(self._read_ids, len(self)))
+
+    @property
+    def captions(self) -> Column[tuple[str, ...]]:
+        """The captions of the n images."""
+        return Column(self._read_captions, len(self))
+
+    @property
+    def long_texts(self) -> Column[str | None]:
+        """The dense descriptions of the n images, None where an image has none."""
+        return Column(lambda index: self._read_text(index).long_text, len(self))
+
+    @property
+    def num_captions(self) -> int:
+        """Number of captions of all images."""
+        return self.captions_of(len(self)).start
+
+    def captions_of(self, index: int) -> range:
+        """Return which of all captions, one image after the other, are those of an image."""
+        start, *more = (self._captions_before(row) for row in self.rows[index : index + 2].tolist())
+        return range(start, *more or [start])
+
+    def _captions_before(self, row: list[int]) -> int:
+        place = Place(*row)
+        return place.captions_before + (place.long_texts_before if self.with_long_texts else 0)
+
+    def _read_captions(self, index: int) -> tuple[str, ...]:
+        text = self._read_text(index)
+        long_texts = [text.long_text] if self.with_long_texts and text.long_text else []
+        return (*text.captions, *long_texts)
+
+    def _read_ids(self, index: int) -> Tensor:
+        place = self._place(index)
+        shard = self.shards[place.shard]
+        content = read_range(shard, place.ids_at, place.ids_size)
+        return torch.from_numpy(parse_ids(content, f"{shard}, byte {place.ids_at}", self.meta))
+
+    def _read_text(self, index: int) -> SampleText:
+        place = self._place(index)
+        shard = self.shards[place.shard]
+        content = read_range(shard, place.text_at, place.text_size)
+        return parse_text(content, f"{shard}, byte {place.text_at}")
+
+    def _place(self, index: int) -> Place:
+        return Place(*self.rows[index].tolist())
+
+
+class AllTexts(Sequence[str]):
+    """The captions of token sets, one image after the other, read from disk in each pass over them."""
+
+    def __init__(self, *sets: TokenSet):
+        self.sets = sets
+
+    def __len__(self) -> int:
+        return sum(tokens.num_captions for tokens in self.sets)
+
+    def __iter__(self) -> Iterator[str]:
+        return (text for tokens in self.sets for captions in tokens.captions for text in captions)
+
+    def __getitem__(self, number: Any) -> Any:
+        for tokens in self.sets:
+            if 0 <= number < tokens.num_captions:
+                starts = range(len(tokens))
+                image = bisect.bisect_right(starts, number, key=lambda i: tokens.captions_of(i).start) - 1
+                return tokens.captions[image][number - tokens.captions_of(image).start]
+            number -= tokens.num_captions
+        raise IndexError(f"there are {len(self)} texts")
 
 
 def write_tokens(
@@ -143,13 +262,13 @@ def read_meta(directory: Path) -> TokenMeta:
         raise FileNotFoundError(
             f"no token set in {directory}; make one with: tavq tokenize --data DIR --out {directory}"
         )
-    return from_dict(TokenMeta, _parse_json(path.read_bytes(), str(path)), source=str(path))
+    return from_dict(TokenMeta, parse_json(path.read_bytes(), str(path)), source=str(path))
 
 
-def open_tokens(directory: str | Path, split: str) -> TokenSet:
-    """Read the tokens of one split into memory.
+def open_tokens(directory: str | Path, *splits: str) -> TokenSet:
+    """Open the tokens of one split, or of several one after the other, without reading them into memory.
 
-    Each process reads all shards, because the training loop divides the images among the processes itself.
+    Each process opens all shards, because the training loop divides the images among the processes itself.
 
     Raises:
         FileNotFoundError: no token set lies there, or it has no such split.
@@ -157,89 +276,11 @@ def open_tokens(directory: str | Path, split: str) -> TokenSet:
     """
     directory = Path(directory)
     meta = read_meta(directory)
-    shards = sorted(directory.glob(f"{split}-*.tar"))
-    if not shards:
-        splits = sorted({path.name.rsplit("-", 1)[0] for path in directory.glob("*.tar")})
-        raise FileNotFoundError(f"{directory} has no split {split!r}; it has {', '.join(splits)}")
-
-    records = [record for shard in shards for record in _read_shard(shard, split, meta)]
-    variants = {len(record.ids) for record in records}
-    if len(variants) != 1:
-        raise ValueError(
-            f"{directory}: images of split {split!r} have {sorted(variants)} variants, expected one number "
-            "for all; make the token set again with tavq tokenize"
-        )
-    return TokenSet(
-        meta,
-        names=tuple(record.id for record in records),
-        ids=torch.from_numpy(np.stack([record.ids for record in records])),
-        captions=tuple(record.captions for record in records),
-        long_texts=tuple(record.long_text for record in records),
-    )
-
-
-def _read_shard(shard: Path, split: str, meta: TokenMeta) -> Iterator[TokenRecord]:
-    all_members = list_members(shard)
-    for member in all_members:
-        if not is_regular(member) or not member.name.endswith(tuple(f".{kind}" for kind in MEMBERS)):
-            raise ValueError(
-                f"{shard} holds {member.name}, expected .json and .npy files alone; if the shard comes from "
-                "somebody else, do not trust it"
-            )
-    for key, members in group_samples(all_members).items():
-        where = f"{shard}, sample {key}"
-        if set(members) != set(MEMBERS):
-            raise ValueError(
-                f"{where} has {' and '.join(sorted(members))}, expected json and npy; make the token set "
-                "again with tavq tokenize"
-            )
-        text = from_dict(_Text, _parse_json(read_member(shard, members["json"]), where), source=where)
-        ids = _parse_ids(read_member(shard, members["npy"]), where, meta)
-        yield TokenRecord(text.id, split, ids, tuple(text.captions), text.long_text)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Text:
-    """The json of one sample."""
-
-    id: str
-    captions: list[str]
-    long_text: str | None = None
-
-
-def _parse_json(content: bytes, where: str) -> dict[str, Any]:
-    try:
-        values = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: no valid json ({error}); make the token set again") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{where}: json holds a {type(values).__name__}, expected an object")
-    return values
-
-
-def _parse_ids(content: bytes, where: str, meta: TokenMeta) -> np.ndarray:
-    """Parse a `.npy` file of ids: (V, h, w) int32 in [0, num_codes)."""
-    file = io.BytesIO(content)
-    try:
-        version = np.lib.format.read_magic(file)
-        read_header = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
-        shape, _, dtype = read_header(file)
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{where}: no valid npy file ({error}); make the token set again") from None
-
-    # The header is checked before the array is read, which would reserve whatever memory the header asks for.
-    if dtype.kind not in "iu" or len(shape) != 3 or shape[1:] != meta.grid_size:
-        raise ValueError(
-            f"{where}: ids are {dtype} of shape {shape}, expected integers of shape (variants, "
-            f"{meta.grid_size[0]}, {meta.grid_size[1]}); make the token set again"
-        )
-    if len(content) - file.tell() != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{where}: ids are cut short, shape {shape} needs more; make the token set again")
-
-    ids = np.load(io.BytesIO(content), allow_pickle=False)
-    if not (ids.size and ids.min() >= 0 and ids.max() < meta.num_codes):
-        raise ValueError(f"{where}: ids lie outside 0..{meta.num_codes - 1}; make the token set again")
-    return ids.astype(np.int32)
+    shards: list[Path] = []
+    for split in splits:
+        found = sorted(directory.glob(f"{split}-*.tar"))
+        if not found:
+            there = sorted({path.name.rsplit("-", 1)[0] for path in directory.glob("*.tar")})
+            raise FileNotFoundError(f"{directory} has no split {split!r}; it has {', '.join(there)}")
+        shards += found
+    return TokenSet(meta, tuple(shards), index_shards(shards, meta))

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from tavq.base.journal import read_journal
-from tavq.base.seeding import mixed_seed
 from tavq.data.text_encoder import TextEncoder
+from tavq.data.tokens import TokenSet
 from tavq.training.task import StepOutput
 
 from .config import GeneratorRun
 from .model import GeneratorModel
 from .text_states import PackedStates, pack_states
-from .train import Decode, GeneratorTask
+from .train import Decode, GeneratorTask, random_variant
 
 HELD_OUT = 20  # one pair in so many is never trained on
 EVALUATION_BATCH = 50
@@ -93,7 +93,7 @@ class PreferenceTask(GeneratorTask):
         config = self.shipped.config
         self.pairs = read_pairs(run.preferences, config.codebook_hash, self.encoder, config.max_text_tokens)
         self.held_out = list(range(0, len(self.pairs), HELD_OUT))
-        self.dataset = PairExamples(self.pairs, self.train_set.names, self.train_set.ids.flatten(2).long())
+        self.dataset = PairExamples(self.pairs, self.train_set)
         self.model = self.preference = PreferenceTrainer(self.run, self.shipped)
 
     def collate(self, examples: list[Any]) -> dict[str, Tensor]:
@@ -129,22 +129,21 @@ class PreferenceTask(GeneratorTask):
 class PairExamples(Dataset):
     """`self[(index, draw_seed)]` is a pair's number and a variant (N,) of the real image of its prompt."""
 
-    def __init__(self, pairs: Pairs, names: tuple[str, ...], ids_nVN: Tensor):
-        rows = {name: row for row, name in enumerate(names)}
+    def __init__(self, pairs: Pairs, tokens: TokenSet):
+        rows = {name: row for row, name in enumerate(tokens.names)}
         unknown = [name for name in pairs.names if name not in rows]
         if unknown:
             raise ValueError(f"the token set has no image {unknown[0]}; take that of the same dataset")
         self.numbers = [number for number in range(len(pairs)) if number % HELD_OUT]
         self.real = [rows[pairs.names[number]] for number in self.numbers]
-        self.ids_nVN = ids_nVN
+        self.tokens = tokens
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[int, Tensor]:
         index, draw_seed = item
-        variant = mixed_seed(draw_seed, 0) % self.ids_nVN.shape[1]
-        return self.numbers[index], self.ids_nVN[self.real[index], variant]
+        return self.numbers[index], random_variant(self.tokens, self.real[index], draw_seed)
 
 
 class PreferenceTrainer(nn.Module):

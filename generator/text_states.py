@@ -1,5 +1,8 @@
 """Token states of many captions, computed once and kept on disk without padding.
 
+They are read as they are needed, so that memory does not grow with their number. To encode the captions of
+each batch anew would take longer than a training step of the small generator.
+
 Shapes: n texts, T text tokens, M text width.
 """
 
@@ -7,14 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from tavq.base.cache import cache_directory, cached_tensors
+from tavq.base.arrays import Ragged, build_once, open_ragged, write_ragged
+from tavq.base.cache import cache_directory
 from tavq.data.text_encoder import TextEncoder, TokenStates
 
 TEXTS_AT_ONCE = 1024  # texts that the encoder is given together
@@ -22,33 +27,31 @@ TEXTS_AT_ONCE = 1024  # texts that the encoder is given together
 
 @dataclasses.dataclass(frozen=True)
 class PackedStates:
-    """States of the tokens of n texts, one text after the other, without padding.
+    """States of the tokens of n texts, without padding, in a file.
 
     Attributes:
-        states: (tokens of all texts, M) float16.
-        starts: (n + 1,) int64; text i has the tokens `starts[i]` to `starts[i + 1]`.
+        states: the states of each text, (tokens, M) float16.
         max_tokens: T.
     """
 
-    states: Tensor
-    starts: Tensor
+    states: Ragged
     max_tokens: int
 
     def rows(self, texts: Sequence[int]) -> TokenStates:
         """Return the states of some texts, padded to T slots, in float32."""
-        states_BTM = torch.zeros(len(texts), self.max_tokens, self.states.shape[1])
+        states_BTM = torch.zeros(len(texts), self.max_tokens, self.states.values.shape[1])
         mask_BT = torch.zeros(len(texts), self.max_tokens, dtype=torch.bool)
         for row, text in enumerate(texts):
-            start, end = self.starts[text], self.starts[text + 1]
-            states_BTM[row, : end - start] = self.states[start:end]
-            mask_BT[row, : end - start] = True
+            states_TM = torch.from_numpy(self.states[text])
+            states_BTM[row, : len(states_TM)] = states_TM
+            mask_BT[row, : len(states_TM)] = True
         return TokenStates(states_BTM, mask_BT)
 
 
 def pack_states(
     encoder: TextEncoder, texts: Sequence[str], max_tokens: int, directory: Path | None = None
 ) -> PackedStates:
-    """Encode `texts`, or read their states from the cache.
+    """Encode `texts`, or open their states in the cache.
 
     Args:
         encoder: the frozen text encoder.
@@ -58,21 +61,23 @@ def pack_states(
     """
     # All that the states depend on, so that nothing outdated is ever read.
     digest = hashlib.sha256(f"{encoder.hash} {max_tokens}\n".encode())
-    digest.update("\n".join(texts).encode())
-    stored = cached_tensors(
-        directory or cache_directory("token_states"),
-        digest.hexdigest()[:16],
-        lambda: _encode(encoder, texts, max_tokens),
+    for number, text in enumerate(texts):
+        digest.update(f"\n{text}".encode() if number else text.encode())
+    folder = directory or cache_directory("token_states")
+    path = build_once(
+        folder / f"{digest.hexdigest()[:16]}.safetensors",
+        lambda path: write_ragged(path, "states", _encode(encoder, texts, max_tokens)),
     )
-    return PackedStates(stored["states"], stored["starts"], max_tokens)
+    return PackedStates(open_ragged(path, "states"), max_tokens)
 
 
-def _encode(encoder: TextEncoder, texts: Sequence[str], max_tokens: int) -> dict[str, Tensor]:
-    states, lengths = [], [0]
+def _encode(
+    encoder: TextEncoder, texts: Sequence[str], max_tokens: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the states of some texts and their numbers of tokens."""
+    rest = iter(texts)
     with tqdm(total=len(texts), desc="encoding captions", unit="text", disable=None) as bar:
-        for start in range(0, len(texts), TEXTS_AT_ONCE):
-            batch = encoder.token_states(texts[start : start + TEXTS_AT_ONCE], max_tokens)
-            states.append(batch.states[batch.mask].half())
-            lengths += batch.mask.sum(1).tolist()
-            bar.update(len(batch.mask))
-    return {"states": torch.cat(states), "starts": torch.tensor(lengths).cumsum(0)}
+        while group := list(itertools.islice(rest, TEXTS_AT_ONCE)):
+            batch = encoder.token_states(group, max_tokens)
+            yield batch.states[batch.mask].half().numpy(), batch.mask.sum(1).numpy()
+            bar.update(len(group))

@@ -25,7 +25,7 @@ from tavq.base.seeding import mixed_seed
 from tavq.data.config import SPLITS
 from tavq.data.images import grid, to_pil
 from tavq.data.text_encoder import TextEncoder, TokenStates
-from tavq.data.tokens import TokenMeta, TokenSet, open_tokens, read_meta
+from tavq.data.tokens import AllTexts, TokenMeta, TokenSet, open_tokens, read_meta
 from tavq.training.checkpoint import tensor_hash
 from tavq.training.dry_run import dry_run
 from tavq.training.loop import train
@@ -88,15 +88,14 @@ class GeneratorTask(Task[nn.Module, GeneratorModel]):
         self.earlier_card = "" if earlier is None else earlier.card
 
         train_set = open_tokens(run.tokens, "train")
-        if run.long_text:
-            train_set = _with_long_texts(train_set)
+        train_set = dataclasses.replace(train_set, with_long_texts=run.long_text)
         self.train_set = train_set
         self.dataset: Dataset = TokenExamples(train_set)
-        all_captions = [caption for captions in train_set.captions for caption in captions]
+        all_captions = AllTexts(train_set)
         if run.more_tokens is not None:
             more = open_more_tokens(run.more_tokens, train_set.meta)
             self.dataset = MixedExamples(train_set, more, run.more_share)
-            all_captions += [caption for captions in more.captions for caption in captions]
+            all_captions = AllTexts(train_set, more)
         self.val_set = open_tokens(run.tokens, "val")
 
         self.encoder = encoder = TextEncoder(run.model.text_encoder)
@@ -151,13 +150,6 @@ class GeneratorTask(Task[nn.Module, GeneratorModel]):
         model.save_pretrained(directory)
 
 
-def _with_long_texts(tokens: TokenSet) -> TokenSet:
-    """Append the long text of each image to its captions."""
-    pairs = zip(tokens.captions, tokens.long_texts, strict=True)
-    captions = tuple((*captions, text) if text else captions for captions, text in pairs)
-    return dataclasses.replace(tokens, captions=captions)
-
-
 def nats_per_token(
     model: GeneratorModel,
     tokens: TokenSet,
@@ -189,18 +181,22 @@ class TokenExamples(Dataset):
     number of a random one of its captions among all captions."""
 
     def __init__(self, tokens: TokenSet):
-        self.ids_nVN = tokens.ids.flatten(2).long()  # V variants of each image: mirrored, cropped
-        self.num_captions = [len(captions) for captions in tokens.captions]
-        self.first_caption = np.cumsum([0, *self.num_captions[:-1]]).tolist()
+        self.tokens = tokens
 
     def __len__(self) -> int:
-        return len(self.ids_nVN)
+        return len(self.tokens)
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
         index, draw_seed = item
-        variant = mixed_seed(draw_seed, 0) % self.ids_nVN.shape[1]
-        caption = mixed_seed(draw_seed, 1) % self.num_captions[index]
-        return self.ids_nVN[index, variant], self.first_caption[index] + caption
+        captions = self.tokens.captions_of(index)
+        caption = captions[mixed_seed(draw_seed, 1) % len(captions)]
+        return random_variant(self.tokens, index, draw_seed), caption
+
+
+def random_variant(tokens: TokenSet, index: int, draw_seed: int) -> Tensor:
+    """Read image `index` as it is, mirrored or cropped, as the seed decides: (N,) int64."""
+    ids_Vhw = tokens.ids[index]
+    return ids_Vhw[mixed_seed(draw_seed, 0) % len(ids_Vhw)].flatten().long()
 
 
 class MixedExamples(Dataset):
@@ -209,7 +205,7 @@ class MixedExamples(Dataset):
     def __init__(self, tokens: TokenSet, more: TokenSet, share: float):
         self.first, self.second = TokenExamples(tokens), TokenExamples(more)
         self.share = share
-        self.num_first_captions = sum(self.first.num_captions)
+        self.num_first_captions = tokens.num_captions
 
     def __len__(self) -> int:
         return len(self.first)
@@ -224,7 +220,7 @@ class MixedExamples(Dataset):
 
 
 def open_more_tokens(directory: Path, meta: TokenMeta) -> TokenSet:
-    """Read all splits of another token set.
+    """Open all splits of another token set.
 
     Raises:
         ValueError: another tokenizer encoded it.
@@ -234,14 +230,7 @@ def open_more_tokens(directory: Path, meta: TokenMeta) -> TokenSet:
             f"{directory} holds ids of another tokenizer than the other tokens; encode its images anew with "
             "tavq tokenize"
         )
-    sets = [open_tokens(directory, split) for split in SPLITS if any(directory.glob(f"{split}-*.tar"))]
-    return TokenSet(
-        meta,
-        names=tuple(name for tokens in sets for name in tokens.names),
-        ids=torch.cat([tokens.ids for tokens in sets]),
-        captions=tuple(captions for tokens in sets for captions in tokens.captions),
-        long_texts=tuple(text for tokens in sets for text in tokens.long_texts),
-    )
+    return open_tokens(directory, *(split for split in SPLITS if any(directory.glob(f"{split}-*.tar"))))
 
 
 class GeneratorTrainer(nn.Module):

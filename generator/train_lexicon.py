@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tavq.base.files import file_hash
 from tavq.base.weights import WEIGHTS_FILE
 from tavq.data.text_encoder import TextEncoder, TokenStates
-from tavq.data.tokens import TokenSet, open_tokens
+from tavq.data.tokens import AllTexts, TokenSet, open_tokens
 from tavq.training.dry_run import dry_run
 from tavq.training.loop import train
 from tavq.training.provenance import TokenProvenance
@@ -55,8 +55,7 @@ class LexiconTask(Task["LexiconTrainer", Lexicon]):
         train_set, self.val_set = (open_tokens(run.tokens, split) for split in ("train", "val"))
         generator.check_codebook(train_set.meta.codebook_hash)
         encoder = TextEncoder.checked(config.text_encoder, config.text_encoder_hash)
-        captions = [caption for group in train_set.captions for caption in group]
-        self.texts = pack_states(encoder, captions, config.max_text_tokens)
+        self.texts = pack_states(encoder, AllTexts(train_set), config.max_text_tokens)
         firsts = [group[0] for group in self.val_set.captions]
         self.val_texts = pack_states(encoder, firsts, config.max_text_tokens)
         self.dataset = TokenExamples(train_set)

@@ -160,7 +160,7 @@ def test_examples_hold_a_variant_and_every_caption(tokens_dir: Path):
         for row, length in zip(example["words"], example["lengths"], strict=True)
         if length > 0
     }
-    assert texts == {tuple(ids) for ids in dataset.captions[3]}
+    assert texts == {tuple(dataset.words[text].tolist()) for text in dataset.tokens.captions_of(3)}
 
 
 @pytest.mark.slow

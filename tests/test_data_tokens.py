@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+import os
 import tarfile
+import time
 
 import numpy as np
 import pytest
 import torch
 
-from tavq.data.tokens import META_FILE, TokenMeta, TokenRecord, open_tokens, read_meta, write_tokens
+from tavq.base.arrays import DiskArray
+from tavq.data import token_index
+from tavq.data.tokens import META_FILE, AllTexts, TokenMeta, TokenRecord, open_tokens, read_meta, write_tokens
 
 META = TokenMeta(8, (2, 4), "codebook", "tokenizer", "made up", 16)
 
@@ -54,11 +59,11 @@ def test_a_new_shard_starts_after_so_many_images_of_a_split_and_none_is_lost(tmp
     for split in ("train", "val"):
         tokens = open_tokens(tmp_path / "tokens", split)
         expected = [record(n, split) for n in range(7)]
-        assert tokens.names == tuple(r.id for r in expected)
-        assert tokens.captions == tuple(r.captions for r in expected)
-        assert tokens.long_texts == tuple(r.long_text for r in expected)
-        assert tokens.ids.dtype == torch.int32
-        assert torch.equal(tokens.ids, torch.from_numpy(np.stack([r.ids for r in expected])).int())
+        assert tuple(tokens.names) == tuple(r.id for r in expected)
+        assert tuple(tokens.captions) == tuple(r.captions for r in expected)
+        assert tuple(tokens.long_texts) == tuple(r.long_text for r in expected)
+        assert tokens.ids[0].dtype == torch.int32
+        assert torch.equal(tokens.ids[:], torch.from_numpy(np.stack([r.ids for r in expected])).int())
 
 
 def test_an_exactly_full_shard_is_followed_by_none(tmp_path):
@@ -141,3 +146,69 @@ def test_a_missing_set_or_split_and_a_foreign_meta_file_are_named(tokens_dir):
         open_tokens(tokens_dir, "train")
     with pytest.raises(FileExistsError, match="holds no token set"):
         write_tokens(tokens_dir.parent, [record(0)], META)
+
+
+class TestIndex:
+    """What is kept of a token set, so that it is not checked at each start."""
+
+    @pytest.fixture(autouse=True)
+    def cache(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("TAVQ_CACHE", str(tmp_path / "cache"))
+
+    @pytest.fixture
+    def settled_dir(self, tokens_dir):
+        """The token set as if it had been written a minute ago."""
+        self.age(tokens_dir, 60)
+        return tokens_dir
+
+    @staticmethod
+    def age(directory, seconds):
+        for shard in directory.glob("*.tar"):
+            os.utime(shard, (time.time() - seconds,) * 2)
+
+    def test_it_is_kept_outside_the_folder_and_the_shards_are_not_checked_again(
+        self, settled_dir, monkeypatch
+    ):
+        there = sorted(settled_dir.iterdir())
+        first = open_tokens(settled_dir, "train")
+        assert isinstance(first.rows, DiskArray) and sorted(settled_dir.iterdir()) == there
+        monkeypatch.setattr(token_index, "_samples", None)
+        again = open_tokens(settled_dir, "train")
+        assert list(again.captions) == list(first.captions) == [record(n).captions for n in range(2)]
+        assert torch.equal(again.ids[:], first.ids[:])
+
+    def test_shards_that_changed_are_checked_again(self, settled_dir):
+        assert len(open_tokens(settled_dir, "train")) == 2
+        put_members(settled_dir / "train-000000.tar", GOOD)
+        self.age(settled_dir, 30)
+        assert len(open_tokens(settled_dir, "train")) == 1
+        put_members(settled_dir / "train-000000.tar", GOOD | {"00000000.json": b"{"})
+        self.age(settled_dir, 20)
+        with pytest.raises(ValueError, match="no valid json"):
+            open_tokens(settled_dir, "train")
+
+    def test_that_of_shards_written_a_moment_ago_is_not_kept(self, tokens_dir, tmp_path):
+        assert not isinstance(open_tokens(tokens_dir, "train").rows, DiskArray)
+        assert not (tmp_path / "cache").exists()
+
+    def test_ids_that_change_while_the_set_is_open_are_refused(self, settled_dir):
+        tokens = open_tokens(settled_dir, "train")
+        shard = settled_dir / "train-000000.tar"
+        content = bytearray(shard.read_bytes())
+        content[int(tokens.rows[0][1]) + 128] = 99  # the first id behind the header
+        shard.write_bytes(content)
+        with pytest.raises(ValueError, match=r"outside 0\.\.7"):
+            tokens.ids[0]
+
+
+def test_texts_of_several_sets_are_numbered_one_after_the_other(tokens_dir, tmp_path):
+    write_tokens(tmp_path / "more", [record(2), record(3)], META)
+    sets = [open_tokens(folder, "train") for folder in (tokens_dir, tmp_path / "more")]
+    sets[1] = dataclasses.replace(sets[1], with_long_texts=True)
+    texts = AllTexts(*sets)
+    long_texts = [(), (), (), ("A long text about 3.",)]
+    expected = [text for n in range(4) for text in (*record(n).captions, *long_texts[n])]
+    assert list(texts) == [texts[number] for number in range(len(texts))] == expected
+    assert [texts[number] for number in sets[0].captions_of(1)] == list(record(1).captions)
+    with pytest.raises(IndexError):
+        texts[len(texts)]

@@ -10,7 +10,7 @@ import torch
 
 from tavq.commands.train_generator import main
 from tavq.data.text_encoder import TextEncoder
-from tavq.data.tokens import TokenMeta, TokenRecord, open_tokens, write_tokens
+from tavq.data.tokens import AllTexts, TokenMeta, TokenRecord, open_tokens, write_tokens
 from tavq.generator import text_states, train
 from tavq.generator.config import RUN_PRESETS, SamplingConfig
 from tavq.generator.model import GeneratorModel
@@ -67,7 +67,7 @@ def test_packed_states_are_those_of_the_encoder_and_come_from_the_cache(tmp_path
     assert torch.equal(rows.mask, expected.mask[[2, 0]])
     torch.testing.assert_close(rows.states, expected.states[[2, 0]], atol=2e-3, rtol=1e-3)
     monkeypatch.setattr(encoder, "token_states", None)
-    assert torch.equal(pack_states(encoder, SUBJECTS, 12, tmp_path).states, packed.states)
+    assert torch.equal(pack_states(encoder, SUBJECTS, 12, tmp_path).rows([2, 0]).states, rows.states)
     with pytest.raises(TypeError):
         pack_states(encoder, SUBJECTS[:2], 12, tmp_path)
 
@@ -298,17 +298,17 @@ def test_mistakes_are_one_line_and_exit_code_2(argv, message, capsys, tmp_path):
     assert error.startswith("error: ") and message in error
 
 
-def test_long_texts_are_drawn_like_captions(tokens):
-    few = dataclasses.replace(
-        open_tokens(tokens, "train"),
-        names=("a", "b"),
-        captions=(("one", "two"), ("three",)),
-        long_texts=("all of a", None),
-    )
-    longer = train._with_long_texts(few)
-    assert longer.captions == (("one", "two", "all of a"), ("three",))
+def test_long_texts_are_drawn_like_captions(tmp_path):
+    records = [
+        TokenRecord("a", "train", np.zeros((1, 2, 2), int), ("one", "two"), "all of a"),
+        TokenRecord("b", "train", np.zeros((1, 2, 2), int), ("three",)),
+    ]
+    write_tokens(tmp_path / "few", records, TokenMeta(8, (2, 2), "abc", "def", "made up", 16))
+    longer = dataclasses.replace(open_tokens(tmp_path / "few", "train"), with_long_texts=True)
+    assert list(AllTexts(longer)) == ["one", "two", "all of a", "three"]
     drawn = {TokenExamples(longer)[(0, draw)][1] for draw in range(60)}
     assert drawn == {0, 1, 2}
+    assert TokenExamples(longer)[(1, 0)][1] == 3
 
 
 def test_random_orders_turn_to_raster_order():

@@ -101,7 +101,7 @@ def test_pickled_objects_in_an_npy_file_are_refused_and_never_run(tmp_path):
 def test_a_token_folder_whose_name_is_a_shell_command_is_just_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tokens = put_tokens(Path("pipe:touch exploded;#"))
-    assert open_tokens(tokens, "train").names == ("train",)
+    assert list(open_tokens(tokens, "train").names) == ["train"]
     assert os.listdir() == [str(tokens)]
     line = refused(train_generator, "--preset", "tiny", "--tokens", "pipe:touch exploded;#no", "--out", "out")
     assert "no token set in pipe:touch exploded;#no" in line

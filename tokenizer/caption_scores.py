@@ -14,6 +14,8 @@ from .heatmaps import check_aligned
 from .model import TAVQTokenizer
 from .retrieval import alignment_scores, text_encoder_of
 
+IMAGES_AT_ONCE = 1000  # whose captions are encoded together
+
 
 def caption_alignment_scores(tokenizer: TAVQTokenizer, tokens: Path) -> list[np.ndarray]:
     """Score each training caption by its alignment with its image, for quality buckets.
@@ -27,9 +29,12 @@ def caption_alignment_scores(tokenizer: TAVQTokenizer, tokens: Path) -> list[np.
     check_aligned(tokenizer, NUM_LEVELS)
     cache = EmbeddingCache(text_encoder_of(tokenizer))
     train_set = open_tokens(tokens, "train")
-    vectors = cache.encode([caption for captions in train_set.captions for caption in captions])
-    vectors_by_image = vectors.split([len(captions) for captions in train_set.captions])
-    return [
-        alignment_scores(tokenizer, ids[:1], own)[0].numpy()  # variant 0 is the image as it is
-        for ids, own in zip(train_set.ids.long(), vectors_by_image, strict=True)
-    ]
+    scores = []
+    for start in range(0, len(train_set), IMAGES_AT_ONCE):
+        group = train_set.captions[start : start + IMAGES_AT_ONCE]
+        vectors = cache.encode([caption for captions in group for caption in captions])
+        own_vectors = vectors.split([len(captions) for captions in group])
+        for index, own in enumerate(own_vectors, start):
+            ids = train_set.ids[index, :1].long()  # variant 0 is the image as it is
+            scores.append(alignment_scores(tokenizer, ids, own)[0].numpy())
+    return scores
