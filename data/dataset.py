@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -94,6 +95,16 @@ class ImageTextDataset:
         except FileNotFoundError as error:  # it was there when the dataset was opened
             raise UnreadableImageError(str(error)) from error
 
+    def fingerprint(self) -> str:
+        """Return a hash of ids, splits, texts and sizes of the images: it tells whether a dataset changed."""
+        digest = hashlib.sha256(self.name.encode())
+        for example in self.examples:
+            image = example.image
+            size = image.stat().st_size if isinstance(image, Path) else getattr(image, "size", 0)
+            row = (example.id, example.split, example.captions, example.long_text, size)
+            digest.update(repr(row).encode())
+        return digest.hexdigest()[:16]
+
     def take(self, count: int | None) -> ImageTextDataset:
         """Return the first `count` examples; None returns all."""
         return self if count is None else ImageTextDataset(self.name, self.examples[:count])
@@ -104,7 +115,7 @@ class ImageTextDataset:
 
 
 def readable_images(
-    dataset: ImageTextDataset, *, total: int | None = None
+    dataset: ImageTextDataset, *, total: int | None = None, indices: Iterable[int] | None = None
 ) -> Iterator[tuple[int, Image.Image]]:
     """Yield (index, image) for every image that can be read; name the others in one warning at the end.
 
@@ -112,13 +123,15 @@ def readable_images(
         dataset: whose images to read.
         total: number of images that the limit of unreadable ones refers to, where `dataset` is only what an
             earlier call has left of them.
+        indices: the images to read; all by default.
 
     Raises:
         ValueError: more images cannot be read than `max_unreadable` allows.
     """
     total = total or len(dataset)
+    indices = range(len(dataset)) if indices is None else indices
     reasons: list[str] = []
-    for index in range(len(dataset)):
+    for index in indices:
         try:
             image = dataset.load_image(index)
         except UnreadableImageError as error:

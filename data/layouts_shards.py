@@ -5,7 +5,7 @@ The name of a shard may begin with its split, as in train-000000.tar.
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import io
 import tarfile
 import warnings
@@ -20,6 +20,22 @@ from .dataset import Example
 from .images import load_image
 from .layouts_folder import IMAGE_SUFFIXES, SPLIT_NAMES, captions_of, long_text_of, named_split
 from .tar_shards import group_samples, list_members, read_member, read_range
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ShardImage:
+    """An image in a shard, which is read when it is called."""
+
+    shard: Path
+    name: str
+    offset: int
+    size: int
+    """In bytes."""
+
+    def __call__(self) -> Image.Image:
+        buffer = io.BytesIO(read_range(self.shard, self.offset, self.size))
+        buffer.name = f"{self.shard}: {self.name}"  # for the error, if it is no image
+        return load_image(buffer)
 
 
 def read_shards(shards: list[Path]) -> Iterator[Example]:
@@ -42,7 +58,7 @@ def read_shards(shards: list[Path]) -> Iterator[Example]:
                 without_caption.append(f"{shard.name}: {image.name}")
                 continue
             # Name and place alone: tens of thousands of TarInfo objects would take much memory.
-            load = functools.partial(_load_from_shard, shard, image.name, image.offset_data, image.size)
+            load = ShardImage(shard, image.name, image.offset_data, image.size)
             split = named_split(row, where) or shard_split
             yield Example(key, load, captions, long_text_of(row, where), split)
 
@@ -63,9 +79,3 @@ def _text_of_sample(shard: Path, members: dict[str, tarfile.TarInfo], where: str
             raise ValueError(f"{where} has no text in UTF-8 ({error}); write the shard again") from None
         return {"captions": text.splitlines()}
     return {}
-
-
-def _load_from_shard(shard: Path, name: str, offset: int, size: int) -> Image.Image:
-    buffer = io.BytesIO(read_range(shard, offset, size))
-    buffer.name = f"{shard}: {name}"  # for the error, if it is no image
-    return load_image(buffer)

@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import json
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,7 +25,7 @@ from .tar_shards import read_range
 from .token_index import Place, SampleText, index_shards, parse_ids, parse_json, parse_text
 
 if TYPE_CHECKING:
-    from webdataset import TarWriter
+    pass
 
 META_FILE = "meta.json"
 IMAGES_PER_SHARD = 5000
@@ -199,62 +196,6 @@ class AllTexts(Sequence[str]):
         raise IndexError(f"there are {len(self)} texts")
 
 
-def write_tokens(
-    directory: Path, records: Iterable[TokenRecord], meta: TokenMeta, images_per_shard: int = IMAGES_PER_SHARD
-) -> None:
-    """Write `records` as shards `SPLIT-000000.tar` and `meta.json`.
-
-    They are written to a temporary folder that takes the place of `directory` when all are there.
-
-    Raises:
-        FileExistsError: `directory` exists and is no token set.
-    """
-    if directory.exists() and not (directory / META_FILE).exists() and any(directory.iterdir()):
-        raise FileExistsError(f"{directory} exists and holds no token set; name another --out")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as folder:
-        unfinished = Path(folder) / "tokens"
-        unfinished.mkdir()
-        _write_shards(unfinished, records, images_per_shard)
-        (unfinished / META_FILE).write_text(json.dumps(dataclasses.asdict(meta), indent=2) + "\n")
-        if directory.exists():
-            shutil.rmtree(directory)
-        unfinished.rename(directory)
-
-
-def _write_shards(directory: Path, records: Iterable[TokenRecord], images_per_shard: int) -> None:
-    """Write the records of each split in order, starting a new shard after every `images_per_shard`."""
-    from webdataset import TarWriter
-
-    counts: dict[str, int] = {}
-    writers: dict[str, TarWriter] = {}
-    try:
-        for record in records:
-            count = counts.get(record.split, 0)
-            if count % images_per_shard == 0:
-                if record.split in writers:
-                    _close(writers[record.split])
-                shard = directory / f"{record.split}-{count // images_per_shard:06d}.tar"
-                # An open file, because TarWriter takes a name that starts with `pipe:` for a shell command.
-                writers[record.split] = TarWriter(shard.open("wb"), mtime=0)
-            writers[record.split].write(_sample(record, count))
-            counts[record.split] = count + 1
-    finally:
-        for writer in writers.values():
-            _close(writer)
-
-
-def _close(writer: TarWriter) -> None:
-    writer.close()
-    writer.stream.close()
-
-
-def _sample(record: TokenRecord, count: int) -> dict[str, object]:
-    text = {"id": record.id, "captions": list(record.captions), "long_text": record.long_text}
-    return {"__key__": f"{count:08d}", "json": text, "npy": record.ids.astype(np.int32)}
-
-
 def read_meta(directory: Path) -> TokenMeta:
     """Read `meta.json` of a token set."""
     path = directory / META_FILE
@@ -283,4 +224,9 @@ def open_tokens(directory: str | Path, *splits: str) -> TokenSet:
             there = sorted({path.name.rsplit("-", 1)[0] for path in directory.glob("*.tar")})
             raise FileNotFoundError(f"{directory} has no split {split!r}; it has {', '.join(there)}")
         shards += found
+    return open_shards(shards, meta)
+
+
+def open_shards(shards: Sequence[Path], meta: TokenMeta) -> TokenSet:
+    """Open shards whose tokenizer is known."""
     return TokenSet(meta, tuple(shards), index_shards(shards, meta))

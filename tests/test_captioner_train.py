@@ -18,7 +18,8 @@ from tavq.captioner.self_critical import advantages, sample_rollout, self_critic
 from tavq.captioner.train import CaptionerTask, train_captioner
 from tavq.captioner.vocabulary import metric_words
 from tavq.commands.train_captioner import main
-from tavq.data.tokens import TokenMeta, TokenRecord, open_tokens, write_tokens
+from tavq.data.token_writer import write_tokens
+from tavq.data.tokens import TokenMeta, TokenRecord, open_tokens
 from tavq.tokenizer.caption_scores import caption_alignment_scores
 from tavq.training.provenance import TokenProvenance
 

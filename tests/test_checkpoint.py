@@ -19,7 +19,8 @@ from tavq.commands.train_captioner import main as train_captioner
 from tavq.commands.train_generator import main as train_generator
 from tavq.commands.train_tokenizer import main as train_tokenizer
 from tavq.data.text_encoder import TextEncoder
-from tavq.data.tokens import TokenMeta, TokenRecord, write_tokens
+from tavq.data.token_writer import write_tokens
+from tavq.data.tokens import TokenMeta, TokenRecord
 from tavq.generator.model import GeneratorModel
 from tavq.pipeline import Pipeline
 from tavq.tokenizer.config import PRESETS

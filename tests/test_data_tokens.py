@@ -15,7 +15,8 @@ import torch
 
 from tavq.base.arrays import DiskArray
 from tavq.data import token_index
-from tavq.data.tokens import META_FILE, AllTexts, TokenMeta, TokenRecord, open_tokens, read_meta, write_tokens
+from tavq.data.token_writer import write_tokens
+from tavq.data.tokens import META_FILE, AllTexts, TokenMeta, TokenRecord, open_tokens, read_meta
 
 META = TokenMeta(8, (2, 4), "codebook", "tokenizer", "made up", 16)
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tavq.cli import main
-from tavq.data.tokens import TokenMeta, TokenRecord, write_tokens
+from tavq.data.token_writer import write_tokens
+from tavq.data.tokens import TokenMeta, TokenRecord
 from tavq.tokenizer.model import TAVQTokenizer
 from tavq.training.dry_run import batch_shapes, num_parameters
 

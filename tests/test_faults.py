@@ -178,7 +178,7 @@ def test_sigterm_ends_tokenising_as_ctrl_c_does(tiny_checkpoint: Path, tmp_path:
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     ) as process:
-        while process.poll() is None and not list(tmp_path.glob(".tokens.*/tokens/*.tar")):
+        while process.poll() is None and not list(tmp_path.glob("tokens.unfinished/plan.json")):
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
         _, error = process.communicate(timeout=60)

@@ -10,7 +10,8 @@ import torch
 
 from tavq.commands.train_generator import main
 from tavq.data.text_encoder import TextEncoder
-from tavq.data.tokens import AllTexts, TokenMeta, TokenRecord, open_tokens, write_tokens
+from tavq.data.token_writer import write_tokens
+from tavq.data.tokens import AllTexts, TokenMeta, TokenRecord, open_tokens
 from tavq.generator import text_states, train
 from tavq.generator.config import RUN_PRESETS, SamplingConfig
 from tavq.generator.model import GeneratorModel

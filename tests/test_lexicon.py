@@ -15,7 +15,8 @@ from tavq.commands.export import main as export
 from tavq.commands.generate import main as generate
 from tavq.commands.train_lexicon import main as train_lexicon
 from tavq.data.text_encoder import TokenStates
-from tavq.data.tokens import TokenMeta, TokenRecord, write_tokens
+from tavq.data.token_writer import write_tokens
+from tavq.data.tokens import TokenMeta, TokenRecord
 from tavq.generator.config import LEXICON_PRESETS, LexiconRun
 from tavq.generator.lexicon import Lexicon, with_words
 from tavq.generator.train_lexicon import LexiconTask

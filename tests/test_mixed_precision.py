@@ -11,7 +11,8 @@ from accelerate.state import AcceleratorState
 from tavq.captioner.config import RUN_PRESETS as CAPTIONER_RUNS
 from tavq.captioner.train import CaptionerTask
 from tavq.data.layouts import open_dataset
-from tavq.data.tokens import TokenMeta, TokenRecord, write_tokens
+from tavq.data.token_writer import write_tokens
+from tavq.data.tokens import TokenMeta, TokenRecord
 from tavq.generator.config import RUN_PRESETS as GENERATOR_RUNS
 from tavq.generator.train import GeneratorTask
 from tavq.tokenizer import train as tokenizer_train

@@ -11,7 +11,8 @@ import torch
 
 from tavq.commands.preferences import main as preferences
 from tavq.commands.train_generator import main as train_generator
-from tavq.data.tokens import TokenMeta, TokenRecord, write_tokens
+from tavq.data.token_writer import write_tokens
+from tavq.data.tokens import TokenMeta, TokenRecord
 from tavq.generator.config import GeneratorRun
 from tavq.generator.model import GeneratorModel
 from tavq.generator.preference import HELD_OUT, PreferenceTask

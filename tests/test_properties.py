@@ -29,7 +29,8 @@ from tavq.data.config import SPLITS
 from tavq.data.dataset import join_captions
 from tavq.data.images import UnreadableImageError, load_image
 from tavq.data.layouts import open_dataset
-from tavq.data.tokens import TokenMeta, TokenRecord, TokenSet, open_tokens, write_tokens
+from tavq.data.token_writer import write_tokens
+from tavq.data.tokens import TokenMeta, TokenRecord, TokenSet, open_tokens
 
 settings.register_profile(
     "bounded",

@@ -36,7 +36,8 @@ from tavq.commands.tokenize import main as tokenize
 from tavq.commands.train_generator import main as train_generator
 from tavq.data.layouts import open_dataset
 from tavq.data.text_encoder import minilm_directory
-from tavq.data.tokens import TokenMeta, TokenRecord, open_tokens, write_tokens
+from tavq.data.token_writer import write_tokens
+from tavq.data.tokens import TokenMeta, TokenRecord, open_tokens
 
 from .conftest import ROOT
 from .test_tokenizer_adapters import diffusers_model

@@ -6,6 +6,9 @@ Shapes: n images, V variants of an image, H W image size in px, h w token grid.
 
 from __future__ import annotations
 
+import collections
+import dataclasses
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -24,7 +27,8 @@ from tavq.data.dataset import ImageTextDataset, readable_images
 from tavq.data.images import to_tensor
 from tavq.data.keep import keep_only
 from tavq.data.layouts import open_dataset
-from tavq.data.tokens import TokenMeta, TokenRecord, write_tokens
+from tavq.data.token_writer import IMAGES_PER_SHARD, unfinished_tokens
+from tavq.data.tokens import TokenMeta, TokenRecord, TokenSet
 
 from .model import TAVQTokenizer
 from .run_config import TokenizeRun
@@ -33,8 +37,11 @@ from .training_images import SMALLEST_CROP
 IMAGES_AT_ONCE = 32
 
 
-def encode_dataset(run: TokenizeRun) -> None:
-    """Encode the splits of a dataset into shards of ids."""
+def encode_dataset(run: TokenizeRun, images_per_shard: int = IMAGES_PER_SHARD) -> None:
+    """Encode the splits of a dataset into shards of ids. The same call resumes a stopped run.
+
+    The result has the same bytes, whether or not a run was stopped on the way.
+    """
     directory = local_directory(run.checkpoint)
     tokenizer = TAVQTokenizer.from_pretrained(directory).to(choose_device(run.device))
     dataset = keep_only(open_dataset(run.data), run.keep)
@@ -46,25 +53,84 @@ def encode_dataset(run: TokenizeRun) -> None:
         data=dataset.name,
         image_size_px=tokenizer.image_size_px,
     )
-    splits = {split: dataset.select_split(split) for split in SPLITS}
-    records = (
-        record
-        for split, examples in splits.items()
-        if len(examples)
-        for record in encode_split(tokenizer, examples, split, run.crops)
-    )
-    with only_writer(run.out):
-        write_tokens(run.out, records, meta)
+    plan = {"crops": run.crops, "dataset": dataset.fingerprint()}
+    with only_writer(run.out), unfinished_tokens(run.out, meta, plan, images_per_shard) as unfinished:
+        for split in SPLITS:
+            examples = dataset.select_split(split)
+            if not len(examples):  # official COCO has no test split with captions
+                continue
+            done = find_done(examples, unfinished.finished(split))
+            unfinished.write(encode_split(tokenizer, examples, split, run.crops, done), {split: done.count})
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """What an earlier run has encoded of a split.
+
+    Attributes:
+        count: how many of its images.
+        again: the last of them, whose batch was not full: it is encoded again as a whole, because what an
+            image becomes may differ in the last bit with the images beside it.
+        unreadable: the images that it left out.
+        next: the first image that it did not come to.
+    """
+
+    count: int = 0
+    again: tuple[int, ...] = ()
+    unreadable: tuple[int, ...] = ()
+    next: int = 0
+
+
+def find_done(dataset: ImageTextDataset, tokens: TokenSet | None) -> Done:
+    """Find the images of finished shards in their split.
+
+    Raises:
+        ValueError: the shards hold other images.
+    """
+    if tokens is None:
+        return Done()
+    encoded: collections.deque[int] = collections.deque(maxlen=IMAGES_AT_ONCE)
+    unreadable: list[int] = []
+    names = iter(tokens.names)
+    name = next(names, None)
+    for index, example in enumerate(dataset.examples):
+        if name is None:
+            break
+        if example.id != name:
+            unreadable.append(index)
+            continue
+        encoded.append(index)
+        name = next(names, None)
+    if name is not None:
+        raise ValueError(f"the finished shards hold {name}, which is not among the images; remove them")
+
+    following = encoded[-1] + 1
+    rest = len(tokens) % IMAGES_AT_ONCE if following < len(dataset) else 0
+    return Done(len(tokens), tuple(encoded)[len(encoded) - rest :], tuple(unreadable), following)
 
 
 def encode_split(
-    tokenizer: TAVQTokenizer, dataset: ImageTextDataset, split: str, crops: int
+    tokenizer: TAVQTokenizer, dataset: ImageTextDataset, split: str, crops: int, done: Done
 ) -> Iterator[TokenRecord]:
-    """Encode a split. Only training images are cropped; the others have their mirror image alone."""
-    crops = crops if split == "train" else 0
+    """Encode what is left of a split. Only training images are cropped; the others have their mirror image
+    alone."""
+    records = _encode_from(tokenizer, dataset, split, crops if split == "train" else 0, done)
+    return itertools.islice(records, len(done.again), None)
+
+
+def _encode_from(
+    tokenizer: TAVQTokenizer, dataset: ImageTextDataset, split: str, crops: int, done: Done
+) -> Iterator[TokenRecord]:
+    # Unreadable images are tried again, so that the warning at the end names those of all runs.
+    indices = itertools.chain(done.unreadable, done.again, range(done.next, len(dataset)))
     batch: list[tuple[int, Tensor]] = []
-    with Progress(total=len(dataset), desc=f"tokenizing {split}", unit="image") as bar:
-        for index, image in readable_images(dataset):
+    with Progress(total=len(dataset), initial=done.next, desc=f"tokenizing {split}", unit="image") as bar:
+        for index, image in readable_images(dataset, indices=indices):
+            if index < done.next and index not in done.again:
+                raise ValueError(
+                    f"{dataset[index].id} could not be read before, and now it can; remove the unfinished "
+                    "shards to begin anew"
+                )
             views = variants(image, tokenizer.image_size_px, crops, mixed_seed(index, crops))
             batch.append((index, views))
             bar.update(1)

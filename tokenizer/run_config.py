@@ -139,7 +139,7 @@ class AlignRun:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizeRun:
-    """Encode the images of a dataset once, for training generator and captioner.
+    """Encode the images of a dataset once, for training generator and captioner. The same command resumes.
 
     Example: tavq tokenize --data flickr8k/ --out runs/mine/tokens --checkpoint runs/mine/tokenizer
     """
