@@ -69,8 +69,8 @@ CHOSEN = """
 INTRODUCTION = """\
 `make mutants` changes one thing in the source at a time (`+` to `-`, `<` to `<=`, a number by one,
 `x.detach()` to `x`, a statement to nothing, ...) and runs the tests that cover the module. A mutant is
-killed when a test fails. Of the {judged:,} mutants that are not accepted, {share} are killed. The command
-writes this page.
+killed when a test fails. Of the {judged:,} mutants that were tried and are not accepted, {share} are killed.
+Where not all were tried, those that were are a random sample. The command writes this page.
 """
 
 
@@ -146,6 +146,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("modules", nargs="*", help="such as alignment/transport.py; all by default")
     parser.add_argument(
+        "--per-module",
+        type=int,
+        metavar="N",
+        help="try N mutants of each module, the same random ones each time; all by default",
+    )
+    parser.add_argument(
         "--table", action="store_true", help="write the table of what was run, and run nothing"
     )
     parser.add_argument("--list", action="store_true", help="print what survived so far, and run nothing")
@@ -164,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in PRELOADED:
             importlib.import_module(name)
         for module in modules:
-            run_module(module, config["modules"][module])
+            run_module(module, config["modules"][module], options.per_module)
     TABLE.write_text(table(config))
 
 
@@ -179,12 +185,12 @@ def copy_commit() -> None:
         (SOURCE.parent / "shared").symlink_to(data)
 
 
-def run_module(module: str, tests: list[str]) -> None:
-    """Run the tests of a module on each of its mutants that has no result yet."""
+def run_module(module: str, tests: list[str], count: int | None) -> None:
+    """Run the tests of a module on each of its first `count` mutants that has no result yet."""
     known = {result.mutant.key: result for result in results_of(module)}
     tests_hash = hash_of(*(SOURCE / test.split("::")[0] for test in tests))
     pending = []
-    for mutant in mutants_of(module, SOURCE / module):
+    for mutant in mutants_of(module, SOURCE / module)[:count]:
         result = known.get(mutant.key)
         if result is None or (result.outcome == "survived" and result.tests != tests_hash):
             pending.append(mutant)
@@ -215,7 +221,7 @@ def operators() -> dict[str, Operator]:
 
 
 def mutants_of(module: str, path: Path) -> list[Mutant]:
-    """List the mutants of a module in the order of its lines."""
+    """List the mutants of a module in an order that is random and always the same: the first are a sample."""
     source = path.read_text()
     lines = source.splitlines()
     harmless = Harmless(source)
@@ -231,7 +237,7 @@ def mutants_of(module: str, path: Path) -> list[Mutant]:
                 after = mutated(source, operator, occurrence).splitlines()[line - 1].strip()
             if after != before:
                 found.append(Mutant(module, line, name, before, after, occurrence))
-    return sorted(found, key=lambda mutant: (mutant.line, mutant.operator, mutant.occurrence))
+    return sorted(found, key=lambda mutant: hashlib.sha256(repr(mutant.key).encode()).digest())
 
 
 def mutated(source: str, operator: Operator, occurrence: int) -> str:
@@ -351,8 +357,9 @@ def print_survivors(modules: Sequence[str], accepted: list[dict[str, str]]) -> N
 
 def table(config: dict[str, Any]) -> str:
     """Write the page of results, in Markdown."""
-    rows = ["| module | mutants | killed | accepted | survived |", "| --- | ---: | ---: | ---: | ---: |"]
-    totals = [0, 0, 0, 0]
+    rows = ["| module | mutants | tried | killed | accepted | survived |"]
+    rows.append("| --- |" + " ---: |" * 5)
+    totals = [0, 0, 0, 0, 0]
     open_ones: list[Mutant] = []
     for module in config["modules"]:
         survivors, run = survivors_of(module)
@@ -360,13 +367,14 @@ def table(config: dict[str, Any]) -> str:
             continue
         unaccepted = [mutant for mutant in survivors if not is_accepted(mutant, config["accepted"])]
         open_ones += unaccepted
-        counts = (run, run - len(survivors), len(survivors) - len(unaccepted), len(unaccepted))
+        everything = len(mutants_of(module, ROOT / module))
+        counts = (everything, run, run - len(survivors), len(survivors) - len(unaccepted), len(unaccepted))
         totals = [total + count for total, count in zip(totals, counts, strict=True)]
         rows.append(f"| `{module}` | " + " | ".join(f"{count:,}" for count in counts) + " |")
     rows.append("| **all** | " + " | ".join(f"**{total:,}**" for total in totals) + " |")
 
-    judged = totals[0] - totals[2]
-    share = f"{totals[1] / judged:.1%}" if judged else "none"
+    judged = totals[1] - totals[3]
+    share = f"{totals[2] / judged:.1%}" if judged else "none"
     accepted = ["| module | line | reason |", "| --- | --- | --- |"]
     accepted += [
         f"| `{row['module']}` | `{_cell(row['before'])}` | {row['reason']} |" for row in config["accepted"]

@@ -14,10 +14,13 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 
+from tavq.alignment.unit_index import units_of
 from tavq.base.arguments import parse, run_main
 from tavq.data.config import default_data
-from tavq.data.layouts import check_data_is_named
+from tavq.data.keep import write_keep
+from tavq.data.layouts import check_data_is_named, open_dataset
 from tavq.eval.results import Results, read_results
 from tavq.eval.table import write_block
 from tavq.tokenizer.config import LossConfig
@@ -38,8 +41,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "ot, sentences alone": ("--align", "ot", "--alignment.level-weights", "0", "0", "3"),
     "ot, levels reversed": ("--align", "ot", "--alignment.pairing", "3", "2", "1"),
 }
+FIRST_CAPTION = "ot, first caption alone"
 CLUSTERED: dict[str, tuple[str, ...]] = {f"{name}, sgc": (*VARIANTS[name], *SGC) for name in ("none", "ot")}
 """Codes of SGC-VQGAN; the classes come from --teacher."""
+ON_PHOTOS = {FIRST_CAPTION: VARIANTS["ot"], **CLUSTERED}
+"""Variants that scenes do not have: there is one caption, and no network."""
 TUNING: dict[str, tuple[str, ...]] = {
     "none, five times the commitment": (*VARIANTS["none"], "--model.quantizer.commitment", "0.25"),
     "lgvq, ten times its weights": (
@@ -113,7 +119,7 @@ class Ablation:
     @property
     def names(self) -> tuple[str, ...]:
         """Variants that `only` may name."""
-        return (*VARIANTS, *CLUSTERED, *TUNING)
+        return (*VARIANTS, *ON_PHOTOS, *TUNING)
 
     def __post_init__(self) -> None:
         check_data_is_named(self.data)
@@ -125,9 +131,10 @@ class Ablation:
 @run_main
 def main(argv: Sequence[str] | None = None) -> None:
     run = parse(Ablation, argv, prog="python recipes/ablation.py")
-    variants = VARIANTS | (CLUSTERED if run.teacher else {})
+    variants = VARIANTS | ON_PHOTOS
     if run.teacher is None:
         print("without --teacher no network gives classes: the rows of sgc are left out")
+        variants = {name: flags for name, flags in variants.items() if name not in CLUSTERED}
     queue = queue_of(variants, run.seeds)
     queue += [(name, flags, run.seeds[0]) for name, flags in TUNING.items()]
     for name, flags, seed in claimed(run, queue):
@@ -158,10 +165,32 @@ def train_and_measure(run: Ablation, name: str, flags: Sequence[str], seed: int)
         print(f"== {name}, seed {seed}: done before", flush=True)
         return
     print(f"== {name}, seed {seed}", flush=True)
+    if name == FIRST_CAPTION:
+        flags = [*flags, "--keep", str(first_captions(run))]
     train_tokenizer(run, folder, flags, seed)
     train_probe(run, folder, seed)
     train_captioner(run, folder, seed)
     measure(run, folder, name)
+
+
+def first_captions(run: Ablation) -> Path:
+    """Write the file that keeps the first caption of each training image alone."""
+    dataset = open_dataset(run.data, "train")
+    others = {example.id: range(1, len(example.captions)) for example in dataset.examples}
+    file = run.runs / "first-captions.txt"
+    write_keep(file, dataset, (), others)
+    return file
+
+
+def units_per_text(run: Ablation) -> str:
+    """Return a sentence on how many units the texts of the training images hold."""
+    counts = []
+    examples = open_dataset(run.data, "train").examples
+    for captions in ([example.captions[:1] for example in examples], [e.captions for e in examples]):
+        units = [units_of(texts)[1:] for texts in captions]
+        words, phrases, sentences = (mean(len(kinds[level]) for kinds in units) for level in range(3))
+        counts.append(f"{words:.1f} words, {phrases:.1f} phrases and {sentences:.1f} sentences")
+    return f"The first caption of an image has {counts[0]}; all its captions together have {counts[1]}."
 
 
 def train_tokenizer(run: Ablation, folder: Path, flags: Sequence[str], seed: int) -> None:
@@ -233,7 +262,7 @@ def document(run: Ablation) -> str:
     earlier = run.out.read_text(encoding="utf-8") if run.out.is_file() else ""
 
     rows: dict[str, str] = {}
-    for name in [*VARIANTS, *CLUSTERED, *TUNING]:
+    for name in [*VARIANTS, *ON_PHOTOS, *TUNING]:
         results = [results_of(run, name, seed) for seed in run.seeds]
         results = [parts for parts in results if parts]
         old_row = next((line for line in earlier.splitlines() if line.startswith(f"| {name} |")), "")
@@ -245,13 +274,14 @@ def document(run: Ablation) -> str:
     table = "\n".join([*header(COLUMNS), *rows.values()])
     tuned = f"tuning run with the first seed ({len(rows.keys() & TUNING.keys())} of {len(TUNING)} done)."
     text = f"{settings}\nBeside its default setting, each method gets {tuning_runs()} {tuned}\n\n{table}"
-    return "\n\n".join([text, *meaning_of_codes(run)])
+    units = [units_per_text(run)] if FIRST_CAPTION in rows else []
+    return "\n\n".join([text, *units, *meaning_of_codes(run)])
 
 
 def meaning_of_codes(run: Ablation) -> list[str]:
     """Return the table of how codes and semantic classes go together, where runs have measured it."""
     rows: list[str] = []
-    for name in [*VARIANTS, *CLUSTERED]:
+    for name in [*VARIANTS, *ON_PHOTOS]:
         results = [parts for seed in run.seeds if (parts := results_of(run, name, seed))]
         results = [parts for parts in results if "code_purity" in parts["tokenizer"].metrics]
         if results:
@@ -295,8 +325,8 @@ def cell(results: list[dict[str, Results]], part: str, metric: str, factor: floa
                 values.append(factor * entry["value"])
     if not values:
         return ""
-    mean = f"{sum(values) / len(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    middle = f"{mean(values):.{digits}f}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 EMPTY = """# Ablation of the alignment

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ import torch
 from tavq.base.arguments import parse
 from tavq.captioner.config import RUN_PRESETS as CAPTIONER_PRESETS
 from tavq.captioner.config import CaptionerRun
+from tavq.data.keep import keep_only
+from tavq.data.layouts import open_dataset
 from tavq.eval.results import measured, read_results, write_results
 from tavq.generator.config import RUN_PRESETS as GENERATOR_PRESETS
 from tavq.generator.config import GeneratorRun
@@ -71,6 +74,17 @@ def test_the_ablation_table_is_made_from_the_results_that_are_there(tmp_path):
     ot = next(line for line in lines if line.startswith("| ot |"))
     assert ot.startswith("| ot | 2 | 15.0 (10.0 to 20.0) |") and "290.0 (280.0 to 300.0)" in ot
     assert not any(line.startswith("| gaussian |") for line in lines)
+
+
+def test_the_row_of_short_text_keeps_the_first_caption_of_each_image_and_counts_its_units(tmp_path):
+    ablation = load("ablation")
+    run = ablation.Ablation(data="shapes", seeds=(0,), runs=tmp_path, out=tmp_path / "ablation.md")
+    dataset = open_dataset("shapes", "train")
+    kept = keep_only(dataset, ablation.first_captions(run))
+    assert [e.captions for e in kept.examples] == [e.captions[:1] for e in dataset.examples]
+    text = ablation.units_per_text(run)
+    first, all_of_them = np.split(np.array(re.findall(r"[\d.]+(?= \w+s[ ,;.])", text), dtype=float), 2)
+    assert len(first) == 3 and first[2] == 1 and (first <= all_of_them).all()
 
 
 def test_purity_of_codes_has_a_table_of_its_own_where_it_was_measured(tmp_path):
