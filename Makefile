@@ -1,7 +1,7 @@
 # make demo      the whole chain in a browser, on 127.0.0.1:7860   (make demo ARGS="--port 8000")
 # make quick     lint, types and the fast tests                    (make quick ARGS="-k tokenizer")
 # make test      lint, types, the site of docs/ and all tests      (make test ARGS="-k tokenizer")
-# make coverage  all tests, with the branches that they miss
+# make coverage  all tests, with the branches that they miss, and docs/coverage.md
 # make mutants   changes the source, and sees whether a test notices (hours; goes on where it was stopped)
 # make types     types alone
 # make docs      the site of docs/, in site/
@@ -20,7 +20,9 @@ LINT := .venv/bin/python -m ruff check .; .venv/bin/python -m ruff format --chec
 TYPES := .venv/bin/python .ci/typecheck.py
 DOCS := .venv/bin/python .ci/link_tree.py; NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict --quiet
 CORES := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || echo auto)  # that this process may use; pytest counts all
-PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses $(strip $(CORES)) --maxprocesses 4 --dist loadfile
+TESTS := pytest --numprocesses $(strip $(CORES)) --maxprocesses 4 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m $(TESTS)
+COVERAGE := .venv/bin/python -m coverage
 TIMED = set -e; start=$$(date +%s); trap 'echo "make $@ took $$(($$(date +%s) - start)) s"' EXIT
 
 .PHONY: demo quick test coverage mutants types docs
@@ -36,8 +38,8 @@ test: .venv/installed-test
 	@$(TIMED); $(LINT); $(TYPES); $(DOCS); $(PYTEST) $(ARGS)
 
 coverage: .venv/installed-test
-	@$(TIMED); OMP_NUM_THREADS=1 .venv/bin/python -m coverage run -m pytest $(ARGS); \
-	  .venv/bin/python -m coverage combine --quiet; .venv/bin/python -m coverage report
+	@$(TIMED); OMP_NUM_THREADS=1 $(COVERAGE) run -m $(TESTS) $(ARGS); \
+	  $(COVERAGE) combine --quiet; $(COVERAGE) report; .venv/bin/python .ci/coverage_page.py
 
 mutants: .venv/installed-mutants
 	.venv/bin/python .ci/mutants.py $(ARGS)

@@ -224,7 +224,15 @@ PYTEST = [f"-m pytest --numprocesses {CORES} --maxprocesses 4 --dist loadfile"]
         ("test", [*LINT, *TYPES, *DOCS, *PYTEST]),
         ("types", TYPES),
         ("docs", DOCS),
-        ("coverage", ["-m coverage run -m pytest", "-m coverage combine --quiet", "-m coverage report"]),
+        (
+            "coverage",
+            [
+                f"-m coverage run {PYTEST[0]}",
+                "-m coverage combine --quiet",
+                "-m coverage report",
+                ".ci/coverage_page.py",
+            ],
+        ),
     ],
 )
 def test_make_runs_its_checks_in_order_and_says_how_long_they_took(clone, target, commands):
