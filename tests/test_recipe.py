@@ -12,6 +12,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tavq.base.arguments import parse
 from tavq.captioner.config import RUN_PRESETS as CAPTIONER_PRESETS
@@ -22,8 +23,8 @@ from tavq.eval.results import measured, read_results, write_results
 from tavq.generator.config import RUN_PRESETS as GENERATOR_PRESETS
 from tavq.generator.config import GeneratorRun
 from tavq.metrics.features import ImageSet, extract_features, load_network
+from tavq.tokenizer.config import PRESETS, TokenizerRun
 from tavq.tokenizer.config import RUN_PRESETS as TOKENIZER_PRESETS
-from tavq.tokenizer.config import TokenizerRun
 from tavq.tokenizer.losses import PerceptualNetwork
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -196,3 +197,13 @@ def test_the_networks_of_the_recipes_teach_and_measure(tmp_path, monkeypatch):
     network = load_network(tmp_path / "mobilenet_v2_features.pt")
     features = extract_features(ImageSet((images.detach() * 127 + 127).byte()), network)
     assert network.name == "mobilenet_v2" and [f.shape for f in features.values()] == [(2, 1280)]
+
+
+def test_the_pictures_of_the_docs_are_made_anew(tmp_path, tiny_checkpoint):
+    pictures = load("pictures")
+    pictures.main(["--checkpoint", str(tiny_checkpoint), "--docs", str(tmp_path)])
+    size = PRESETS["tiny"].decode_size_px
+    assert Image.open(tmp_path / "images" / "prompts.png").size == (4 * (size + 2) - 2, 3 * (size + 2) - 2)
+    assert Image.open(tmp_path / "images" / "reconstructions.png").height == 2 * size + 2
+    page = (tmp_path / "prompts.md").read_text()
+    assert page.count("![") == len(pictures.TWELVE) == len(list((tmp_path / "images" / "prompts").iterdir()))
