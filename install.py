@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(argv) != 1 or argv[0].startswith("-"):
         sys.exit(
             "usage: python3.11 install.py EXTRA[,EXTRA]   "
-            "(extras: app, eval, data, gpu, dev, docs, mutants, all)"
+            "(extras: app, eval, data, scale, gpu, dev, docs, mutants, all)"
         )
     if not PYTHON.exists():
         subprocess.run([sys.executable, "-m", "venv", str(ROOT / ".venv")], check=True)

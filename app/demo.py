@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import importlib.util
 import os
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -22,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from tavq.app.limits import Limits
+from tavq.base.address import check_address
 from tavq.base.arguments import parse, run_main
 from tavq.base.bounds import check_bounds
 from tavq.base.device import Device, choose_device
@@ -188,23 +187,6 @@ def accounts_of(auth: str) -> list[tuple[str, str]]:
         where = f"each line of {auth}" if from_file else "auth"
         raise ValueError(f"{where} shall be USER:PASSWORD, with both of them")
     return [(name, password) for name, _, password in pairs]
-
-
-def check_address(host: str, port: int) -> None:
-    """Raise ValueError where the server could not listen, before the models are loaded."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as trial:
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            trial.bind(address)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise ValueError(f"port {port} is not free on {host}; choose another with --port") from error
-        if error.errno == errno.EACCES:
-            raise ValueError(f"port {port} needs the rights of root; choose one above 1023") from error
-        raise ValueError(
-            f"{host} is no address of this machine; 127.0.0.1 serves this machine alone, 0.0.0.0 all networks"
-        ) from error
 
 
 def _exit_normally(number: int, frame: object) -> NoReturn:

@@ -25,6 +25,7 @@ COMMANDS = {
     "index": "make a folder of photos searchable",
     "search": "find photos by words, by a photo, or by both",
     "demo": "all of it in the browser",
+    "serve": "answer many clients over HTTP, in batches, on one machine or a cluster",
     "describe": "write long descriptions of a dataset's images, by a vision-language model",
     "check-data": "find captions that fit badly, copies, broken images and other languages in a dataset",
     "tokenize": "turn a dataset into ids, to train generator and captioner on",

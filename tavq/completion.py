@@ -24,6 +24,7 @@ from tavq.commands.index import IndexRun
 from tavq.commands.preferences import PreferenceRun
 from tavq.commands.reconstruct import ReconstructRun
 from tavq.commands.search import SearchRun
+from tavq.commands.serve import ServeRun
 from tavq.commands.units import UnitsRun
 from tavq.eval.config import (
     BlindRun,
@@ -69,6 +70,7 @@ FLAGS: dict[str, Any] = {
     "index": IndexRun,
     "search": SearchRun,
     "demo": DemoRun,
+    "serve": ServeRun,
     "describe": DescribeRun,
     "check-data": CheckRun,
     "tokenize": TokenizeRun,

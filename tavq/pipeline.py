@@ -248,14 +248,41 @@ class Pipeline(Conditions):
         these are.
         """
         settings = with_options(settings or SamplingConfig(), sampling)
-        (job,) = jobs_of([prompt], [seed], 1, negative_prompt)
-        texts, away = self.conditions([job])
-        for partial in stream(
-            self.generator, texts, [job.seed], settings, negative=away, every_rows=every_rows
+        for (generated,) in self.stream_together(
+            [prompt], [seed], settings, [negative_prompt or ""], every_rows=every_rows
         ):
-            generated = self._generated(partial.ids[0], job, settings, {"best_of": 1})
-            known = partial.known[0].view(1, 1, *self.tokenizer.grid_size).float().cpu()
-            yield dataclasses.replace(generated, image=blend(generated.image, None, known))
+            yield generated
+
+    def stream_together(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: SamplingConfig,
+        negative_prompts: Sequence[str],
+        *,
+        every_rows: int = 1,
+    ) -> Iterator[list[Generated]]:
+        """Like `stream`, with several images that grow together; at most `settings.micro_batch` of them.
+
+        Raises:
+            ValueError: there are more.
+        """
+        jobs = jobs_of(prompts, seeds, 1, negative_prompts)
+        if len(jobs) > settings.micro_batch:
+            raise ValueError(
+                f"got {len(jobs)} images to stream with micro_batch {settings.micro_batch}; raise it"
+            )
+        texts, away = self.conditions(jobs)
+        grid = (1, 1, *self.tokenizer.grid_size)
+        for partial in stream(
+            self.generator, texts, [job.seed for job in jobs], settings, negative=away, every_rows=every_rows
+        ):
+            shown = []
+            for job, ids, known in zip(jobs, partial.ids, partial.known, strict=True):
+                generated = self._generated(ids, job, settings, {"best_of": 1})
+                seen = known.view(grid).float().cpu()
+                shown.append(dataclasses.replace(generated, image=blend(generated.image, None, seen)))
+            yield shown
 
     def rank(self, ids: Tensor, prompt: str, by: RankBy = "sum") -> Tensor:
         """Score candidates of one prompt by how well they match it, with the models of this pipeline alone.

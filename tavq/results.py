@@ -47,10 +47,14 @@ class Generated:
 
     def save(self, path: str | Path) -> None:
         """Write a PNG that carries its recipe in text fields."""
+        write_png(self.image, Path(path), self.png_fields())
+
+    def png_fields(self) -> PngInfo:
+        """Return the text fields of a PNG that carry the recipe."""
         fields = PngInfo()
         fields.add_itxt(RECIPE_FIELD, json.dumps(self.recipe))
         fields.add_itxt(PARAMETERS_FIELD, recipe_line(self.recipe))
-        write_png(self.image, Path(path), fields)
+        return fields
 
 
 @dataclasses.dataclass(frozen=True)

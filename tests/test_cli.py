@@ -29,9 +29,10 @@ HEAVY = {
     "nltk",
     "webdataset",
     "gradio",
+    "ray",
 }
 SECONDS = 1.0
-PRINT_NO_RESULTS = {"demo", "tokenize", "preferences", "export", "blind", "report", "completion"} | {
+PRINT_NO_RESULTS = {"demo", "serve", "tokenize", "preferences", "export", "blind", "report", "completion"} | {
     f"train {model}" for model in ("tokenizer", "decoder", "generator", "captioner", "lexicon")
 }
 """Commands that print at most the path of what they wrote, or where they are."""

@@ -67,6 +67,8 @@ ELSEWHERE = {
     "accelerate launch ": "tests/test_two_processes.py",
     "source .venv/bin/activate": "tests/test_install.py",
     "tavq demo": "tests/test_app.py",
+    "tavq serve": "tests/test_serve.py",
+    "curl -s http://127.0.0.1:8000/generate": "tests/test_serve.py",
     "tavq describe --endpoint": "tests/test_describe.py",
     "tavq completion": "tests/test_cli.py",
     "from gradio_client": "tests/test_demo_api.py",

@@ -35,6 +35,7 @@ ROWS = (
     {"inputs", "results"},
     {"conditions"},
     {"pipeline", "photo_index"},
+    {"serve"},
     {"commands", "eval"},
     {"app"},
     {"completion"},
