@@ -31,10 +31,14 @@ HEALTH_SECONDS = 10.0
 """Seconds that the models have to say that they live; a batch may run meanwhile."""
 GOODBYE_SECONDS = 5.0
 """Seconds that running requests have to end when the server is stopped."""
+QUIET = {"log_level": "WARNING", "enable_access_log": False}
+"""What a replica logs."""
+batch: Any = serve.batch  # Ray's types do not cover methods, and know no class that a decorator replaced
+deployment: Any = serve.deployment
 log = logging.getLogger("ray.serve")
 
 
-@serve.deployment(logging_config={"log_level": "WARNING", "enable_access_log": False})
+@deployment(logging_config=QUIET)
 class Models:
     """A replica: tokenizer, generator and captioner, one computation at a time.
 
@@ -62,7 +66,7 @@ class Models:
             batched.set_max_batch_size(config.max_batch)
             batched.set_batch_wait_timeout_s(config.batch_wait_ms / 1000)
 
-    @serve.batch
+    @batch
     async def generate(self, orders: list[Order]) -> list[Drawn] | list[Refused]:
         from .batching import draw
 
@@ -71,7 +75,7 @@ class Models:
         except ValueError as error:  # of the checkpoint, such as ranking by a plain tokenizer's alignment
             return [Refused(str(error))] * len(orders)
 
-    @serve.batch(max_batch_size=16)  # set anew in __init__; without an argument Ray takes no generator
+    @batch(max_batch_size=16)  # set anew in __init__; without an argument Ray takes no generator
     async def preview(self, orders: list[Order]) -> AsyncIterator[list[Drawn | None]]:
         from .batching import draw_in_steps
 
@@ -137,14 +141,14 @@ api.add_middleware(BodyLimit)
 api.add_exception_handler(RequestValidationError, say_what_is_wrong)
 
 
-@serve.deployment(logging_config={"log_level": "WARNING", "enable_access_log": False})
+@deployment(logging_config=QUIET)
 @serve.ingress(api)
 class Gateway:
     """Checks requests, hands them to a replica of `Models`, and writes the answers."""
 
     def __init__(self, models: DeploymentHandle, options: Mapping[str, Any]):
         self.models = models
-        self.streams = models.options(stream=True)
+        self.streams: Any = models.options(stream=True)
         self.config = ServerConfig(**options)
         # The middleware belongs to the module's `api`, of which every Gateway process has its own.
         BodyLimit.most_bytes = int(self.config.request_mib * 2**20)
@@ -246,7 +250,10 @@ def build(options: Mapping[str, Any]) -> serve.Application:
         "graceful_shutdown_timeout_s": GOODBYE_SECONDS,
         "graceful_shutdown_wait_loop_s": 0.2,
     }
-    models = Models.options(
+    # Typed as the classes that they were before Ray's decorators.
+    replicas: Any = Models
+    gateways: Any = Gateway
+    models = replicas.options(
         **scaling,
         **ending,
         ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
@@ -254,7 +261,7 @@ def build(options: Mapping[str, Any]) -> serve.Application:
         max_ongoing_requests=2 * config.max_batch,
         max_queued_requests=config.max_waiting,
     )
-    gateway = Gateway.options(
+    gateway = gateways.options(
         **ending, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=config.max_waiting + 1000
     )
     values = dataclasses.asdict(config)
