@@ -195,10 +195,10 @@ def run_main(main: EntryPoint) -> EntryPoint:
         argv = list(sys.argv[1:] if argv is None else argv)
         debug = "--debug" in argv
         argv = [argument for argument in argv if argument != "--debug"]
-        with warnings.catch_warnings(), _ended_by_sigterm():
+        with warnings.catch_warnings(), _ended_by_sigterm() as ending:
             warnings.showwarning = _one_line_warning
             try:
-                main(argv)
+                _run(main, argv, ending)
             except USER_ERRORS as error:
                 if debug:
                     raise
@@ -223,20 +223,39 @@ def run_main(main: EntryPoint) -> EntryPoint:
     return guarded
 
 
+@dataclasses.dataclass
+class _Ending:
+    """Whether SIGTERM asked for the end of a command."""
+
+    exit_code: int | None = None
+
+
+def _run(main: EntryPoint, argv: Sequence[str], ending: _Ending) -> None:
+    try:
+        main(argv)
+    except Exception:
+        # A library that was interrupted by SystemExit may have raised an error of its own in its place.
+        if ending.exit_code is not None:
+            raise SystemExit(ending.exit_code) from None
+        raise
+
+
 @contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
+def _ended_by_sigterm() -> Iterator[_Ending]:
     """End by SIGTERM as by Ctrl-C, so that what was begun is cleaned up. Commands may take over from here."""
+    ending = _Ending()
     if threading.current_thread() is not threading.main_thread():  # where no handler can be set
-        yield
+        yield ending
         return
 
     def stop(number: int, frame: Any) -> None:
         print("stopped", file=sys.stderr)
-        raise SystemExit(128 + number)
+        ending.exit_code = 128 + number
+        raise SystemExit(ending.exit_code)
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        yield
+        yield ending
     finally:
         signal.signal(signal.SIGTERM, before)
 

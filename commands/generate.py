@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import collections
 import csv
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tyro.conf import OmitArgPrefixes, Positional
 
 from tavq.base.arguments import from_dict, parse, run_main
 from tavq.base.device import Device, choose_device
 from tavq.base.files import check_directory
+from tavq.base.journal import append_row, read_journal
+from tavq.base.locks import only_writer
 from tavq.base.progress import Progress
 from tavq.base.seeding import RANDOM, image_seeds
 from tavq.base.weights import CHECKPOINT
 from tavq.generator.config import SamplingConfig, check_negative_prompt
 from tavq.prompts import check_prompts
 from tavq.ranking import RankBy
+
+if TYPE_CHECKING:
+    from tavq.pipeline import Pipeline
 
 PROMPTS_AT_ONCE = 16
 RESULTS_FILE = "result.jsonl"
@@ -39,7 +45,8 @@ class GenerateRun:
     prompts: Positional[tuple[str, ...]] = ()
     """What the images show."""
     prompts_file: Path | None = None
-    """File of more prompts: .txt (one a line), .csv (column `prompt`) or .jsonl (key `prompt`)."""
+    """File of more prompts: .txt (one a line), .csv (column `prompt`) or .jsonl (key `prompt`). The same
+    command resumes: what --out holds is not generated again."""
     image: tuple[Path, ...] = ()
     """Images that the generated ones shall be like: a subject, or scenes to mix. The prompt may then be left
     out. Needs a lexicon (tavq train lexicon)."""
@@ -114,19 +121,67 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "name the --checkpoint that generated it"
             )
 
-    with Progress(total=len(jobs.prompts_and_seeds), unit="image") as bar:
-        for start in range(0, len(jobs.prompts_and_seeds), PROMPTS_AT_ONCE):
-            batch = jobs.prompts_and_seeds[start : start + PROMPTS_AT_ONCE]
+    with only_writer(run.out):
+        resumes = run.prompts_file and not run.image  # a recipe does not hold the images it was made from
+        left = left_to_do(jobs, run.out, pipeline.hashes) if resumes else jobs.prompts_and_seeds
+        generate_into(run, pipeline, jobs, left)
+
+
+def generate_into(run: GenerateRun, pipeline: Pipeline, jobs: Jobs, left: list[tuple[str, int]]) -> None:
+    """Generate the images that are left, and write each as soon as it is there."""
+    total = len(jobs.prompts_and_seeds)
+    with Progress(total=total, initial=total - len(left), unit="image") as bar:
+        for start in range(0, len(left), PROMPTS_AT_ONCE):
+            batch = left[start : start + PROMPTS_AT_ONCE]
             prompts = [prompt for prompt, _ in batch]
             seeds = [seed for _, seed in batch]
             prompt = prompts if any(prompts) else None
             for result in pipeline.generate_each(prompt, seeds, jobs.sampling, **jobs.options):
                 path = next(free_names(run.out))
                 result.save(path)
-                with (run.out / RESULTS_FILE).open("a") as results:
-                    results.write(json.dumps({"file": path.name, **result.recipe}) + "\n")
+                append_row(run.out / RESULTS_FILE, {"file": path.name, **result.recipe})
                 bar.update(1)
                 bar.write(json.dumps({"file": str(path), **result.recipe}) if run.json else str(path))
+
+
+def left_to_do(jobs: Jobs, out: Path, hashes: Mapping[str, str]) -> list[tuple[str, int]]:
+    """Return the prompts and seeds whose images, by these weights and settings, `out` does not hold."""
+    rows = read_journal(out / RESULTS_FILE)
+    listed = {row["file"] for row in rows}
+    for path in sorted(out.glob("[0-9]*.png")):
+        if path.name not in listed and (recipe := recipe_in(path)):  # killed before its line was written
+            append_row(out / RESULTS_FILE, {"file": path.name, **recipe})
+            rows.append({"file": path.name, **recipe})
+
+    settings = json.loads(json.dumps(dataclasses.asdict(jobs.sampling)))  # with lists, as a line has them
+    same = {"settings": settings, **jobs.options}
+    if jobs.options["best_of"] == 1:
+        same["rank_by"] = None
+    held: collections.Counter[tuple[str, int]] = collections.Counter()
+    for row in rows:
+        by_these = all(hashes.get(part) == sha256 for part, sha256 in row["checkpoints"].items())
+        alike = by_these and all(row.get(name) == value for name, value in same.items())
+        if alike and (out / row["file"]).is_file():
+            held[row["prompt"], row["seed"]] += 1
+
+    left = []
+    for pair in jobs.prompts_and_seeds:
+        if held[pair]:
+            held[pair] -= 1  # a prompt that is listed twice is generated twice
+        else:
+            left.append(pair)
+    return left
+
+
+def recipe_in(path: Path) -> dict[str, Any] | None:
+    """The recipe that a generated PNG carries; None for other files."""
+    from tavq.results import read_recipe
+
+    try:
+        recipe = read_recipe(path)
+    except (ValueError, OSError):
+        return None
+    return recipe if "checkpoints" in recipe and "completed_tokens" not in recipe else None
 
 
 def jobs_of_flags(run: GenerateRun) -> Jobs:

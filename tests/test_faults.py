@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 import resource
@@ -17,6 +18,7 @@ import pytest
 from PIL import Image
 
 from tavq import cli
+from tavq.base.arguments import run_main
 from tavq.base.locks import only_writer
 from tavq.captioner.caption_folder import caption_folder
 from tavq.captioner.decoding import Caption
@@ -185,3 +187,44 @@ def test_sigterm_ends_tokenising_as_ctrl_c_does(tiny_checkpoint: Path, tmp_path:
     assert process.returncode == 128 + signal.SIGTERM
     assert error.splitlines()[-1] == "stopped" and "Traceback" not in error
     assert not list(tmp_path.iterdir())
+
+
+def test_sigterm_ends_a_command_even_if_a_library_raises_an_error_in_its_place(capsys):
+    @run_main
+    def main(argv=None):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        except SystemExit:  # as torch does while it asks a tensor for its length
+            raise TypeError("could not determine the shape") from None
+
+    with pytest.raises(SystemExit) as exit_:
+        main([])
+    assert exit_.value.code == 128 + signal.SIGTERM
+    assert capsys.readouterr().err.splitlines() == ["stopped"]
+
+
+@pytest.mark.slow
+def test_prompts_of_a_file_go_on_where_they_were_killed(tiny_checkpoint: Path, tmp_path: Path):
+    (tmp_path / "prompts.txt").write_text("a red dog\na cat\na red dog\nwater\n")
+    flags = ["--prompts-file", str(tmp_path / "prompts.txt"), "--checkpoint", str(tiny_checkpoint)]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for out in (whole, killed):
+        assert ended("generate", *flags, "--out", str(out)) == 0
+    lines = (whole / "result.jsonl").read_text().splitlines(keepends=True)
+    (killed / "000003.png").unlink()  # the third image was there, and its line half written
+    (killed / "result.jsonl").write_text("".join(lines[:2]) + lines[2][:30])
+    kept = (killed / "000002.png").stat().st_mtime_ns
+
+    assert ended("generate", *flags, "--out", str(killed)) == 0
+    rows = [
+        [json.loads(line) for line in (o / "result.jsonl").read_text().splitlines()] for o in (whole, killed)
+    ]
+    assert rows[0] == rows[1]
+    assert (killed / "000002.png").stat().st_mtime_ns == kept
+    for file in whole.glob("*.png"):
+        assert file.read_bytes() == (killed / file.name).read_bytes()
+    assert visible(killed) == visible(whole)
+
+    assert ended("generate", *flags, "--seed", "7", "--out", str(killed)) == 0
+    assert len((killed / "result.jsonl").read_text().splitlines()) == 8, "other images are generated"
