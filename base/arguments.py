@@ -195,7 +195,7 @@ def run_main(main: EntryPoint) -> EntryPoint:
         argv = list(sys.argv[1:] if argv is None else argv)
         debug = "--debug" in argv
         argv = [argument for argument in argv if argument != "--debug"]
-        with warnings.catch_warnings(), _ended_by_sigterm() as ending:
+        with warnings.catch_warnings(), _quiet_threads(debug), _ended_by_sigterm() as ending:
             warnings.showwarning = _one_line_warning
             try:
                 _run(main, argv, ending)
@@ -221,6 +221,25 @@ def run_main(main: EntryPoint) -> EntryPoint:
                 sys.exit(_complain(message))
 
     return guarded
+
+
+@contextlib.contextmanager
+def _quiet_threads(debug: bool) -> Iterator[None]:
+    """Leave out the traceback of a thread that the disk failed: the error of the command itself says so.
+
+    TensorBoard writes in a thread, and raises its error once more where the command hands it the next value.
+    """
+    before = threading.excepthook
+
+    def hook(failed: threading.ExceptHookArgs) -> None:
+        if debug or not isinstance(failed.exc_value, OSError):
+            before(failed)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 @dataclasses.dataclass

@@ -10,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -202,6 +203,22 @@ def test_sigterm_ends_a_command_even_if_a_library_raises_an_error_in_its_place(c
         main([])
     assert exit_.value.code == 128 + signal.SIGTERM
     assert capsys.readouterr().err.splitlines() == ["stopped"]
+
+
+def test_a_thread_that_the_disk_fails_adds_no_traceback_to_the_line_of_the_command(capfd):
+    def write() -> None:
+        raise FileNotFoundError("events")
+
+    @run_main
+    def main(argv=None):
+        thread = threading.Thread(target=write)
+        thread.start()
+        thread.join()
+        raise FileNotFoundError("events")
+
+    with pytest.raises(SystemExit) as exit_:
+        main([])
+    assert exit_.value.code == 2 and capfd.readouterr().err.splitlines() == ["error: events"]
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from tavq.commands import train_tokenizer
 from tavq.training.config import TrainingConfig
 from tavq.training.loop import train
 from tavq.training.run_folder import RunLog, read_log
+from tavq.training.state import save_state
 from tavq.training.stream import ShuffledStream
 from tavq.training.task import StepOutput, Task
 
@@ -238,6 +239,13 @@ def test_a_damaged_state_is_named_and_not_taken_up(tmp_path, file):
     damaged.write_bytes(bytes(content))
     with pytest.raises(ValueError, match=r"damaged|cannot be read|no state of this version"):
         train(LineTask(), CONFIG, tmp_path, Run(CONFIG))
+
+
+def test_a_folder_that_was_removed_gets_no_state_without_its_log(tmp_path):
+    folder = tmp_path / "removed" / "training" / "state"
+    with pytest.raises(FileNotFoundError, match=r"removed/training was removed .* repeat the command"):
+        save_state(folder, {}, {})
+    assert not (tmp_path / "removed").exists()
 
 
 def test_an_evaluation_that_is_made_again_is_not_logged_twice(tmp_path):

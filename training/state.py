@@ -35,12 +35,17 @@ def save_state(folder: Path, tensors: Tensors, values: dict[str, Any]) -> None:
         values: everything else, as JSON can hold it; floats come back bit for bit.
 
     Raises:
+        FileNotFoundError: the folder of the run was removed.
         OSError: the disk is full or broken; the state before is untouched.
     """
     new = folder.with_name(folder.name + ".new")
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
+    if not folder.parent.is_dir():  # a new one would hold a state without the log of the steps before it
+        raise FileNotFoundError(
+            f"{folder.parent} was removed while training; repeat the command to begin anew"
+        )
+    new.mkdir()
 
     for part, named in tensors.items():
         # A copy of its own for each: safetensors refuses tensors that share memory.
