@@ -88,6 +88,33 @@ def test_every_position_is_sampled_sooner_or_later():
     assert (touched > 0).all()
 
 
+@pytest.mark.parametrize("kind", range(3))
+@pytest.mark.parametrize("pairing", [(1, 2, 3), (3, 2, 1)])
+def test_each_kind_of_text_is_compared_with_the_codes_of_its_level_alone(kind, pairing):
+    weights = tuple(float(number == kind) for number in range(3))
+    config = dataclasses.replace(CONFIG, level_weights=weights, pairing=pairing)
+    torch.manual_seed(0)
+    aligner = TextAligner(20, 5, 12, config)
+    features, codebook, texts = made_up()
+    features = [level.requires_grad_() for level in features]
+
+    def loss(changed: int | None) -> torch.Tensor:
+        units, banks = list(texts.units), list(texts.banks)
+        if changed is not None:
+            units[changed] = dataclasses.replace(units[changed], vectors=units[changed].vectors.roll(1, 0))
+            banks[changed] = dataclasses.replace(banks[changed], vectors=-banks[changed].vectors)
+        torch.manual_seed(1)
+        return aligner(features, codebook, SampledTexts(tuple(units), tuple(banks))).loss
+
+    as_it_is = loss(None)
+    assert [bool(loss(other) != as_it_is) for other in range(3)] == [other == kind for other in range(3)]
+    as_it_is.backward()
+    moved = [
+        level for level, leaf in enumerate(features, 1) if leaf.grad is not None and leaf.grad.norm() > 0
+    ]
+    assert moved == [pairing[kind]]
+
+
 @pytest.mark.slow
 def test_words_phrases_and_sentences_are_sampled_in_this_order():
     dataset = open_dataset("shapes", "train").take(6)
