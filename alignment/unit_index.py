@@ -8,16 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tavq.data.dataset import ImageTextDataset
+from tavq.base.arrays import DiskArray, DiskTexts, Ragged, open_arrays, open_ragged
+from tavq.data.column import Column
+from tavq.data.dataset import Example, ImageTextDataset
 from tavq.data.embedding_cache import EmbeddingCache
 from tavq.data.text_encoder import TextEncoder
 
-from .units import split_units
+from .unit_files import KINDS, Texts, build_units
 
-KINDS = ("captions", "words", "phrases", "sentences")  # the index is the level; 0 is no level of the encoder
 LEVELS = (1, 2, 3)
 
 
@@ -62,37 +64,31 @@ class SampledTexts:
 
 
 @dataclass(frozen=True)
-class Ragged:
-    """Lists of unlike length: example i owns members[offsets[i] : offsets[i + 1]], rows of the vectors."""
-
-    offsets: Tensor
-    members: Tensor
-
-
-@dataclass(frozen=True)
 class UnitIndex:
     """Words, phrases and sentences of every example of a split, each distinct text stored once.
+
+    All but the ids stays in files of the cache directory, which are made at the first call.
 
     Attributes:
         ids: example ids, in the order of the dataset.
         texts: the m distinct texts.
         vectors: (m, M) float16, unit length.
-        kinds: one Ragged a level: 0 the human captions alone, 1 words, 2 phrases, 3 sentences (each caption,
-            and those of the long text where there is one).
+        kinds: the rows of each example's units, one Ragged a level: 0 the human captions alone, 1 words, 2
+            phrases, 3 sentences (each caption, and those of the long text where there is one).
     """
 
-    ids: tuple[str, ...]
-    texts: tuple[str, ...]
-    vectors: Tensor
+    ids: Sequence[str]
+    texts: Sequence[str]
+    vectors: DiskArray
     kinds: tuple[Ragged, ...]
 
     @classmethod
     def build(
         cls, dataset: ImageTextDataset, encoder: TextEncoder | EmbeddingCache, *, long_text: bool = True
     ) -> UnitIndex:
-        """Split and encode all texts of `dataset`, or its captions alone (minutes for Flickr8k, seconds once
-        cached)."""
-        texts = [(e.captions, e.long_text if long_text else None) for e in dataset.examples]
+        """Split and encode all texts of `dataset`, or its captions alone (minutes for Flickr8k, at once when
+        it was done before)."""
+        texts = Column(lambda i: _texts_of(dataset[i], long_text), len(dataset))
         return cls._of(dataset.ids, texts, encoder)
 
     @classmethod
@@ -105,18 +101,16 @@ class UnitIndex:
 
     @classmethod
     def _of(
-        cls,
-        ids: tuple[str, ...],
-        texts: Sequence[tuple[tuple[str, ...], str | None]],
-        encoder: TextEncoder | EmbeddingCache,
+        cls, ids: Sequence[str], texts: Sequence[Texts], encoder: TextEncoder | EmbeddingCache
     ) -> UnitIndex:
-        rows: dict[str, int] = {}
-        lists: list[list[list[int]]] = [[] for _ in KINDS]
-        for captions, long_text in texts:
-            for level, units in enumerate(units_of(captions, long_text)):
-                lists[level].append([rows.setdefault(unit, len(rows)) for unit in units])
-        vectors = encoder.encode(list(rows)).to(torch.float16)
-        return cls(ids, tuple(rows), vectors, tuple(_ragged(members) for members in lists))
+        folder = build_units(texts, encoder)
+        kinds = tuple(open_ragged(folder / f"{kind}.safetensors", "rows") for kind in KINDS)
+        vectors = open_arrays(folder / "vectors.safetensors")["vectors"]
+        return cls(ids, DiskTexts(open_ragged(folder / "texts.safetensors", "texts")), vectors, kinds)
+
+    def vectors_of(self, rows: Tensor) -> Tensor:
+        """Return the vectors of some texts, float32."""
+        return torch.from_numpy(self.vectors[rows.numpy()]).float()
 
     def sample(
         self,
@@ -134,13 +128,11 @@ class UnitIndex:
 
     def count(self, level: int) -> Tensor:
         """(n,) int64: how many units each example has."""
-        return self.kinds[level].offsets.diff()
+        return torch.from_numpy(np.diff(self.kinds[level].starts[:]))
 
     def units(self, index: int, level: int) -> tuple[str, ...]:
         """Return the unit texts of one example, as a reader sees them."""
-        ragged = self.kinds[level]
-        start, end = ragged.offsets[index : index + 2].tolist()
-        return tuple(self.texts[row] for row in ragged.members[start:end].tolist())
+        return tuple(self.texts[row] for row in self.kinds[level][index].tolist())
 
     def sample_rows(
         self, example_indices: Sequence[int] | Tensor, level: int, rng: torch.Generator, max_units: int
@@ -151,16 +143,16 @@ class UnitIndex:
             rows (B, max_units) int64 into `vectors` and `texts` (0 where masked), mask (B, max_units) bool.
         """
         ragged = self.kinds[level]
-        examples = torch.as_tensor(example_indices)
-        starts, counts = ragged.offsets[examples], self.count(level)[examples]
+        examples = np.asarray(example_indices)
+        starts = torch.from_numpy(ragged.starts[examples])
+        counts = torch.from_numpy(ragged.starts[examples + 1]) - starts
         width = max(int(counts.max()), max_units)
-        places = torch.arange(width)
         keys = torch.rand(len(examples), width, generator=rng)
-        keys = keys.masked_fill(places >= counts[:, None], -1.0)
+        keys = keys.masked_fill(torch.arange(width) >= counts[:, None], -1.0)
         drawn = keys.topk(max_units, dim=1).indices
         mask = torch.arange(max_units) < counts[:, None].clamp(max=max_units)
-        rows = ragged.members[(starts[:, None] + drawn).clamp(max=len(ragged.members) - 1)]
-        return rows.masked_fill(~mask, 0), mask
+        places = (starts[:, None] + drawn).clamp(max=len(ragged.values) - 1)
+        return torch.from_numpy(ragged.values[places.numpy()]).masked_fill(~mask, 0), mask
 
     def batch(
         self, example_indices: Sequence[int] | Tensor, level: int, rng: torch.Generator, max_units: int
@@ -171,7 +163,7 @@ class UnitIndex:
             units (B, max_units, M) float32, zero where masked; mask (B, max_units) bool.
         """
         rows, mask = self.sample_rows(example_indices, level, rng, max_units)
-        return self.vectors[rows].float() * mask[..., None], mask
+        return self.vectors_of(rows) * mask[..., None], mask
 
     def bank(
         self, example_indices: Sequence[int] | Tensor, level: int, rng: torch.Generator, size: int
@@ -181,31 +173,15 @@ class UnitIndex:
         Returns:
             units (size, M) float32; own (B, size) bool, True where a unit is also one of that example's own.
         """
-        members = self.kinds[level].members
-        rows = members[torch.randint(len(members), (size,), generator=rng)]
-        offsets = self.kinds[level].offsets
+        ragged = self.kinds[level]
+        rows = torch.from_numpy(
+            ragged.values[torch.randint(len(ragged.values), (size,), generator=rng).numpy()]
+        )
         own = [
-            torch.isin(rows, members[offsets[i] : offsets[i + 1]]) for i in torch.as_tensor(example_indices)
+            torch.isin(rows, torch.from_numpy(ragged[i])) for i in torch.as_tensor(example_indices).tolist()
         ]
-        return self.vectors[rows].float(), torch.stack(own)
+        return self.vectors_of(rows), torch.stack(own)
 
 
-def units_of(captions: Sequence[str], long_text: str | None = None) -> tuple[tuple[str, ...], ...]:
-    """Captions, words, phrases and sentences of one image's texts, each without repeats."""
-    captions = tuple(dict.fromkeys(captions))
-    parts = [split_units(caption) for caption in captions]
-    if long_text:
-        parts.append(split_units(long_text))
-
-    words = tuple(dict.fromkeys(word for part in parts for word in part.words))
-    phrases = tuple(dict.fromkeys(phrase for part in parts for phrase in part.phrases))
-    # A caption counts as one sentence, whatever its full stops; the long text as several.
-    sentences = captions + (parts[-1].sentences if long_text else ())
-    return captions, words, phrases, tuple(dict.fromkeys(sentences))
-
-
-def _ragged(lists: list[list[int]]) -> Ragged:
-    lengths = torch.tensor([0] + [len(members) for members in lists])
-    return Ragged(
-        lengths.cumsum(0), torch.tensor([row for members in lists for row in members], dtype=torch.int64)
-    )
+def _texts_of(example: Example, long_text: bool) -> Texts:
+    return example.captions, example.long_text if long_text else None

@@ -7,7 +7,7 @@ over them. The tagger errs on some 4 of 85 phrases of ordinary captions ("grated
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
@@ -81,6 +81,20 @@ def split_units(text: str) -> Units:
         phrases=_unique(phrase for _, tagged in parsed for phrase in _phrases(tagged)),
         sentences=_unique(sentence for sentence, _ in parsed),
     )
+
+
+def units_of(captions: Sequence[str], long_text: str | None = None) -> tuple[tuple[str, ...], ...]:
+    """Captions, words, phrases and sentences of one image's texts, each without repeats."""
+    captions = tuple(dict.fromkeys(captions))
+    parts = [split_units(caption) for caption in captions]
+    if long_text:
+        parts.append(split_units(long_text))
+
+    words = tuple(dict.fromkeys(word for part in parts for word in part.words))
+    phrases = tuple(dict.fromkeys(phrase for part in parts for phrase in part.phrases))
+    # A caption counts as one sentence, whatever its full stops; the long text as several.
+    sentences = captions + (parts[-1].sentences if long_text else ())
+    return captions, words, phrases, tuple(dict.fromkeys(sentences))
 
 
 def lemma(word: str, tag: str) -> str:

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import mmap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -42,8 +42,12 @@ class DiskArray:
         self._source = (path, offset, shape, dtype)
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if hasattr(mmap, "MADV_RANDOM"):
+            self._map.madvise(mmap.MADV_RANDOM)  # reads no pages ahead that nobody asked for
         self._view = np.ndarray(shape, dtype, self._map, offset)
+        self._is_large = len(self._map) > _MAPPED_BYTES
         self._mapped = 0
+        self.offset = offset
         self.shape = shape
         self.dtype = self._view.dtype
 
@@ -54,7 +58,7 @@ class DiskArray:
         found = np.array(self._view[rows])
         pieces = 1 if isinstance(rows, int | slice) else np.size(rows)
         self._mapped += found.nbytes + pieces * _BYTES_AROUND
-        if self._mapped > _MAPPED_BYTES and hasattr(mmap, "MADV_DONTNEED"):
+        if self._is_large and self._mapped > _MAPPED_BYTES and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
             self._mapped = 0
         return found
@@ -127,6 +131,19 @@ def open_arrays(path: Path) -> dict[str, DiskArray]:
     }
 
 
+def transform_rows(
+    path: Path, name: str, function: Callable[[np.ndarray], np.ndarray], rows_at_once: int
+) -> None:
+    """Replace the rows of an array, some at a time, by what `function` makes of them."""
+    array = open_arrays(path)[name]
+    row_bytes = math.prod(array.shape[1:]) * array.dtype.itemsize
+    with path.open("r+b") as file:
+        for start in range(0, len(array), rows_at_once):
+            rows = array[start : start + rows_at_once]
+            file.seek(array.offset + start * row_bytes)
+            file.write(np.ascontiguousarray(function(rows), array.dtype).data)
+
+
 @dataclasses.dataclass(frozen=True)
 class Ragged:
     """Rows of unlike length, one after the other: row i is `values[starts[i] : starts[i + 1]]`."""
@@ -143,21 +160,50 @@ class Ragged:
         return self.values[start:end]
 
 
-def write_ragged(path: Path, name: str, groups: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
-    """Write a file that `open_ragged` opens.
+class DiskTexts(Sequence[str]):
+    """Texts in a file, as rows of UTF-8 bytes."""
+
+    def __init__(self, rows: Ragged):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(len(self))[index]]
+        return self.rows[index].tobytes().decode()
+
+
+class RaggedWriter:
+    """Writes a file that `open_ragged` opens, some rows at a time.
 
     Args:
-        path: of the file.
+        file: opened for writing.
         name: of the values.
-        groups: the values of some rows, one row after the other, and the lengths of these rows.
     """
-    lengths = [np.zeros(1, np.int64)]
+
+    def __init__(self, file: BinaryIO, name: str):
+        self._values = ArrayWriter(file, name)
+        self._lengths = [np.zeros(1, np.int64)]
+
+    def append(self, values: np.ndarray, lengths: np.ndarray) -> None:
+        """Write further rows: their values, one row after the other, and their lengths."""
+        self._values.append(values)
+        self._lengths.append(lengths.astype(np.int64))
+
+    def finish(self) -> None:
+        """Write where each row starts."""
+        self._values.finish(starts=np.concatenate(self._lengths).cumsum())
+
+
+def write_ragged(path: Path, name: str, groups: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Write a file that `open_ragged` opens; `groups` are arguments of `RaggedWriter.append`."""
     with path.open("wb") as file:
-        writer = ArrayWriter(file, name)
-        for values, group_lengths in groups:
-            writer.append(values)
-            lengths.append(group_lengths.astype(np.int64))
-        writer.finish(starts=np.concatenate(lengths).cumsum())
+        writer = RaggedWriter(file, name)
+        for values, lengths in groups:
+            writer.append(values, lengths)
+        writer.finish()
 
 
 def open_ragged(path: Path, name: str) -> Ragged:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,16 +21,15 @@ from torch import Tensor
 from tavq.base.arguments import from_dict
 from tavq.base.arrays import DiskArray
 
+from .column import Column
 from .tar_shards import read_range
-from .token_index import Place, SampleText, index_shards, parse_ids, parse_json, parse_text
+from .token_index import Place, SampleText, index_shards, parse_ids, parse_json
 
 if TYPE_CHECKING:
     pass
 
 META_FILE = "meta.json"
 IMAGES_PER_SHARD = 5000
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,27 +55,6 @@ class TokenRecord:
     """(V, h, w) integers in [0, num_codes)."""
     captions: tuple[str, ...]
     long_text: str | None = None
-
-
-class Column(Sequence[T]):
-    """One thing of every image of a token set, read from its shard when it is asked for.
-
-    Args:
-        read: index -> the thing.
-        length: number of images.
-    """
-
-    def __init__(self, read: Callable[[int], T], length: int):
-        self.read = read
-        self.length = length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self.read(number) for number in range(self.length)[index]]
-        return self.read(range(self.length)[index])
 
 
 class IdsColumn:
@@ -168,7 +146,8 @@ class TokenSet:
         place = self._place(index)
         shard = self.shards[place.shard]
         content = read_range(shard, place.text_at, place.text_size)
-        return parse_text(content, f"{shard}, byte {place.text_at}")
+        # Checked when the index was made; anew it would take half of the time.
+        return SampleText(**parse_json(content, f"{shard}, byte {place.text_at}"))
 
     def _place(self, index: int) -> Place:
         return Place(*self.rows[index].tolist())

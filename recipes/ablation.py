@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
-from tavq.alignment.unit_index import units_of
+from tavq.alignment.units import units_of
 from tavq.base.arguments import parse, run_main
 from tavq.data.config import default_data
 from tavq.data.keep import write_keep

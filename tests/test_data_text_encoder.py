@@ -8,7 +8,8 @@ import warnings
 import pytest
 import torch
 
-from tavq.alignment.unit_index import UnitIndex, units_of
+from tavq.alignment.unit_index import UnitIndex
+from tavq.alignment.units import units_of
 from tavq.data.dataset import Example, ImageTextDataset
 from tavq.data.embedding_cache import EmbeddingCache
 from tavq.data.shapes import shapes_examples
@@ -219,7 +220,7 @@ def test_bank_marks_the_units_that_an_example_owns(index):
     index, _ = index
     units, own = index.bank([1, 4], 1, torch.Generator().manual_seed(3), size=50)
     assert units.shape == (50, 4) and own.shape == (2, 50) and own.any() and not own.all()
-    vectors = {text: index.vectors[row].float() for row, text in enumerate(index.texts)}
+    vectors = {text: index.vectors_of(torch.tensor(row)) for row, text in enumerate(index.texts)}
     for place, marks in zip([1, 4], own, strict=True):
         mine = [vectors[text] for text in index.units(place, 1)]
         assert marks.tolist() == [any(torch.equal(unit, vector) for vector in mine) for unit in units]

@@ -123,7 +123,7 @@ def test_words_phrases_and_sentences_are_sampled_in_this_order():
     for level, units in enumerate(texts.units, 1):
         for row in range(6):
             own = {index.texts.index(unit) for unit in index.units(row, level)}
-            vectors = F.normalize(index.vectors[sorted(own)].float(), dim=-1)
+            vectors = F.normalize(index.vectors_of(torch.tensor(sorted(own))), dim=-1)
             for vector in units.vectors[row][units.mask[row]]:
                 assert (vectors @ vector).max() > 0.999
 

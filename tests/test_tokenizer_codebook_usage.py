@@ -96,8 +96,7 @@ def test_the_matched_cost_is_lower_where_codes_know_the_text(shapes):
     """Every image has one code, which lies where its own units lie (words, phrases, sentences apart)."""
     texts = UnitIndex.build(shapes, TextEncoder())
     centres = [
-        torch.stack([texts.vectors[r].float().mean(0) for r in members_of(texts, level)])
-        for level in (1, 2, 3)
+        torch.stack([texts.vectors_of(r).mean(0) for r in members_of(texts, level)]) for level in (1, 2, 3)
     ]
 
     class Knowing(TAVQTokenizer):
@@ -118,8 +117,7 @@ def test_the_matched_cost_is_lower_where_codes_know_the_text(shapes):
 
 
 def members_of(texts: UnitIndex, level: int) -> list[torch.Tensor]:
-    ragged = texts.kinds[level]
-    return [ragged.members[start:end] for start, end in zip(ragged.offsets, ragged.offsets[1:], strict=False)]
+    return [torch.from_numpy(rows) for rows in texts.kinds[level]]
 
 
 def test_level_ids_are_those_of_encode_levels(tiny_tokenizer):

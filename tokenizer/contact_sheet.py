@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from tavq.alignment.unit_index import units_of
+from tavq.alignment.units import units_of
 from tavq.base.arguments import print_json
 from tavq.base.device import choose_device
 from tavq.data.dataset import ImageTextDataset, readable_images

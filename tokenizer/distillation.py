@@ -10,12 +10,14 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from tavq.base.cache import cache_directory, cached_tensors
+from tavq.base.arrays import ArrayWriter, DiskArray, build_once, open_arrays, transform_rows
+from tavq.base.cache import cache_directory
 from tavq.data.dataset import ImageTextDataset
 from tavq.data.images import UnreadableImageError, to_tensor
 
@@ -25,35 +27,53 @@ TEACHER_SIZE_PX = 224
 TEACHER_BATCH = 32
 
 
-def teacher_maps(teacher: FrozenNetwork, dataset: ImageTextDataset, grid: tuple[int, int]) -> Tensor:
+def teacher_maps(teacher: FrozenNetwork, dataset: ImageTextDataset, grid: tuple[int, int]) -> DiskArray:
     """The teacher's last map of every image, averaged to the token grid and standardised a channel.
 
-    Kept in the cache directory under a hash of network, grid, ids and file sizes: a second run reads it back.
+    Kept in the cache directory under a hash of network, grid, ids and file sizes. They are computed before
+    training and not in each batch: the teacher would run once a draw instead of once an image, and the
+    standardisation needs the maps of all images.
 
     Args:
         teacher: gives maps (B, C, h', w') or vectors (B, C), which are spread over the grid.
         dataset: the training split.
 
     Returns:
-        (n, C, h, w) float16, in the order of the dataset; zero for an image that cannot be read.
+        (n, C, h, w) float16 in a file, in the order of the dataset; zero for an image that cannot be read.
     """
-    files = [(e.id, e.image.stat().st_size if isinstance(e.image, Path) else 0) for e in dataset.examples]
-    key = hashlib.sha256(f"{teacher.hash} {grid} {dataset.name} {files}".encode()).hexdigest()[:24]
-    return cached_tensors(
-        cache_directory("teacher_maps"), key, lambda: {"maps": _standardised_maps(teacher, dataset, grid)}
-    )["maps"]
+    digest = hashlib.sha256(f"{teacher.hash} {grid} {dataset.name} [".encode())
+    for number, example in enumerate(dataset.examples):
+        size = example.image.stat().st_size if isinstance(example.image, Path) else 0
+        digest.update(f"{', ' if number else ''}{(example.id, size)}".encode())
+    digest.update(b"]")
+    path = build_once(
+        cache_directory("teacher_maps") / f"{digest.hexdigest()[:24]}.safetensors",
+        lambda path: _write_maps(path, teacher, dataset, grid),
+    )
+    return open_arrays(path)["maps"]
 
 
-def _standardised_maps(teacher: FrozenNetwork, dataset: ImageTextDataset, grid: tuple[int, int]) -> Tensor:
-    maps = []
-    for start in tqdm(range(0, len(dataset), TEACHER_BATCH), desc="teacher's maps", disable=None):
-        indices = range(start, min(start + TEACHER_BATCH, len(dataset)))
-        maps.append(_maps(teacher, torch.stack([_image_or_grey(dataset, i) for i in indices]), grid))
-    stacked = torch.cat(maps).float()
+def _write_maps(path: Path, teacher: FrozenNetwork, dataset: ImageTextDataset, grid: tuple[int, int]) -> None:
+    """Write the maps as they are, then standardise them where they lie."""
+    count = 0
+    total = squares = np.float64(0)
+    with path.open("wb") as file:
+        writer = ArrayWriter(file, "maps")
+        for start in tqdm(range(0, len(dataset), TEACHER_BATCH), desc="teacher's maps", disable=None):
+            indices = range(start, min(start + TEACHER_BATCH, len(dataset)))
+            maps = _maps(teacher, torch.stack([_image_or_grey(dataset, i) for i in indices]), grid).numpy()
+            writer.append(maps)
+            # Sums of squares lose digits, of which float64 has enough for what float16 holds.
+            values = maps.astype(np.float64)
+            count += values[:, 0].size
+            total = total + values.sum(axis=(0, 2, 3))
+            squares = squares + (values**2).sum(axis=(0, 2, 3))
+        writer.finish()
 
-    mean = stacked.mean(dim=(0, 2, 3), keepdim=True)
-    deviation = stacked.std(dim=(0, 2, 3), keepdim=True)
-    return ((stacked - mean) / deviation.clamp_min(1e-6)).half()
+    mean = total / count
+    deviation = np.sqrt(np.maximum(squares - count * mean**2, 0) / (count - 1))
+    shift, scale = (part.astype(np.float32)[:, None, None] for part in (mean, np.maximum(deviation, 1e-6)))
+    transform_rows(path, "maps", lambda rows: (rows.astype(np.float32) - shift) / scale, TEACHER_BATCH)
 
 
 @torch.inference_mode()

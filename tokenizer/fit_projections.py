@@ -94,7 +94,7 @@ def fit_projections(
                 continue
             unit_rows = unit_rows[present, 0]
             ids = codes[batch, views, level - 1][present].long().to(device)
-            scores = _scores(tokenizer, ids, texts.vectors[unit_rows].float().to(device), level)
+            scores = _scores(tokenizer, ids, texts.vectors_of(unit_rows).to(device), level)
 
             # Another image with the same unit, such as "dog", is no negative.
             same = (unit_rows[:, None] == unit_rows).fill_diagonal_(False).to(device)

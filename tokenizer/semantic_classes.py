@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tavq.base.arrays import DiskArray
 from tavq.base.cache import cache_directory, cached_tensors
 from tavq.base.files import file_hash
 from tavq.base.hub import DATA_ONLY, TRANSFORMERS_FILES, directory_of
@@ -76,7 +77,7 @@ def open_classes(
     return SemanticClasses(tensors["ids"], source_hash)
 
 
-def cluster(maps: Tensor, num_classes: int) -> Tensor:
+def cluster(maps: Tensor | DiskArray, num_classes: int) -> Tensor:
     """Cluster positions by k-means, with a fixed seed.
 
     Args:
@@ -94,11 +95,11 @@ def cluster(maps: Tensor, num_classes: int) -> Tensor:
     rows_per_image = maps.shape[2] * maps.shape[3]
     random = np.random.default_rng(0)
     chosen = random.permutation(len(maps))[: max(1, CLUSTERED_POSITIONS // rows_per_image)]
-    examples = _positions(maps[torch.as_tensor(np.sort(chosen))])
+    examples = _positions(torch.as_tensor(maps[np.sort(chosen)]))
     if len(examples) < num_classes:
         raise ValueError(f"{len(examples)} positions cannot make {num_classes} clusters; give more images")
     clusters = MiniBatchKMeans(num_classes, batch_size=4096, n_init=3, random_state=0).fit(examples)
-    ids = [clusters.predict(_positions(maps[i : i + 64])) for i in range(0, len(maps), 64)]
+    ids = [clusters.predict(_positions(torch.as_tensor(maps[i : i + 64]))) for i in range(0, len(maps), 64)]
     return torch.from_numpy(np.concatenate(ids).astype(np.int16)).view(len(maps), *maps.shape[2:])
 
 

@@ -241,7 +241,10 @@ class TokenizerTask(Task[TokenizerTrainer, TAVQTokenizer]):
         if self.captions is not None:
             batch["captions"] = vars(self.captions.sample(indices, generator))
         if self.maps is not None:
-            maps = [map_of_view(self.maps[e["index"]], e["box"], flipped=e["flipped"]) for e in examples]
+            maps = [
+                map_of_view(torch.from_numpy(self.maps[e["index"]]), e["box"], flipped=e["flipped"])
+                for e in examples
+            ]
             batch["teacher"] = torch.stack(maps)
         if self.classes is not None:
             views = [self.classes.of_view(e["index"], e["box"], flipped=e["flipped"]) for e in examples]
