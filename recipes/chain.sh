@@ -1,0 +1,105 @@
+# The chain that the recipes share: tokenizer, decoder, tokens, generator, captioner, evaluations. A recipe sets variables and
+# reads this file with `source`; what each variable means stands beside its default below. Every step is skipped when it is done,
+# and goes on where it was stopped.
+
+PRESET=${PRESET:-flickr8k}                       # of the whole chain, where nothing else is said
+TOKENIZER_PRESET=${TOKENIZER_PRESET:-$PRESET}
+DECODER_PRESET=${DECODER_PRESET-$PRESET}         # set and empty: the decoder is not trained further
+GENERATOR_PRESET=${GENERATOR_PRESET:-$PRESET}
+CAPTIONER_PRESET=${CAPTIONER_PRESET:-$PRESET}
+SELF_CRITICAL=${SELF_CRITICAL:-$([ "$PRESET" = tiny ] && echo tiny-self-critical || echo flickr8k-self-critical)}
+ALIGN=${ALIGN:-ot}
+START=${START:-}
+RUN=${RUN:-runs/$PRESET-$ALIGN${START:+-further}}
+DATA=${DATA:-$([ "$PRESET" = tiny ] && echo shapes || echo "${TAVQ_DATA:-}")}
+[ -n "$DATA" ] || { echo "error: no dataset is named; set DATA=DIR or TAVQ_DATA" >&2; exit 2; }
+SPLIT=${SPLIT:-test}
+EVAL_DATA=${EVAL_DATA:-$DATA}                    # captions and reconstructions are measured on its SPLIT
+T2I_DATA=${T2I_DATA:-$EVAL_DATA}                 # generated images on its T2I_SPLIT, one for each image
+T2I_SPLIT=${T2I_SPLIT:-$SPLIT}
+T2I_FLAGS=${T2I_FLAGS:-}
+VLM=${VLM:-}                                     # flags of `tavq describe`: --model NAME --endpoint URL; empty: no descriptions
+ACCELERATE=${ACCELERATE:-}                       # configuration of `accelerate launch`, to train in several processes
+STEPS=${STEPS:-}                                 # of every training, instead of the preset's
+DEVICE=${DEVICE:-cpu}
+TEACHER=${TEACHER:-}
+FEATURES=${FEATURES:-}                           # `inception`: FID itself
+JUDGE=${JUDGE:-}
+PYTHON=${PYTHON:-.venv/bin/python}
+EVAL_FLAGS=${EVAL_FLAGS:-$([ "$PRESET" = tiny ] && echo "--limit 60" || true)}
+LABEL=${LABEL:-$PRESET-$ALIGN}
+READY=$RUN/ready                                 # what is shipped: rounded weights, and what was measured with them
+declare -a FLAGS_TOKENIZER FLAGS_DECODER FLAGS_GENERATOR FLAGS_CAPTIONER FLAGS_SELF_CRITICAL # of a recipe, for one training each
+
+tavq() { "$PYTHON" -m tavq "$@"; }
+
+step() { # NAME COMMAND...: run once; a mark is left behind when it ends well
+    local mark=$RUN/done/$1
+    if [ -e "$mark" ]; then echo "== $1: done before"; return; fi
+    echo "== $1"
+    "${@:2}"
+    mkdir -p "$RUN/done" && touch "$mark"
+}
+
+train() { # NAME FLAGS...
+    local more=()
+    [ -n "$STEPS" ] && more=(--training.steps "$STEPS" --training.evaluate-every "$STEPS")
+    if [ -n "$ACCELERATE" ]; then
+        "$PYTHON" -m accelerate.commands.launch --config_file "$ACCELERATE" -m tavq train "$1" "${@:2}" "${more[@]}"
+    else
+        tavq train "$1" "${@:2}" "${more[@]}"
+    fi
+}
+
+teacher=()
+[ -n "$TEACHER" ] && teacher=(--perceptual "$TEACHER" --distill "$TEACHER")
+features=()
+[ -n "$FEATURES" ] && [ "$FEATURES" != inception ] && features=(--features "$FEATURES")
+judge=()
+[ -n "$JUDGE" ] && judge=(--judge "$JUDGE")
+evaluate() { # NAME DATA SPLIT FLAGS...
+    # shellcheck disable=SC2086  # EVAL_FLAGS is several words
+    tavq eval "$1" --publish --checkpoint "$READY" --data "$2" --split "$3" --device "$DEVICE" --label "$LABEL" \
+        $EVAL_FLAGS "${@:4}"
+}
+
+if [ -n "$VLM" ]; then
+    # shellcheck disable=SC2086  # VLM is several words
+    step describe tavq describe --data "$DATA" --split train $VLM
+fi
+step tokenizer train tokenizer --preset "$TOKENIZER_PRESET" --align "$ALIGN" --data "$DATA" --out "$RUN/tokenizer" \
+    "${teacher[@]}" "${FLAGS_TOKENIZER[@]}"
+case $ALIGN in
+ot | gaussian) TRAINED=$RUN/tokenizer ;;
+*) # codes that transport did not draw to text learn to be read as text afterwards, for the table's retrieval
+    TRAINED=$RUN/probed
+    step probe tavq align --base "tavq:$RUN/tokenizer" --probe-only --data "$DATA" --out "$TRAINED"
+    ;;
+esac
+if [ -n "$DECODER_PRESET" ]; then
+    more_images=()
+    [ -n "${MORE_IMAGES:-}" ] && more_images=(--images "$MORE_IMAGES")
+    step decoder train decoder --preset "$DECODER_PRESET" --tokenizer "$TRAINED" --data "$DATA" --out "$RUN/decoder" \
+        ${TEACHER:+--perceptual "$TEACHER"} "${more_images[@]}" "${FLAGS_DECODER[@]}"
+    TRAINED=$RUN/decoder
+fi
+step tokenizer-export tavq export "$TRAINED" --out "$READY/tokenizer"
+step tokens tavq tokenize --data "$DATA" --checkpoint "$READY/tokenizer" --out "$RUN/tokens" --device "$DEVICE"
+step generator train generator --preset "$GENERATOR_PRESET" --tokens "$RUN/tokens" --tokenizer "$READY/tokenizer" \
+    --out "$RUN/generator" "${FLAGS_GENERATOR[@]}"
+step generator-export tavq export "$RUN/generator" --out "$READY/generator"
+step captioner train captioner --preset "$CAPTIONER_PRESET" --tokens "$RUN/tokens" --tokenizer "$READY/tokenizer" \
+    --out "$RUN/captioner" "${FLAGS_CAPTIONER[@]}"
+step self-critical train captioner --preset "$SELF_CRITICAL" --tokens "$RUN/tokens" --start "$RUN/captioner" \
+    --out "$RUN/self-critical" "${FLAGS_SELF_CRITICAL[@]}"
+step captioner-export tavq export "$RUN/self-critical" --out "$READY/captioner"
+if [ -n "$FEATURES" ]; then
+    step measure-tokenizer evaluate tokenizer "$EVAL_DATA" "$SPLIT" "${features[@]}"
+    # shellcheck disable=SC2086  # T2I_FLAGS is several words
+    step measure-t2i evaluate t2i "$T2I_DATA" "$T2I_SPLIT" "${features[@]}" "${judge[@]}" $T2I_FLAGS
+else
+    echo "== no FEATURES network: rFD and FD are left out"
+    step measure-tokenizer evaluate tokenizer "$EVAL_DATA" "$SPLIT" --no-frechet
+fi
+step measure-captions evaluate caption "$EVAL_DATA" "$SPLIT"
+echo "weights and results: $READY"
