@@ -276,3 +276,13 @@ def test_every_requirement_has_a_tested_version_that_satisfies_it():
             assert version and requirement.specifier.contains(version), (
                 f"{requirement}: tested with {version}"
             )
+
+
+def test_every_tested_version_has_the_hash_of_its_file():
+    pins = {line for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#"}
+    lines = [line for line in (ROOT / "hashes.txt").read_text().splitlines() if line[0] != "#"]
+    hashed = {re.fullmatch(r"(\S+==\S+) --hash=sha256:[0-9a-f]{64}", line)[1] for line in lines}
+    assert {pin.split("==")[0] for pin in pins - hashed} == {"torch", "torchvision", "xformers"}, (
+        "run python .ci/hashes.py"
+    )
+    assert hashed <= pins, "run python .ci/hashes.py"
