@@ -3,6 +3,7 @@
 # make test      lint, types, the site of docs/ and all tests      (make test ARGS="-k tokenizer")
 # make coverage  all tests, with the branches that they miss, and docs/coverage.md
 # make mutants   changes the source, and sees whether a test notices (hours; goes on where it was stopped)
+# make chaos     kills commands at random moments, and sees whether they go on (half an hour; goes on where it was stopped)
 # make types     types alone
 # make docs      the site of docs/, in site/
 # All create .venv and install into it once; again only when a requirement changed.
@@ -25,7 +26,7 @@ PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m $(TESTS)
 COVERAGE := .venv/bin/python -m coverage
 TIMED = set -e; start=$$(date +%s); trap 'echo "make $@ took $$(($$(date +%s) - start)) s"' EXIT
 
-.PHONY: demo quick test coverage mutants types docs
+.PHONY: demo quick test coverage mutants chaos types docs
 .DELETE_ON_ERROR:
 
 demo: .venv/installed-demo
@@ -43,6 +44,9 @@ coverage: .venv/installed-test
 
 mutants: .venv/installed-mutants
 	.venv/bin/python .ci/mutants.py $(ARGS)
+
+chaos: .venv/installed-test
+	.venv/bin/python benchmarks/chaos.py $(ARGS)
 
 types: .venv/installed-test
 	@$(TIMED); $(TYPES)
