@@ -17,6 +17,7 @@ if [ -z "${DRY_RUN:-}" ] && [ -n "${DATA:-}" ]; then
     "${PYTHON:-$(dirname "$0")/../.venv/bin/python}" "$(dirname "$0")/coco_train2014.py" "$DATA"
     EVAL_DATA=$DATA/dataset_coco_train2014.json
     T2I_DATA=$DATA/annotations/captions_val2014.json T2I_SPLIT=val T2I_FLAGS="--limit 30000 --seeds 1"
+    VLM=${VLM:+$VLM --out $DATA/long_text.jsonl} # where training finds them
     DATA=$EVAL_DATA
 fi
 source "$(dirname "$0")/256px.sh"

@@ -64,6 +64,8 @@ ELSEWHERE = {
     "make ": "tests/test_install.py",
     "python3.11 install.py ": "tests/test_install.py",
     "bash recipes/flickr8k.sh": "tests/test_recipe.py",
+    "bash recipes/coco256.sh": "tests/test_recipe.py",
+    "bash recipes/cc3m256.sh": "tests/test_recipe.py",
     "accelerate launch ": "tests/test_two_processes.py",
     "source .venv/bin/activate": "tests/test_install.py",
     "tavq demo": "tests/test_app.py",

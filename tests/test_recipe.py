@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -19,6 +20,7 @@ from tavq.captioner.config import RUN_PRESETS as CAPTIONER_PRESETS
 from tavq.captioner.config import CaptionerRun
 from tavq.data.keep import keep_only
 from tavq.data.layouts import open_dataset
+from tavq.eval.config import CaptionEvaluation, T2IEvaluation
 from tavq.eval.results import measured, read_results, write_results
 from tavq.generator.config import RUN_PRESETS as GENERATOR_PRESETS
 from tavq.generator.config import GeneratorRun
@@ -26,6 +28,7 @@ from tavq.metrics.features import ImageSet, extract_features, load_network
 from tavq.tokenizer.config import PRESETS, TokenizerRun
 from tavq.tokenizer.config import RUN_PRESETS as TOKENIZER_PRESETS
 from tavq.tokenizer.losses import PerceptualNetwork
+from tavq.tokenizer.run_config import DescribeRun, TokenizeRun
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -207,3 +210,92 @@ def test_the_pictures_of_the_docs_are_made_anew(tmp_path, tiny_checkpoint):
     assert Image.open(tmp_path / "images" / "reconstructions.png").height == 2 * size + 2
     page = (tmp_path / "prompts.md").read_text()
     assert page.count("![") == len(pictures.TWELVE) == len(list((tmp_path / "images" / "prompts").iterdir()))
+
+
+@pytest.mark.slow
+def test_the_plan_of_a_256_px_recipe_builds_every_model_without_values(capsys):
+    plan = load("plan")
+    plan.main(["coco256", "--gpus", "8"])
+    lines = capsys.readouterr().out.splitlines()
+    tokenizer, generator, captioner = ([cell.strip() for cell in line.split("|")] for line in lines[2:5])
+    assert tokenizer[1:4] == ["tokenizer", "`vqgan256`", "3 x 256 x 256"]
+    assert generator[3:5] == ["256 x 1024", "101 M"] and captioner[3].startswith("5 x 21 x ")
+    assert "about 2 hours" in lines[-1]
+
+    stages = plan.stages_of(plan.DATASETS["coco256"])
+    cost = plan.cost_of(stages[1])
+    # A transformer takes 6 numbers' work a parameter and token; attention and the text come on top.
+    assert 6 < cost.flops / (cost.parameters * 256) < 9
+    wrong = dataclasses.replace(stages[1], shape=lambda count: (count, 1024, 1024))
+    with pytest.raises(ValueError, match=r"generator of preset base returns \(2, 256, 1024\)"):
+        plan.cost_of(wrong)
+    plan.main(["coco256", "--gpus", "4", "--steps"])
+    assert [int(word) for word in capsys.readouterr().out.split()] == [194023, 48506, 19402]
+
+
+STUB = """#!/bin/sh
+case "$*" in
+    *--steps*) echo 30 20 10 ;;
+    *coco_train2014.py*) exit 0 ;;
+    *) echo "$@" >> {log} ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("name", ["coco256", "cc3m256"])
+def test_every_command_of_a_256_px_recipe_is_understood(name, tmp_path):
+    stub, log, run = tmp_path / "python", tmp_path / "log", tmp_path / "run"
+    stub.write_text(STUB.format(log=log))
+    stub.chmod(0o755)
+    variables = {
+        "PYTHON": stub,
+        "RUN": run,
+        "DATA": "data",
+        "COCO": "coco",
+        "TEACHER": "squeezenet_layers.pt",
+    }
+    variables["VLM"] = "--model any --endpoint http://127.0.0.1:1/v1"
+    environment = os.environ | {key: str(value) for key, value in variables.items()}
+    command = ["bash", str(ROOT / "recipes" / f"{name}.sh")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in log.read_text().splitlines()]
+
+    started = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/ddp.yaml"]
+    launched = [line[len(started) :] for line in lines if line[: len(started)] == started]
+    assert [line[:4] for line in launched] == [
+        ["-m", "tavq", "train", what] for what in ("tokenizer", "generator", "captioner", "captioner")
+    ]
+    tokenizer = parse(TokenizerRun, launched[0][4:], prog="", presets=TOKENIZER_PRESETS)
+    generator = parse(GeneratorRun, launched[1][4:], prog="", presets=GENERATOR_PRESETS)
+    captioners = [parse(CaptionerRun, line[4:], prog="", presets=CAPTIONER_PRESETS) for line in launched[2:]]
+    trainings = [one.training for one in (tokenizer, generator, *captioners)]
+    assert [training.precision for training in trainings] == ["bf16"] * 4
+    assert [training.steps for training in trainings[:3]] == [30, 20, 10]
+    assert tokenizer.model.image_size_px == 256 and captioners[1].stage == "self-critical"
+
+    commands = {
+        line[2] if line[2] != "eval" else f"eval {line[3]}": line for line in lines if line[1] == "tavq"
+    }
+    parse(DescribeRun, commands["describe"][3:], prog="")
+    parse(TokenizeRun, commands["tokenize"][3:], prog="")
+    drawn = parse(T2IEvaluation, commands["eval t2i"][4:], prog="")
+    assert drawn.limit == 30_000 and drawn.split == "val" and drawn.features is None
+    assert drawn.data.endswith("annotations/captions_val2014.json")
+    captioned = parse(CaptionEvaluation, commands["eval caption"][4:], prog="")
+    assert captioned.split == "test" and "dataset_coco" in captioned.data
+
+
+def test_what_is_measured_of_coco_is_not_trained_on(tmp_path):
+    splits = ("train", "restval", "val", "test")
+    images = [{"filename": f"{split}.jpg", "filepath": "val2014", "split": split} for split in splits]
+    (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": images}))
+    with pytest.raises(SystemExit):
+        load("coco_train2014").main([str(tmp_path)])
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "captions_val2014.json").touch()
+    for folder in ("train2014", "val2014"):
+        (tmp_path / folder).mkdir()
+    load("coco_train2014").main([str(tmp_path)])
+    written = json.loads((tmp_path / "dataset_coco_train2014.json").read_text())
+    assert [image["split"] for image in written["images"]] == ["train", "val", "test"]
