@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+UNFINISHED = ".part"  # end of the names of files that `atomic_write` has begun
 
 
 @contextlib.contextmanager
@@ -17,7 +20,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     A killed process leaves the old file or the new one, never half of one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=UNFINISHED, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -26,6 +29,16 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Delete what killed processes had begun with `atomic_write`: `path`, or files in the folder `path`.
+
+    Only for one who knows that no other process writes there.
+    """
+    folder, start = (path, ".") if path.is_dir() else (path.parent, f".{glob.escape(path.name)}.")
+    for file in folder.glob(f"{start}*{UNFINISHED}"):
+        file.unlink(missing_ok=True)
 
 
 def check_directory(path: Path) -> None:

@@ -8,12 +8,15 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from .files import remove_unfinished
+
 
 @contextlib.contextmanager
 def only_writer(path: Path) -> Iterator[None]:
     """Keep other processes from writing `path`, a file or a folder, while the block runs.
 
-    The system frees it when the process ends, however it ends; only then may a hidden, empty file stay.
+    The system frees it when the process ends, however it ends; only then may a hidden, empty file stay. Files
+    that a killed process had begun with `atomic_write` are deleted.
 
     Raises:
         ValueError: another process writes there.
@@ -28,6 +31,7 @@ def only_writer(path: Path) -> Iterator[None]:
             f"another process writes {path}; wait until it has ended, or name another place with --out"
         ) from None
     try:
+        remove_unfinished(path)
         yield
     finally:
         Path(lock.lock_file).unlink(missing_ok=True)  # who waits for it notices, and makes a new one

@@ -20,6 +20,7 @@ from PIL import Image
 
 from tavq import cli
 from tavq.base.arguments import run_main
+from tavq.base.files import atomic_write
 from tavq.base.locks import only_writer
 from tavq.captioner.caption_folder import caption_folder
 from tavq.captioner.decoding import Caption
@@ -160,6 +161,28 @@ def test_a_second_run_in_one_folder_is_refused_until_the_first_is_gone(
     with only_writer(out):
         pass
     assert not list(tmp_path.glob(".*.lock"))
+
+
+def test_the_next_writer_deletes_what_a_killed_one_had_begun(tmp_path: Path):
+    context = multiprocessing.get_context("fork")
+    for out, file in ((tmp_path / "run", tmp_path / "run" / "weights"), (tmp_path / "a.csv",) * 2):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / ".hidden").touch()
+        process = context.Process(target=_write_for_ever, args=(file,))
+        process.start()
+        while not list(file.parent.glob(f".{file.name}.*")):
+            time.sleep(0.01)
+        process.kill()
+        process.join()
+        assert list(file.parent.glob(f".{file.name}.*")) and not file.exists()
+        with only_writer(out):
+            pass
+        assert not list(file.parent.glob(f".{file.name}.*")) and (tmp_path / "run" / ".hidden").exists()
+
+
+def _write_for_ever(file: Path) -> None:
+    with atomic_write(file):
+        time.sleep(60)
 
 
 @pytest.mark.slow
