@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from tyro.conf import Positional
 
 from tavq.base.arguments import parse, run_main
+from tavq.base.files import check_directory
 from tavq.base.weights import CONFIG_FILE, local_directory
 
 
@@ -27,11 +29,15 @@ class ExportRun:
     """Directory for the copy."""
     half: bool = True
     """Store weights as float16. They are loaded as float32 again."""
+    format: Literal["safetensors", "pt2"] = "safetensors"
+    """safetensors is a checkpoint. pt2 writes programs of torch.export in float32, for other servers: encoder
+    and decoder of a tokenizer, prefill and step of a generator, each for batches of any size."""
 
 
 @run_main
 def main(argv: Sequence[str] | None = None) -> None:
     run = parse(ExportRun, argv, prog="tavq export")
+    check_directory(run.out)
 
     from tavq.captioner.model import Captioner
     from tavq.generator.lexicon import Lexicon
@@ -48,5 +54,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(
             f"{directory} holds no tokenizer, generator, captioner or lexicon; name the directory of one"
         )
-    model_class.from_pretrained(directory).save_pretrained(run.out, half=run.half)
-    print(run.out)
+    model = model_class.from_pretrained(directory)
+    if run.format == "safetensors":
+        model.save_pretrained(run.out, half=run.half)
+        print(run.out)
+        return
+
+    if not isinstance(model, TAVQTokenizer | GeneratorModel):
+        raise ValueError(f"{directory} holds a {kind}; pt2 is for tokenizers and generators")
+    from tavq.serve.programs import write_programs
+
+    for path in write_programs(model, run.out):
+        print(path)

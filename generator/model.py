@@ -205,7 +205,7 @@ class GeneratorModel(Checkpointed):
 
     def padding_bias(self, seen_BT: Tensor) -> Tensor:
         """Return the additive attention bias (B, 1, L) that hides empty text slots."""
-        shape = (len(seen_BT), 1, self.config.sequence_length)
+        shape = (seen_BT.shape[0], 1, self.config.sequence_length)  # `len` would fix it in torch.export
         bias_B1L = torch.zeros(shape, device=seen_BT.device, dtype=self.text_proj.weight.dtype)
         bias_B1L[:, 0, : seen_BT.shape[1]].masked_fill_(~seen_BT, -math.inf)
         return bias_B1L
@@ -264,9 +264,7 @@ class Block(nn.Module):
         self, x_BLD: Tensor, rope: Tensor, bias_BLL: Tensor, kv_cache: tuple[Tensor, Tensor] | None
     ) -> Tensor:
         batch, length, width = x_BLD.shape
-        qkv = self.qkv_proj(x_BLD).view(batch, length, 3, self.num_heads, width // self.num_heads)
-        q, k = apply_rotary_emb(rms_norm(qkv[:, :, :2]), rope).unbind(2)
-        v = qkv[:, :, 2]
+        q, k, v = self._qkv(x_BLD, rope)
 
         if kv_cache is not None:
             keys, values = kv_cache
@@ -275,6 +273,37 @@ class Block(nn.Module):
 
         attended = attend(q, k, v, bias_BLL, self.attention)
         return self.o_proj(attended.reshape(batch, length, width))
+
+    def _qkv(self, x_BLD: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values, each (B, L, heads, d)."""
+        batch, length, width = x_BLD.shape
+        qkv = self.qkv_proj(x_BLD).view(batch, length, 3, self.num_heads, width // self.num_heads)
+        q, k = apply_rotary_emb(rms_norm(qkv[:, :, :2]), rope).unbind(2)
+        return q, k, qkv[:, :, 2]
+
+    def step(
+        self, x_B1D: Tensor, rope: Tensor, bias_B1L: Tensor, keys: Tensor, values: Tensor, slot: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Pass one token through, with the keys and values (B, L, heads, d) of the slots before it.
+
+        Nothing is written in place, so that `torch.export` takes it; `engine.DecodeBlock` is the fast way.
+
+        Args:
+            x_B1D: residual stream of the token.
+            rope: of its slot, (1, d/2, 2).
+            bias_B1L: hides empty text slots, and the slots behind this one.
+            keys, values: of the slots before it.
+            slot: (1,) int64, the token's slot.
+
+        Returns:
+            The residual stream, keys and values.
+        """
+        q, k, v = self._qkv(rms_norm(x_B1D), rope)
+        keys = keys.index_copy(1, slot, k)
+        values = values.index_copy(1, slot, v)
+        x_B1D = x_B1D + self.o_proj(attend(q, keys, values, bias_B1L, "sdpa").flatten(2))
+        gate, up = self.gate_up_proj(rms_norm(x_B1D)).chunk(2, dim=-1)
+        return x_B1D + self.down_proj(F.silu(gate) * up), keys, values
 
 
 def rms_norm(x: Tensor) -> Tensor:

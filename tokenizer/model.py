@@ -330,7 +330,7 @@ class TAVQTokenizer(Checkpointed):
     def _ids(self, latents: Tensor) -> Tensor:
         with full_precision(latents):
             ids = self.quantizer.nearest(to_sequence(latents).flatten(0, 1))
-        return ids.view(len(latents), *self.grid_size)
+        return ids.view(latents.shape[0], *self.grid_size)  # `len` would fix the batch in torch.export
 
     def _checked(self, images: Tensor) -> Tensor:
         size = self.config.image_size_px

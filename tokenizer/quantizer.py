@@ -67,6 +67,8 @@ class Quantizer(nn.Module):
         """(R, E) -> ids (R,) of the codes with the largest cosine."""
         codebook = self.codebook.detach()
         latents = self.normalise(latents.detach())
+        if torch.compiler.is_exporting():  # the number of parts would fix the size of the batch
+            return (latents @ codebook.T).argmax(dim=1)
         return torch.cat([(rows @ codebook.T).argmax(dim=1) for rows in latents.split(ROWS_AT_ONCE)])
 
     def lookup(self, ids: Tensor) -> Tensor:
