@@ -32,6 +32,7 @@ def connect(address: str, *, cores: float = 0, object_store_bytes: int | None = 
         return
 
     ray.init(
+        address="local",  # else Ray joins a cluster that happens to run here
         num_cpus=max(math.ceil(cores), os.cpu_count() or 1),
         object_store_memory=object_store_bytes,
         include_dashboard=False,
