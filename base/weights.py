@@ -6,6 +6,7 @@ import importlib.resources
 from pathlib import Path
 from typing import Any
 
+from .files import file_hash
 from .hub import directory_of
 
 CONFIG_FILE = "config.json"
@@ -13,6 +14,7 @@ WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
 FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, "text_tokenizer/*.json", "text_tokenizer/*.txt")
 SHIPPED = "flickr8k"
+PARTS = ("tokenizer", "generator", "captioner", "lexicon")
 
 
 def shipped_checkpoint() -> Path:
@@ -34,6 +36,12 @@ def local_directory(source: str | Path, **hub: Any) -> Path:
         FileNotFoundError: no such directory, or no such repository.
     """
     return directory_of(source, [pattern for file in FILES for pattern in (file, f"*/{file}")], **hub)
+
+
+def part_hashes(directory: Path) -> dict[str, str]:
+    """Return the first digits of the SHA-256 of the weights of each part that a checkpoint holds."""
+    files = {part: directory / part / WEIGHTS_FILE for part in PARTS}
+    return {part: file_hash(path) for part, path in files.items() if path.is_file()}
 
 
 CHECKPOINT = str(shipped_checkpoint())

@@ -10,7 +10,7 @@ import collections
 import csv
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,16 @@ from tavq.base.files import atomic_write
 from tavq.base.journal import read_journal
 from tavq.base.locks import only_writer
 from tavq.base.progress import Progress
-from tavq.data.dataset import Example, ImageTextDataset, readable_images
-from tavq.data.images import squash
+from tavq.data.dataset import Example, ImageTextDataset, check_unreadable, readable_images
+from tavq.data.images import UnreadableImageError, squash
 from tavq.data.layouts_folder import IMAGE_SUFFIXES
 
 from .config import OUTPUT_SUFFIXES
 from .decoding import Caption
 
 CaptionImages = Callable[[Sequence[Image.Image]], Sequence[Sequence[Caption]]]
+ComputeParts = Callable[[Sequence[tuple[str, Path]]], Iterable[dict[str, Any]]]
+BATCH_SIZE = 32
 CSV_COLUMNS = ("image", "caption", "score")
 
 
@@ -36,7 +38,7 @@ def caption_folder(
     out: str | Path,
     caption_images: CaptionImages,
     *,
-    batch_size: int = 32,
+    batch_size: int = BATCH_SIZE,
     size_px: int | None = None,
 ) -> int:
     """Caption every image in `folder` and below that `out` does not hold yet, see `caption_files`."""
@@ -49,7 +51,7 @@ def caption_files(
     out: str | Path,
     caption_images: CaptionImages,
     *,
-    batch_size: int = 32,
+    batch_size: int = BATCH_SIZE,
     size_px: int | None = None,
 ) -> int:
     """Caption every image that `out` does not hold yet.
@@ -84,8 +86,7 @@ def _caption_rest(
 ) -> int:
     names = list(images)
     text_files = _text_files(out, names)
-    # JSON lines can be appended to, so there the output is its own journal.
-    journal = out if out.suffix == ".jsonl" else out.with_name(f"{out.name}.unfinished.jsonl")
+    journal = _journal_of(out)
     done = _captioned(out, text_files) | {row["image"] for row in read_journal(journal)}
     remaining = [name for name in names if name not in done]
 
@@ -113,6 +114,78 @@ def _caption_rest(
         _write(out, read_journal(journal), text_files)
         journal.unlink()
     return count
+
+
+def caption_part(
+    images: Sequence[tuple[str, Path]], caption_images: CaptionImages, size_px: int
+) -> list[dict[str, Any]]:
+    """Return the rows of some images, in batches as `caption_files` makes them.
+
+    Args:
+        images: names and files; the first of them begins a batch.
+        caption_images: as `caption_files` takes it.
+        size_px: likewise.
+
+    Returns:
+        A row for each image; one that cannot be read has `unreadable`, the reason, instead of a caption.
+    """
+    dataset = ImageTextDataset("images", [Example(name, path, (), None, "") for name, path in images])
+    rows: list[dict[str, Any]] = []
+    for first in range(0, len(images), BATCH_SIZE):
+        opened: dict[str, Image.Image] = {}
+        for index in range(first, min(first + BATCH_SIZE, len(images))):
+            name = dataset[index].id
+            try:
+                opened[name] = squash(dataset.load_image(index), size_px)
+            except UnreadableImageError as error:
+                rows.append({"image": name, "unreadable": str(error)})
+        groups = caption_images(list(opened.values())) if opened else []
+        rows += [_row(name, captions) for name, captions in zip(opened, groups, strict=True)]
+    return rows
+
+
+def caption_files_in_parts(images: Mapping[str, Path], out: str | Path, compute: ComputeParts) -> int:
+    """Like `caption_files`, with the rows of `caption_part` computed elsewhere, some images a part.
+
+    Args:
+        images: name of each image in the output -> its file.
+        out: as `caption_files` takes it.
+        compute: names and files of the images that `out` does not hold yet -> their rows, in this order.
+
+    Returns:
+        How many images were captioned by this call.
+    """
+    out = Path(out)
+    with only_writer(out):
+        names = list(images)
+        text_files = _text_files(out, names)
+        journal = _journal_of(out)
+        done = _captioned(out, text_files) | {row["image"] for row in read_journal(journal)}
+        remaining = [(name, images[name]) for name in names if name not in done]
+
+        count = 0
+        reasons: list[str] = []
+        # All rows or none: a job that is stopped here finds the same images left, and so the same parts.
+        with atomic_write(journal) as aside, aside.open("w", encoding="utf-8") as file:
+            if journal.exists():
+                file.write(journal.read_text(encoding="utf-8"))
+            for row in compute(remaining):
+                if "unreadable" in row:
+                    reasons.append(f"{row['image']} ({row['unreadable']})")
+                    continue
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                count += 1
+            if remaining:
+                check_unreadable("images", reasons, len(remaining), len(names))
+        if journal != out:
+            _write(out, read_journal(journal), text_files)
+            journal.unlink()
+    return count
+
+
+def _journal_of(out: Path) -> Path:
+    # JSON lines can be appended to, so there the output is its own journal.
+    return out if out.suffix == ".jsonl" else out.with_name(f"{out.name}.unfinished.jsonl")
 
 
 def images_in(folder: Path) -> dict[str, Path]:
@@ -156,12 +229,13 @@ def _batches(
     dataset: ImageTextDataset, batch_size: int, total: int, size_px: int | None
 ) -> Iterator[list[tuple[str, Image.Image]]]:
     """Yield batches of (name, image). Of `total` images, which earlier calls share, 1 % may be unreadable."""
-    named = (
-        (dataset[index].id, image if size_px is None else squash(image, size_px))
-        for index, image in readable_images(dataset, total=total)
-    )
-    while batch := list(itertools.islice(named, batch_size)):
-        yield batch
+    readable = readable_images(dataset, total=total)
+    # By their place among all images, not among the readable ones: so parts of the images make equal batches.
+    for _, group in itertools.groupby(readable, key=lambda found: found[0] // batch_size):
+        yield [
+            (dataset[index].id, image if size_px is None else squash(image, size_px))
+            for index, image in group
+        ]
 
 
 def _row(name: str, captions: Sequence[Caption]) -> dict[str, Any]:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tyro.conf import OmitArgPrefixes, Positional
 
 from tavq.base.arguments import parse, print_json, run_main
 from tavq.base.device import Device, choose_device
+from tavq.base.engine import EngineConfig
 from tavq.base.files import check_directory, check_file
-from tavq.base.weights import CHECKPOINT
+from tavq.base.weights import CHECKPOINT, local_directory, part_hashes
 from tavq.captioner.config import OUTPUT_SUFFIXES, DecodingConfig
+from tavq.serve.config import check_ray
 
 if TYPE_CHECKING:
     from tavq.pipeline import Pipeline
+
+BATCHES_PER_PART = 8
+"""Batches of images that a task of --engine ray captions: half a minute on a core."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +49,7 @@ class CaptionRun:
     json: bool = False
     """Print one line of JSON for each result, instead of text."""
     decoding: OmitArgPrefixes[DecodingConfig] = DecodingConfig()
+    engine: OmitArgPrefixes[EngineConfig] = EngineConfig()
 
 
 @run_main
@@ -63,11 +70,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     if run.out is not None:
         check_output(run.out)
+    elif run.engine.engine == "ray":
+        raise ValueError("--engine ray needs --out, a file or directory for the captions of a folder")
 
     from tavq.captioner.caption_folder import images_in
     from tavq.pipeline import Pipeline
 
     images = images_in(run.images[0]) if is_folder else {str(path): path for path in run.images}
+    if run.out is not None and run.engine.engine == "ray":
+        write_captions_on_ray(run, images, run.out)
+        return
     pipeline = Pipeline.from_pretrained(run.checkpoint, choose_device(run.device))
     if run.out is not None:
         write_captions(pipeline, run, images, run.out)
@@ -96,6 +108,42 @@ def write_captions(pipeline: Pipeline, run: CaptionRun, images: Mapping[str, Pat
         lambda batch: pipeline.caption(batch, run.decoding),
         size_px=pipeline.tokenizer.image_size_px,
     )
+    _say_how_many(count, out)
+
+
+def write_captions_on_ray(run: CaptionRun, images: Mapping[str, Path], out: Path) -> None:
+    """Like `write_captions`, with the work spread over a Ray cluster."""
+    check_ray()
+    from tavq.captioner.caption_folder import BATCH_SIZE, caption_files_in_parts
+    from tavq.serve.ray_jobs import PartJob
+    from tavq.serve.work import open_captioner
+
+    checkpoint = local_directory(run.checkpoint).resolve()
+    folder = out.with_name(f"{out.name}.parts")
+    settings = dataclasses.asdict(run.decoding)
+
+    def job_of(remaining: Sequence[tuple[str, Path]]) -> PartJob:
+        return PartJob(
+            folder,
+            [(name, path.resolve()) for name, path in remaining],
+            BATCH_SIZE * BATCHES_PER_PART,
+            open_captioner,
+            (str(checkpoint), run.device, run.decoding),
+            fingerprint=f"caption {settings} {part_hashes(checkpoint)}",
+        )
+
+    def compute(remaining: Sequence[tuple[str, Path]]) -> Iterator[dict[str, Any]]:
+        if not remaining:
+            return
+        for path in job_of(remaining).run(run.engine):
+            yield from map(json.loads, path.read_text(encoding="utf-8").splitlines())
+
+    count = caption_files_in_parts(images, out, compute)
+    job_of([]).clear()
+    _say_how_many(count, out)
+
+
+def _say_how_many(count: int, out: Path) -> None:
     print(f"{count} image{'' if count == 1 else 's'} described in {out}")
 
 

@@ -15,21 +15,24 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from tavq.base.arguments import from_dict, parse, run_main
 from tavq.base.device import Device, choose_device
-from tavq.base.files import check_directory
+from tavq.base.engine import EngineConfig
+from tavq.base.files import atomic_write, check_directory, remove_unfinished
 from tavq.base.journal import append_row, read_journal
 from tavq.base.locks import only_writer
 from tavq.base.progress import Progress
 from tavq.base.seeding import RANDOM, image_seeds
-from tavq.base.weights import CHECKPOINT
+from tavq.base.weights import CHECKPOINT, local_directory, part_hashes
 from tavq.generator.config import SamplingConfig, check_negative_prompt
 from tavq.prompts import check_prompts
 from tavq.ranking import RankBy
+from tavq.serve.config import check_ray
 
 if TYPE_CHECKING:
     from tavq.pipeline import Pipeline
 
 PROMPTS_AT_ONCE = 16
 RESULTS_FILE = "result.jsonl"
+PARTS_FOLDER = "parts"
 OPTIONS = ("negative_prompt", "best_of", "rank_by")
 PROMPT_SUFFIXES = (".txt", ".csv", ".jsonl")
 
@@ -76,6 +79,7 @@ class GenerateRun:
     json: bool = False
     """Print one line of JSON for each result, instead of text."""
     sampling: OmitArgPrefixes[SamplingConfig] = SamplingConfig()
+    engine: OmitArgPrefixes[EngineConfig] = EngineConfig()
 
     def __post_init__(self) -> None:
         if self.num_images < 1:
@@ -83,6 +87,10 @@ class GenerateRun:
         if self.best_of < 1:
             raise ValueError(f"best_of is {self.best_of}, expected 1 or more")
         check_negative_prompt(self.negative_prompt, self.sampling)
+        if self.engine.engine == "ray" and (self.seed == RANDOM or self.from_png):
+            raise ValueError(
+                "--engine ray takes prompts and a seed, so that a stopped job can go on; give both"
+            )
         if self.unconditional:
             if self.prompts or self.prompts_file or self.from_png or self.image:
                 raise ValueError("--unconditional takes no prompt; leave out the prompt, or the flag")
@@ -109,6 +117,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     check_directory(run.out)
     jobs = jobs_of_recipe(run.from_png) if run.from_png else jobs_of_flags(run)
+    if run.engine.engine == "ray":
+        generate_on_ray(run, jobs)
+        return
 
     from tavq.pipeline import Pipeline
 
@@ -182,6 +193,40 @@ def recipe_in(path: Path) -> dict[str, Any] | None:
     except (ValueError, OSError):
         return None
     return recipe if "checkpoints" in recipe and "completed_tokens" not in recipe else None
+
+
+def generate_on_ray(run: GenerateRun, jobs: Jobs) -> None:
+    """Generate the images with the work spread over a Ray cluster; the same command resumes a stopped job."""
+    check_ray()
+    from tavq.serve.ray_jobs import PartJob
+    from tavq.serve.work import open_generator
+
+    checkpoint = local_directory(run.checkpoint).resolve()
+    images = {"images": tuple(path.resolve() for path in run.image)} if run.image else {}
+    options = tuple(sorted((jobs.options | images).items()))
+    files = [f"{number:06d}.png" for number in range(len(jobs.prompts_and_seeds))]
+    job = PartJob(
+        run.out / PARTS_FOLDER,
+        [(file, prompt, seed) for file, (prompt, seed) in zip(files, jobs.prompts_and_seeds, strict=True)],
+        PROMPTS_AT_ONCE,
+        open_generator,
+        (str(checkpoint), run.device, jobs.sampling, options, run.out.resolve()),
+        fingerprint=f"generate {jobs.sampling} {options} {part_hashes(checkpoint)}",
+    )
+    with only_writer(run.out):
+        if not job.folder.exists() and any(run.out.glob("*.png")):
+            if not left_to_do(jobs, run.out, part_hashes(checkpoint)):
+                return
+            raise ValueError(f"{run.out} holds other images; name an empty directory with --out")
+        lines = [path.read_text() for path in job.run(run.engine)]
+        remove_unfinished(run.out)  # by workers that were lost
+        with atomic_write(run.out / RESULTS_FILE) as aside:
+            aside.write_text("".join(lines))
+        job.clear()
+    for line in "".join(lines).splitlines():
+        recipe = json.loads(line)
+        path = run.out / recipe["file"]
+        print(json.dumps(recipe | {"file": str(path)}) if run.json else path)
 
 
 def jobs_of_flags(run: GenerateRun) -> Jobs:

@@ -144,11 +144,31 @@ def readable_images(
             continue
         yield index, image
 
+    check_unreadable(dataset.name, reasons, len(dataset), total)
+
+
+def check_unreadable(name: str, reasons: Sequence[str], read: int, total: int | None = None) -> None:
+    """Name unreadable images in a warning.
+
+    Args:
+        name: of the dataset.
+        reasons: a line for each of them.
+        read: images that were tried.
+        total: number of images that the limit refers to; `read` if None.
+
+    Raises:
+        ValueError: there are more than `max_unreadable` allows.
+    """
+    allowed = max_unreadable(total or read)
+    if len(reasons) > allowed:
+        raise ValueError(
+            f"{name}: {len(reasons)} of {read} images cannot be read, at most {allowed} may be so; repair or "
+            f"remove them: {_listed(reasons)}"
+        )
     if reasons:
         warnings.warn(
-            f"{dataset.name}: skipped {len(reasons)} of {len(dataset)} images that cannot be read: "
-            f"{_listed(reasons)}",
-            stacklevel=2,
+            f"{name}: skipped {len(reasons)} of {read} images that cannot be read: {_listed(reasons)}",
+            stacklevel=3,
         )
 
 

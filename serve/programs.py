@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tavq.base.files import atomic_write
-from tavq.generator.model import GeneratorModel, rms_norm
+from tavq.generator.model import Block, GeneratorModel, rms_norm
 from tavq.tokenizer.blocks import to_map
 from tavq.tokenizer.model import TAVQTokenizer
 
@@ -98,6 +98,7 @@ class Step(nn.Module):
         rope = model.rope_cache[slot]
         grown = []
         for number, block in enumerate(model.blocks):
+            assert isinstance(block, Block)
             x, *cache = block.step(x, rope, bias, keys[number], values[number], slot)
             grown.append(cache)
         keys, values = (torch.stack(parts) for parts in zip(*grown, strict=True))

@@ -21,9 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from tavq.alignment.config import NUM_LEVELS
-from tavq.base.files import file_hash
 from tavq.base.seeding import mixed_seed
-from tavq.base.weights import CHECKPOINT, WEIGHTS_FILE, local_directory, shipped_checkpoint
+from tavq.base.weights import CHECKPOINT, local_directory, part_hashes, shipped_checkpoint
 from tavq.captioner.config import DecodingConfig
 from tavq.captioner.decoding import decode_captions
 from tavq.captioner.likelihood import log_likelihood
@@ -100,9 +99,7 @@ class Pipeline(Conditions):
     @functools.cached_property
     def hashes(self) -> dict[str, str]:
         """First digits of the SHA-256 of the weights of each part that the directory holds."""
-        parts = ("tokenizer", "generator", "captioner", "lexicon")
-        files = {part: self.directory / part / WEIGHTS_FILE for part in parts}
-        return {part: file_hash(path) for part, path in files.items() if path.is_file()}
+        return part_hashes(self.directory)
 
     def generate(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import concurrent.futures
 import dataclasses
+import importlib
 import importlib.util
 import io
 import json
@@ -23,6 +24,7 @@ import httpx
 import psutil
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from tavq.generator.config import SamplingConfig
@@ -31,7 +33,10 @@ from tavq.pipeline import Pipeline, read_recipe
 
 pytest.importorskip("ray", reason="needs ray, of the extra `scale`")
 
+from ray.serve.schema import ServeDeploySchema
+
 from tavq.serve import batching
+from tavq.serve.config import ServerConfig
 from tavq.serve.orders import Order
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -286,6 +291,22 @@ def test_the_server_describes_itself_and_says_that_it_lives(server):
     fields = described["components"]["schemas"]["GenerateRequest"]["properties"]
     assert fields["top_k"]["maximum"] == 2**20 and fields["prompt"]["description"]
     assert "swagger" in httpx.get(f"{server}/docs", timeout=60).text
+
+
+def test_the_file_for_kubernetes_names_the_application_and_its_options():
+    page = (ROOT / "docs" / "serving.md").read_text()
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    service = yaml.safe_load(block)
+    assert (service["apiVersion"], service["kind"]) == ("ray.io/v1", "RayService")
+    config = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
+    (application,) = config.applications
+    module, _, function = application.import_path.partition(":")
+    assert callable(getattr(importlib.import_module(module), function))
+    assert ServerConfig(**application.args).max_replicas == 8
+    cluster = service["spec"]["rayClusterConfig"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        assert container["image"] and container["resources"]["limits"]["memory"]
 
 
 def test_the_command_says_what_is_absent(monkeypatch, capsys):

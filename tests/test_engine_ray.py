@@ -1,0 +1,212 @@
+"""`--engine ray`: on a cluster of two nodes, of which one dies, a job writes what one process writes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tavq.base.engine import EngineConfig
+from tavq.cli import main
+
+pytest.importorskip("ray", reason="needs ray, of the extra `scale`")
+
+import ray
+from ray.cluster_utils import Cluster
+
+from tavq.serve.ray_jobs import PartJob
+
+pytestmark = pytest.mark.slow
+
+ON_RAY = EngineConfig(engine="ray")
+NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
+SECONDS = 300
+
+
+class TwoNodes:
+    """A Ray cluster of two nodes on this machine."""
+
+    def __init__(self) -> None:
+        self.cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+        self.second = None
+        ray.init(address=self.cluster.address, log_to_driver=False)
+
+    def make_whole(self) -> None:
+        """Start the second node, unless it lives."""
+        if self.second is None:
+            self.second = self.cluster.add_node(**NODE)
+            self.cluster.wait_for_nodes()
+
+    def kill_one_when(self, happened: Callable[[], bool]) -> threading.Thread:
+        """Kill the second node as soon as something has happened."""
+
+        def watch() -> None:
+            deadline = time.monotonic() + SECONDS
+            while not happened() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            self.cluster.remove_node(self.second, allow_graceful=False)
+            self.second = None
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        return thread
+
+    def close(self) -> None:
+        ray.shutdown()
+        self.cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def started() -> Iterator[TwoNodes]:
+    os.environ["RAY_worker_niceness"] = "0"
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers cannot import tests
+    nodes = TwoNodes()
+    yield nodes
+    nodes.close()
+
+
+@pytest.fixture
+def nodes(started: TwoNodes) -> TwoNodes:
+    started.make_whole()
+    return started
+
+
+def open_slow_writer(log: Path) -> Callable[[Sequence[int], Path], None]:
+    """Write the squares of numbers, slowly; note in `log` who wrote what. A number below 0 cannot be had."""
+
+    def write(numbers: Sequence[int], path: Path) -> None:
+        time.sleep(0.3)
+        if min(numbers) < 0 and not log.with_name("repaired").exists():
+            raise ValueError(f"{min(numbers)} is below 0")
+        with log.open("a") as file:
+            file.write(f"{os.getppid()} {numbers[0]}\n")
+        path.write_text("".join(f"{number**2}\n" for number in numbers))
+
+    return write
+
+
+def job_of(folder: Path, numbers: Sequence[int], fingerprint: str = "") -> PartJob:
+    log = folder.parent / "log.txt"
+    return PartJob(folder, numbers, 3, open_slow_writer, (log,), fingerprint=fingerprint)
+
+
+def test_parts_of_a_node_that_dies_are_computed_by_the_other(nodes, tmp_path):
+    job = job_of(tmp_path / "parts", range(120))
+    log = tmp_path / "log.txt"
+
+    def nodes_that_worked() -> set[str]:
+        return {line.split()[0] for line in log.read_text().splitlines()} if log.exists() else set()
+
+    killer = nodes.kill_one_when(lambda: len(nodes_that_worked()) == 2)
+    written = [path.read_text() for path in job.run(ON_RAY)]
+    killer.join()
+    assert "".join(written).split() == [str(number**2) for number in range(120)]
+    assert len(nodes_that_worked()) == 2
+
+    before = log.read_text()
+    assert job.run(ON_RAY) == job.paths() and log.read_text() == before, (
+        "finished parts are not computed again"
+    )
+    job.clear()
+    assert not job.folder.exists()
+
+
+def test_a_job_that_failed_goes_on_where_it_stopped(nodes, tmp_path):
+    job = job_of(tmp_path / "parts", [*range(12), -1])
+    with pytest.raises(ValueError, match=r"^-1 is below 0$"):
+        job.run(ON_RAY)
+    first = {path for path in job.paths() if path.exists()}
+    (tmp_path / "repaired").touch()
+    stamps = {path: path.stat().st_mtime_ns for path in first}
+    assert [line for path in job.run(ON_RAY) for line in path.read_text().split()][-1] == "1"
+    assert {path: path.stat().st_mtime_ns for path in first} == stamps
+
+
+def test_parts_of_another_job_are_refused(tmp_path):
+    job = job_of(tmp_path / "parts", range(3))
+    job._claim()
+    job._claim()
+    for other in (job_of(job.folder, range(4)), job_of(job.folder, range(3), "other weights")):
+        with pytest.raises(ValueError, match="holds parts of another job"):
+            other.run(ON_RAY)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seventy images, two of them in a folder below; one cannot be read."""
+    folder = tmp_path_factory.mktemp("photos")
+    (folder / "below").mkdir()
+    for number in range(70):
+        name = f"below/{number}.png" if number < 2 else f"{number:03d}.jpg"
+        colour = (number * 37 % 256, number * 91 % 256, number * 53 % 256)
+        image = Image.new("RGB", (40, 30), colour)
+        image.paste(colour[::-1], (5, 5, 5 + number % 30, 20))
+        image.save(folder / name)
+    (folder / "013.jpg").write_text("no image")
+    return folder
+
+
+def captions(photos: Path, out: Path, checkpoint: Path, capsys: Any, *more: str) -> bytes:
+    command = ["caption", str(photos), "--out", str(out), "--checkpoint", str(checkpoint), "--beam", "2"]
+    capsys.readouterr()
+    main([*command, *more])
+    assert "skipped 1 of 70 images that cannot be read: 013.jpg" in capsys.readouterr().err
+    return out.read_bytes()
+
+
+def test_captions_have_the_bytes_of_one_process_though_a_node_dies(
+    nodes, photos, tiny_checkpoint, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("tavq.commands.caption.BATCHES_PER_PART", 1)
+    local = captions(photos, tmp_path / "local.jsonl", tiny_checkpoint, capsys)
+    parts = tmp_path / "ray.jsonl.parts"
+    killer = nodes.kill_one_when(lambda: any(parts.glob("part-*")))
+    spread = captions(photos, tmp_path / "ray.jsonl", tiny_checkpoint, capsys, "--engine", "ray")
+    killer.join()
+    assert spread == local and len(local.splitlines()) == 69
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["local.jsonl", "ray.jsonl"]
+
+    # What is described already is left as it is; only a new image is work.
+    more = tmp_path / "more"
+    shutil.copytree(photos, more)
+    shutil.copy(photos / "020.jpg", more / "new.jpg")
+    (more / "013.jpg").unlink()
+    command = ["caption", str(more), "--out", str(tmp_path / "ray.jsonl"), "--beam", "2", "--engine", "ray"]
+    main([*command, "--checkpoint", str(tiny_checkpoint)])
+    added = (tmp_path / "ray.jsonl").read_bytes().removeprefix(local).splitlines()
+    assert len(added) == 1 and b'"new.jpg"' in added[0]
+
+
+def test_images_have_the_bytes_of_one_process_though_a_node_dies(nodes, tiny_checkpoint, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"a dog {number}\n" for number in range(20)))
+    common = ["generate", "--prompts-file", str(prompts), "--num-images", "2", "--seed", "3"]
+    common += ["--checkpoint", str(tiny_checkpoint)]
+    main([*common, "--out", str(tmp_path / "local")])
+    said = capsys.readouterr().out
+    parts = tmp_path / "ray" / "parts"
+    killer = nodes.kill_one_when(lambda: any(parts.glob("part-*")))
+    main([*common, "--out", str(tmp_path / "ray"), "--engine", "ray"])
+    killer.join()
+
+    local = {path.name: path.read_bytes() for path in (tmp_path / "local").iterdir()}
+    spread = {path.name: path.read_bytes() for path in (tmp_path / "ray").iterdir()}
+    assert len(local) == 41 and spread == local
+    printed = capsys.readouterr().out.splitlines()  # Ray's own words on the dead node among it
+    assert [line for line in printed if line.endswith(".png")] == [
+        line.replace(str(tmp_path / "local"), str(tmp_path / "ray")) for line in said.splitlines()
+    ]
+
+    main([*common, "--out", str(tmp_path / "ray"), "--engine", "ray"])
+    assert capsys.readouterr().out == "", "all of it is there"
+    with pytest.raises(SystemExit) as left:
+        main([*common, "--out", str(tmp_path / "ray"), "--engine", "ray", "--temperature", "0.5"])
+    assert left.value.code == 2 and "holds other images" in capsys.readouterr().err
