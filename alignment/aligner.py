@@ -20,6 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tavq.base.precision import full_precision
+from tavq.base.processes import (
+    drawn_for_rows,
+    num_processes,
+    of_all_processes,
+    of_all_processes_with_gradient,
+    part_of_mean,
+    weighted_mean,
+)
 from tavq.data.embedding_cache import EmbeddingCache
 from tavq.data.text_encoder import TextEncoder
 
@@ -28,7 +36,7 @@ from .config import LEVEL_NAMES, AlignmentConfig, Method
 from .late_interaction import late_interaction_costs, late_interaction_unit_cost
 from .projections import TextProjections
 from .transport import gaussian_cost, gaussian_unit_cost, single_unit_cost, transport_cost
-from .unit_index import NegativeBank, SampledTexts, TextUnits, UnitIndex
+from .unit_index import ALL, NegativeBank, SampledTexts, TextUnits, UnitIndex
 
 INITIAL_LOG_SCALE = 2.66  # a temperature of 0.07, as in CLIP
 MAX_LOG_SCALE = 4.6  # the logits are multiplied by 100 at most, as in CLIP
@@ -163,7 +171,7 @@ class TextAligner(nn.Module):
         num_samples = min(self.config.samples, latents.shape[1])
 
         # The largest of random keys are a sample without replacement, for the whole batch at once.
-        keys = torch.rand(latents.shape[:2], device=latents.device)
+        keys = drawn_for_rows(torch.rand, *latents.shape[:2], device=latents.device)
         positions = keys.topk(num_samples, dim=1).indices
         sampled = latents.gather(1, positions.unsqueeze(-1).expand(-1, -1, latents.shape[-1]))
 
@@ -180,16 +188,29 @@ class TextAligner(nn.Module):
     def _level_loss(
         self, codes: Tensor, texts: TextUnits, bank: NegativeBank | None, kind: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cost of matched pairs plus InfoNCE over transport costs: codes (B, S, M) -> a scalar, and its "
-        "parts."""
-        present = texts.mask.any(dim=1)  # a text may have no phrase, and an image no text
-        codes = codes[present]
-        units = texts.vectors[present]
-        mask = texts.mask[present]
-        if len(units) < 2:
-            return codes.sum() * 0.0, {}  # no pair to contrast, but a gradient for every process
+        """Cost of matched pairs plus InfoNCE over transport costs: codes (B, S, M) -> a scalar, and its
+        parts.
 
-        image_to_text, text_to_image, regularisation = self._pair_costs(codes, units, mask)
+        Images are contrasted with the texts of all processes. Each process computes the costs of its own
+        images, and all of them the loss of all costs.
+        """
+        present = texts.mask.any(dim=1)  # a text may have no phrase, and an image no text
+        all_present = of_all_processes(present)
+        if int(all_present.sum()) < 2:
+            return codes.sum() * 0.0, {}  # no pair to contrast, but a gradient for every process
+        all_units = of_all_processes(texts.vectors)[all_present]
+        all_masks = of_all_processes(texts.mask)[all_present]
+
+        # A process without any text takes rows that are left out below: the others wait for its costs.
+        rows = (present if present.any() else torch.ones_like(present)).nonzero().flatten()
+        codes = codes[rows]
+        units = texts.vectors[rows]
+        mask = texts.mask[rows]
+        own_costs, own_reverse, regularisation = self._pair_costs(codes, all_units, all_masks, present.sum())
+        image_to_text = _costs_of_all(own_costs, rows, all_present)
+        same = own_reverse is own_costs
+        text_to_image = image_to_text if same else _costs_of_all(own_reverse, rows, all_present)
+
         scale = self.log_scale[kind].clamp(max=MAX_LOG_SCALE).exp()
         logits = -scale * image_to_text
         labels = torch.arange(len(logits), device=logits.device)
@@ -197,7 +218,7 @@ class TextAligner(nn.Module):
             F.cross_entropy(logits, labels) + F.cross_entropy(-scale * text_to_image.T, labels)
         ) / 2
         if bank is not None:
-            own = bank.own[present]
+            own = bank.own[rows]
             contrastive = contrastive + self._bank_loss(
                 codes, units, mask, bank.vectors, own, scale, regularisation
             )
@@ -208,10 +229,13 @@ class TextAligner(nn.Module):
         return loss, {"cost": matched.detach(), "accuracy": accuracy, "nce": contrastive.detach()}
 
     def _pair_costs(
-        self, codes: Tensor, units: Tensor, mask: Tensor
+        self, codes: Tensor, units: Tensor, mask: Tensor, count: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """Costs of every image-text pair of the batch (B, B) from image to text and from text to image, which
-        differ with filip alone, and the regularisation in units of the cost."""
+        """Costs of B images with B' texts from image to text and from text to image (B, B'), which differ
+        with filip alone, and the regularisation in units of the cost.
+
+        `count` is the number of images that have a text, of this process.
+        """
         if self.method == "filip":
             return *late_interaction_costs(codes, units, mask), {}
         if self.method == "gaussian":
@@ -221,7 +245,7 @@ class TextAligner(nn.Module):
         pairwise = 1 - torch.einsum("isd,jud->ijsu", codes, units)
         # Epsilon and relaxation scale with the costs, which shrink as training goes on. Padding does not
         # count.
-        mean = float(pairwise.detach().mean(dim=(0, 2))[mask].mean())
+        mean = float(weighted_mean(pairwise.detach().mean(dim=(0, 2))[mask].mean(), count))
         regularisation = {"epsilon": self.config.epsilon * mean, "relaxation": self.config.relaxation * mean}
         cost = transport_cost(
             pairwise, mask.unsqueeze(0), iterations=self.config.iterations, **regularisation
@@ -257,14 +281,34 @@ class TextAligner(nn.Module):
         positive_logits = -scale * positive
         total = torch.logsumexp(negative_logits, dim=1, keepdim=True)
         losses = torch.logaddexp(total, positive_logits) - positive_logits
-        return (losses * mask).sum() / mask.sum()
+        mean = (losses * mask).sum() / mask.sum().clamp_min(1)
+        return part_of_mean(mean, mask.sum())
+
+
+def _costs_of_all(costs: Tensor, rows: Tensor, all_present: Tensor) -> Tensor:
+    """The costs of the images of all processes, from those of each: (R, B') -> (B', B').
+
+    Args:
+        costs: of this process's images.
+        rows: (R,) their places in its batch.
+        all_present: (P B,) bool, which images of all processes have a text; B' of them.
+    """
+    if num_processes() == 1:
+        return costs
+    batch = len(all_present) // num_processes()
+    padded = costs.new_zeros(batch, costs.shape[1]).index_copy(0, rows, costs)
+    return of_all_processes_with_gradient(padded)[all_present]
 
 
 def sample_texts(
-    index: UnitIndex, indices: Sequence[int] | Tensor, rng: torch.Generator, config: AlignmentConfig
+    index: UnitIndex,
+    indices: Sequence[int] | Tensor,
+    rng: torch.Generator,
+    config: AlignmentConfig,
+    wanted: slice = ALL,
 ) -> SampledTexts:
     """Draw from `index` what `config` asks for; see `UnitIndex.sample`."""
-    return index.sample(indices, rng, max_units=config.max_units, bank_size=config.bank_size)
+    return index.sample(indices, rng, max_units=config.max_units, bank_size=config.bank_size, wanted=wanted)
 
 
 def differentiable_lookup(
@@ -297,6 +341,7 @@ def differentiable_lookup(
         return latents + (codebook[ids] - latents).detach(), embeddings[ids]
 
     mean_distance = (latents.square().sum(1).mean() - nearness.mean()).detach()
+    mean_distance = weighted_mean(mean_distance, len(latents))
     soft = torch.softmax(nearness / (temperature * mean_distance), dim=1)
     table = torch.cat([codebook, embeddings], dim=1)
     mixed = soft @ table.detach()

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tavq.base.processes import of_all_processes, part_of_mean, process_index
 from tavq.data.text_encoder import TextEncoder
 
 from .config import LGVQConfig
@@ -71,8 +72,10 @@ class CaptionMasker:
                 f"{config.max_text_tokens} tokens; raise --lgvq.max-text-tokens"
             )
 
-    def sample(self, indices: Sequence[int], rng: torch.Generator) -> MaskedCaptions:
-        """Encode one caption, drawn at random, of each of these images."""
+    def sample(
+        self, indices: Sequence[int], rng: torch.Generator, wanted: slice = slice(None)
+    ) -> MaskedCaptions:
+        """Encode one caption, drawn at random, of each of these images; `wanted` as in `UnitIndex.sample`."""
         captions = [self._draw(self.tokens[index], rng) for index in indices]
         ids = torch.zeros(len(captions), self.config.max_text_tokens, dtype=torch.int64)
         present = torch.zeros_like(ids, dtype=torch.bool)
@@ -81,6 +84,7 @@ class CaptionMasker:
             present[row, : len(tokens)] = True
         words = present & ~torch.isin(ids, torch.tensor(self.encoder.special_ids))
         masked = mask_words(words, self.config, rng)
+        ids, words, masked, present = (tensor[wanted] for tensor in (ids, words, masked, present))
         whole = self.encoder.encode_ids(ids, present)
         partly = self.encoder.encode_ids(ids.masked_fill(masked, 0), present & ~masked)
         return MaskedCaptions(ids, words, masked, present, whole.states, partly.states, whole.pooled)
@@ -193,9 +197,11 @@ class LanguageGuidance(nn.Module):
         return F.normalize(cls, dim=-1) @ sentences.T
 
     def global_loss(self, cls: Tensor, sentences: Tensor) -> Tensor:
-        """Each image finds its caption in the batch: no temperature, this direction only (L_gsa)."""
-        cosines = F.normalize(cls, dim=-1) @ F.normalize(sentences, dim=-1).T
-        return F.cross_entropy(cosines, torch.arange(len(cosines), device=cosines.device))
+        """Each image finds its caption among those of all processes: no temperature, this direction only
+        (L_gsa)."""
+        cosines = F.normalize(cls, dim=-1) @ F.normalize(of_all_processes(sentences), dim=-1).T
+        own = torch.arange(len(cosines), device=cosines.device) + process_index() * len(cosines)
+        return F.cross_entropy(cosines, own)
 
     def word_loss(self, memory: Tensor, captions: MaskedCaptions) -> tuple[Tensor, Tensor]:
         """Cross-entropy and accuracy of the masked words, given image and visible words (L_mtp)."""
@@ -205,6 +211,7 @@ class LanguageGuidance(nn.Module):
         logits = F.linear(self.word_head(x[captions.masked]), self.vocabulary, self.word_bias)
         targets = captions.ids[captions.masked]
         loss = F.cross_entropy(logits, targets, label_smoothing=self.config.label_smoothing)
+        loss = part_of_mean(loss, len(targets))
         return loss, (logits.argmax(dim=1) == targets).float().mean()
 
     def relation_loss(self, tokens: Tensor, encoded: Tensor, captions: MaskedCaptions) -> Tensor:

@@ -21,6 +21,7 @@ from tavq.data.text_encoder import TextEncoder
 from .unit_files import KINDS, Texts, build_units
 
 LEVELS = (1, 2, 3)
+ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -119,11 +120,18 @@ class UnitIndex:
         *,
         max_units: int,
         bank_size: int,
+        wanted: slice = ALL,
     ) -> SampledTexts:
-        """Draw at most `max_units` words, phrases and sentences of each example, and `bank_size`
-        negatives."""
-        units = tuple(TextUnits(*self.batch(example_indices, level, rng, max_units)) for level in LEVELS)
-        banks = tuple(NegativeBank(*self.bank(example_indices, level, rng, bank_size)) for level in LEVELS)
+        """Draw at most `max_units` words, phrases and sentences of each example, and `bank_size` negatives.
+
+        `wanted` are the examples to return. The others count for the draws alone, so that processes which
+        share a batch draw what one process would.
+        """
+        units = tuple(
+            TextUnits(*self.batch(example_indices, level, rng, max_units, wanted)) for level in LEVELS
+        )
+        own = example_indices[wanted]
+        banks = tuple(NegativeBank(*self.bank(own, level, rng, bank_size)) for level in LEVELS)
         return SampledTexts(units, banks if bank_size else ())
 
     def count(self, level: int) -> Tensor:
@@ -135,9 +143,14 @@ class UnitIndex:
         return tuple(self.texts[row] for row in self.kinds[level][index].tolist())
 
     def sample_rows(
-        self, example_indices: Sequence[int] | Tensor, level: int, rng: torch.Generator, max_units: int
+        self,
+        example_indices: Sequence[int] | Tensor,
+        level: int,
+        rng: torch.Generator,
+        max_units: int,
+        wanted: slice = ALL,
     ) -> tuple[Tensor, Tensor]:
-        """Draw min(M_i, max_units) units of each example without replacement.
+        """Draw min(M_i, max_units) units of each example without replacement; `wanted` as in `sample`.
 
         Returns:
             rows (B, max_units) int64 into `vectors` and `texts` (0 where masked), mask (B, max_units) bool.
@@ -147,7 +160,8 @@ class UnitIndex:
         starts = torch.from_numpy(ragged.starts[examples])
         counts = torch.from_numpy(ragged.starts[examples + 1]) - starts
         width = max(int(counts.max()), max_units)
-        keys = torch.rand(len(examples), width, generator=rng)
+        keys = torch.rand(len(examples), width, generator=rng)[wanted]
+        starts, counts = starts[wanted], counts[wanted]
         keys = keys.masked_fill(torch.arange(width) >= counts[:, None], -1.0)
         drawn = keys.topk(max_units, dim=1).indices
         mask = torch.arange(max_units) < counts[:, None].clamp(max=max_units)
@@ -155,14 +169,19 @@ class UnitIndex:
         return torch.from_numpy(ragged.values[places.numpy()]).masked_fill(~mask, 0), mask
 
     def batch(
-        self, example_indices: Sequence[int] | Tensor, level: int, rng: torch.Generator, max_units: int
+        self,
+        example_indices: Sequence[int] | Tensor,
+        level: int,
+        rng: torch.Generator,
+        max_units: int,
+        wanted: slice = ALL,
     ) -> tuple[Tensor, Tensor]:
         """Draw units as in `sample_rows` and look their vectors up.
 
         Returns:
             units (B, max_units, M) float32, zero where masked; mask (B, max_units) bool.
         """
-        rows, mask = self.sample_rows(example_indices, level, rng, max_units)
+        rows, mask = self.sample_rows(example_indices, level, rng, max_units, wanted)
         return self.vectors_of(rows) * mask[..., None], mask
 
     def bank(

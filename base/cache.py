@@ -8,8 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .files import atomic_write
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -48,7 +46,7 @@ def cache_root() -> Path:
 
 
 def cached_tensors(directory: Path, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return what `compute` returned at the first call with this `key`.
+    """Return what `compute` returned at the first call with this `key`; other processes wait for that.
 
     Args:
         directory: of the cache, see `cache_directory`.
@@ -57,10 +55,11 @@ def cached_tensors(directory: Path, key: str, compute: Callable[[], dict[str, Te
     """
     from safetensors.torch import load_file, save_file
 
-    path = directory / f"{key}.safetensors"
-    if not path.exists():
-        tensors = compute()
-        with atomic_write(path) as temporary:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+    from .arrays import build_once
+
+    def build(path: Path) -> None:
+        save_file({name: tensor.contiguous() for name, tensor in compute().items()}, path)
+
+    path = build_once(directory / f"{key}.safetensors", build)
     # Also read after writing, so that a first and a second call return the same bits.
     return load_file(path)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from tavq.base.bounds import check_bounds
 from tavq.base.hub import DATA_ONLY, TRANSFORMERS_FILES, directory_of
+from tavq.base.processes import drawn_for_rows
 from tavq.training.checkpoint import Checkpointed
 from tavq.training.provenance import TokenProvenance
 
@@ -101,7 +102,7 @@ class ImageEncoder(nn.Module):
 
         # The mask comes before the positions: a masked token is unknown, its place is not.
         if self.training and self.token_dropout:
-            masked = torch.rand(ids.shape, device=ids.device) < self.token_dropout
+            masked = drawn_for_rows(torch.rand, *ids.shape, device=ids.device) < self.token_dropout
             x = torch.where(masked[..., None], self.mask_token, x)
         x = x + (self.row_embedding + self.column_embedding).flatten(0, 1)
 

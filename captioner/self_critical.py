@@ -18,11 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tavq.base.processes import drawn_for_rows, part_of_mean
 from tavq.training.task import StepOutput
 
 from .config import Baseline
@@ -85,6 +87,7 @@ def self_critical_loss(
     counted = torch.arange(log_probs.shape[-1], device=ids.device) < counts[..., None]
     advantage = advantages(rewards, baseline).to(log_probs)[..., None]
     loss = -(advantage * log_probs * counted).sum() / counted.sum()
+    loss = part_of_mean(loss, counted.sum())
 
     complete = [words for words in candidates if words[-1:] == [END]]
     broken = [float(ends_in_function_word(words[:-1])) for words in complete]
@@ -156,8 +159,13 @@ def _sample_words(logits: Tensor, greedy: Tensor, suppressed: Sequence[int]) -> 
     """Sample a word for each row of logits (rows, V); take the likeliest where `greedy`."""
     logits = logits.float()
     logits[:, suppressed] = -torch.inf
-    gumbel = -torch.empty_like(logits).exponential_().log()
+    gumbel = -drawn_for_rows(_exponential, *logits.shape, device=logits.device).log()
     return (logits + gumbel.masked_fill(greedy[:, None], 0.0)).argmax(-1)
+
+
+def _exponential(size: tuple[int, ...], **options: Any) -> Tensor:
+    generator = options.pop("generator")
+    return torch.empty(size, **options).exponential_(generator=generator)
 
 
 def _candidates(captioner: Captioner, rollout: Rollout) -> list[list[str]]:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tavq.base.processes import own_share, part_of_mean, shares_of_all
 from tavq.data.tokens import AllTexts, TokenSet, open_tokens
 from tavq.training.dry_run import dry_run
 from tavq.training.loop import train
@@ -57,6 +58,7 @@ class CaptionerTrainer(nn.Module):
         loss = F.cross_entropy(
             logits.flatten(0, 2), targets.flatten(), ignore_index=-1, label_smoothing=self.run.label_smoothing
         )
+        loss = part_of_mean(loss, (targets != -1).sum())
         return StepOutput(loss, {"loss": loss.detach()})
 
     def _self_critical(self, batch: dict[str, Tensor], reward: CiderD) -> StepOutput:
@@ -115,11 +117,11 @@ class CaptionerTask(Task[CaptionerTrainer, Captioner]):
         device = model.start_embedding.weight.device
         # Variant 0 of each image is the image as it is, not mirrored or cropped.
         ids = self.val.ids[:, 0].flatten(1).long()
-        captions = [
-            model.text.words(group[0])
-            for batch in ids.split(EVALUATION_BATCH)
-            for group in decode_word_ids(model, batch.to(device), GREEDY)
+        shares = [
+            [model.text.words(group[0]) for group in decode_word_ids(model, batch.to(device), GREEDY)]
+            for batch in own_share(ids.split(EVALUATION_BATCH))
         ]
+        captions = [words for share in shares_of_all(shares) for words in share]
         return {
             "CIDEr": float(self.val_cider.scores(captions, range(len(captions))).mean()),
             "function_word_end": float(np.mean([ends_in_function_word(words) for words in captions])),

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from tavq.base.journal import read_journal
+from tavq.base.processes import drawn_for_rows, own_share, shares_of_all
 from tavq.data.text_encoder import TextEncoder
 from tavq.data.tokens import TokenSet
+from tavq.training.stream import Draws
 from tavq.training.task import StepOutput
 
 from .config import GeneratorRun
@@ -96,7 +98,7 @@ class PreferenceTask(GeneratorTask):
         self.dataset = PairExamples(self.pairs, self.train_set)
         self.model = self.preference = PreferenceTrainer(self.run, self.shipped)
 
-    def collate(self, examples: list[Any]) -> dict[str, Tensor]:
+    def collate(self, examples: list[Any], draws: Draws | None = None) -> dict[str, Tensor]:
         rows = [row for row, _ in examples]
         return self._batch(rows) | {"real": torch.stack([ids for _, ids in examples])}
 
@@ -114,11 +116,11 @@ class PreferenceTask(GeneratorTask):
         """Measure held-out pairs beside what the generator's own evaluation measures."""
         device = model.bos_embedding.device
         margins = []
-        for start in range(0, len(self.held_out), EVALUATION_BATCH):
+        for start in own_share(range(0, len(self.held_out), EVALUATION_BATCH)):
             batch = self._batch(self.held_out[start : start + EVALUATION_BATCH])
             moved = {name: tensor.to(device) for name, tensor in batch.items()}
-            margins.append(self.preference.margins(model, moved))
-        margins_B = torch.cat(margins)
+            margins.append(self.preference.margins(model, moved).cpu())
+        margins_B = torch.cat(shares_of_all(margins))
         return {
             "preferred": float((margins_B > 0).float().mean()),
             "margin": float(margins_B.mean()),
@@ -166,7 +168,9 @@ class PreferenceTrainer(nn.Module):
         margin_B = self.margins(self.generator, batch)
         preference = -F.logsigmoid(self.run.preference_beta * margin_B).mean()
 
-        dropped_B1 = torch.rand(len(margin_B), 1, device=margin_B.device) < self.run.null_text_rate
+        dropped_B1 = (
+            drawn_for_rows(torch.rand, len(margin_B), 1, device=margin_B.device) < self.run.null_text_rate
+        )
         logits_BNK = self.generator(batch["real"], batch["states"], batch["mask"] & ~dropped_B1)
         real = F.cross_entropy(logits_BNK.flatten(0, 1), batch["real"].flatten())
 

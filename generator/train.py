@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from tavq.base.processes import drawn_for_rows, own_share, shares_of_all
 from tavq.base.seeding import mixed_seed
 from tavq.data.config import SPLITS
 from tavq.data.images import grid, to_pil
@@ -30,6 +31,7 @@ from tavq.training.checkpoint import tensor_hash
 from tavq.training.dry_run import dry_run
 from tavq.training.loop import train
 from tavq.training.provenance import TokenProvenance
+from tavq.training.stream import Draws
 from tavq.training.task import StepOutput, Task
 
 from .config import RUN_PRESETS, GeneratorRun, GeneratorShape
@@ -115,7 +117,7 @@ class GeneratorTask(Task[nn.Module, GeneratorModel]):
         self.model = GeneratorTrainer(run, generator)
         self.shipped = generator
 
-    def collate(self, examples: list[Any]) -> dict[str, Tensor]:
+    def collate(self, examples: list[Any], draws: Draws | None = None) -> dict[str, Tensor]:
         texts = self.texts.rows([caption for _, caption in examples])
         return {"ids": torch.stack([ids for ids, _ in examples]), "states": texts.states, "mask": texts.mask}
 
@@ -156,7 +158,7 @@ def nats_per_token(
     texts: PackedStates,
     given: Callable[[Tensor, TokenStates], TokenStates],
 ) -> float:
-    """Measure how likely a generator finds the images of a token set.
+    """Measure how likely a generator finds the images of a token set. Processes share the images.
 
     Args:
         model: in eval mode.
@@ -167,13 +169,13 @@ def nats_per_token(
     device = model.bos_embedding.device
     ids_nN = tokens.ids[:, 0].flatten(1).long()
     total = 0.0
-    for rows in torch.arange(len(ids_nN)).split(EVALUATION_BATCH):
+    for rows in own_share(torch.arange(len(ids_nN)).split(EVALUATION_BATCH)):
         ids_BN, packed = ids_nN[rows].to(device), texts.rows(rows.tolist())
         condition = given(ids_BN, TokenStates(packed.states.to(device), packed.mask.to(device)))
         logits_BNK = model(ids_BN, condition.states, condition.mask)
         # Summed, as the last batch may be smaller.
         total += float(F.cross_entropy(logits_BNK.flatten(0, 1), ids_BN.flatten(), reduction="sum"))
-    return total / ids_nN.numel()
+    return sum(shares_of_all([total])) / ids_nN.numel()
 
 
 class TokenExamples(Dataset):
@@ -243,11 +245,14 @@ class GeneratorTrainer(nn.Module):
 
     def forward(self, batch: dict[str, Tensor], step: int) -> StepOutput:
         # One model learns both with and without text, as classifier-free guidance needs both.
-        dropped_B1 = torch.rand(len(batch["ids"]), 1, device=batch["mask"].device) < self.run.null_text_rate
-        order_BN = self._orders(batch["ids"], step)
-        logits_BNK = self.generator(batch["ids"], batch["states"], batch["mask"] & ~dropped_B1, order_BN)
+        ids_BN = batch["ids"]
+        dropped_B1 = (
+            drawn_for_rows(torch.rand, len(ids_BN), 1, device=ids_BN.device) < self.run.null_text_rate
+        )
+        order_BN = self._orders(ids_BN, step)
+        logits_BNK = self.generator(ids_BN, batch["states"], batch["mask"] & ~dropped_B1, order_BN)
 
-        logits, targets = logits_BNK.flatten(0, 1), batch["ids"].flatten()
+        logits, targets = logits_BNK.flatten(0, 1), ids_BN.flatten()
         loss = F.cross_entropy(logits, targets, label_smoothing=self.run.label_smoothing)
         with torch.no_grad():
             nats_per_token = F.cross_entropy(logits, targets)
@@ -260,8 +265,8 @@ class GeneratorTrainer(nn.Module):
         if share == 0:
             return None
         batch_size, num_tokens = ids_BN.shape
-        random_BN = torch.rand(batch_size, num_tokens, device=ids_BN.device).argsort(1)
-        is_random_B1 = torch.rand(batch_size, 1, device=ids_BN.device) < share
+        random_BN = drawn_for_rows(torch.rand, batch_size, num_tokens, device=ids_BN.device).argsort(1)
+        is_random_B1 = drawn_for_rows(torch.rand, batch_size, 1, device=ids_BN.device) < share
         return torch.where(is_random_B1, random_BN, torch.arange(num_tokens, device=ids_BN.device))
 
 

@@ -5,6 +5,7 @@ Shapes: B batch, N image tokens, W image words, K codes, M text width, T text sl
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tavq.base.files import file_hash
+from tavq.base.processes import drawn_for_rows
 from tavq.base.weights import WEIGHTS_FILE
 from tavq.data.text_encoder import TextEncoder, TokenStates
 from tavq.data.tokens import AllTexts, TokenSet, open_tokens
 from tavq.training.dry_run import dry_run
 from tavq.training.loop import train
 from tavq.training.provenance import TokenProvenance
+from tavq.training.stream import Draws
 from tavq.training.task import StepOutput, Task
 
 from .config import LexiconRun
@@ -64,7 +67,7 @@ class LexiconTask(Task["LexiconTrainer", Lexicon]):
         self.shipped = Lexicon(_config_of(run, config, train_set))
         self.model = LexiconTrainer(run, self.shipped, generator)
 
-    def collate(self, examples: list[tuple[Tensor, int]]) -> dict[str, Tensor]:
+    def collate(self, examples: list[tuple[Tensor, int]], draws: Draws | None = None) -> dict[str, Tensor]:
         texts = self.texts.rows([caption for _, caption in examples])
         return {"ids": torch.stack([ids for ids, _ in examples]), "states": texts.states, "mask": texts.mask}
 
@@ -114,9 +117,10 @@ class LexiconTrainer(nn.Module):
         batch_size, num_words = words_BWM.shape[:2]
 
         # TailDrop: 1 to W words count, the first ones most often.
-        count_B1 = torch.randint(1, num_words + 1, (batch_size, 1), device=ids_BN.device)
+        number_of_words = functools.partial(torch.randint, 1, num_words + 1)
+        count_B1 = drawn_for_rows(number_of_words, batch_size, 1, device=ids_BN.device)
         seen_BW = torch.arange(num_words, device=ids_BN.device) < count_B1
-        has_text_B1 = torch.rand(batch_size, 1, device=ids_BN.device) < self.run.text_rate
+        has_text_B1 = drawn_for_rows(torch.rand, batch_size, 1, device=ids_BN.device) < self.run.text_rate
         texts = TokenStates(batch["states"], batch["mask"] & has_text_B1)
 
         given = with_words(words_BWM, texts, seen_BW)

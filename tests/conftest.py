@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("TAVQ_CACHE", str(Path(tempfile.gettempdir()) / "tavq-tests"))
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +22,8 @@ from tavq.base.files import file_sha256
 from tavq.captioner.config import PRESETS as CAPTIONER_PRESETS
 from tavq.captioner.model import Captioner, CaptionerConfig
 from tavq.data.text_encoder import TextEncoder
+from tavq.data.token_writer import write_tokens
+from tavq.data.tokens import TokenMeta, TokenRecord
 from tavq.generator.config import PRESETS as GENERATOR_PRESETS
 from tavq.generator.model import GeneratorConfig, GeneratorModel
 from tavq.pipeline import Pipeline
@@ -150,3 +157,54 @@ def tiny_vision_language(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+def run_in_processes(count: int, *arguments: object, fails: bool = False, **environment: str) -> str:
+    """Run `python ARGUMENTS` in `count` processes that form one group; return what they print."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    # `accelerate launch --cpu` would start one process and not say so.
+    common = {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *(launch if count > 1 else []), *map(str, arguments)],
+        env=os.environ | common | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (done.returncode != 0) == fails, done.stderr[-5000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def run_processes() -> Callable[..., str]:
+    return run_in_processes
+
+
+Runs = Sequence[tuple[str, Sequence[object]]]
+
+
+@pytest.fixture(scope="session")
+def train_in_processes(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Train several models, one after the other, in one group of processes; see train_in_processes.py."""
+
+    def train(count: int, runs: Runs, **options: object) -> str:
+        listed = tmp_path_factory.mktemp("runs") / "runs.json"
+        listed.write_text(json.dumps([[command, list(map(str, flags))] for command, flags in runs]))
+        return run_in_processes(count, ROOT / "tests" / "train_in_processes.py", listed, **options)
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def small_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A token set of 12 images with captions of unlike length."""
+    random = np.random.default_rng(0)
+    records = []
+    for split in ("train", "val"):
+        for number in range(12):
+            ids = random.integers(0, 8, (2, 2, 4))
+            captions = (f"A dog by {number}" + " and a ball" * (number % 4) + ".", "A cat by water.")
+            records.append(TokenRecord(f"{split}{number}", split, ids, captions))
+    directory = tmp_path_factory.mktemp("small-tokens") / "tokens"
+    write_tokens(directory, records, TokenMeta(8, (2, 4), "codebook", "tokenizer", "made up", 16), 5)
+    return directory

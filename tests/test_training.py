@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from tavq.base.files import atomic_write
@@ -305,19 +307,51 @@ def test_a_half_written_line_of_the_log_is_left_out(tmp_path):
     assert read_log(tmp_path / "log.jsonl") == [{"step": 1}]
 
 
-def test_the_stream_visits_everything_once_a_pass_and_starts_anywhere():
-    def batches(count, **options):
-        stream = iter(ShuffledStream(10, 4, **{"start": 0, "seed": 3} | options))
-        return [next(stream) for _ in range(count)]
+def drawn(count: int, length: int = 10, batch_size: int = 4, **options) -> list[list[tuple[int, int]]]:
+    """The examples of the first batches of one process."""
+    stream = ShuffledStream(length, batch_size, **{"start": 0, "seed": 3} | options)
+    return [draws.items[draws.own_rows] for draws in itertools.islice(stream, count)]
 
-    first = batches(5)
-    assert sorted(index for index, _ in functools.reduce(operator.iadd, first, [])[:10]) == list(range(10))
-    assert batches(3, start=2) == first[2:]
-    assert batches(5, seed=4) != first
-    by_two = [batches(2, rank=rank, world_size=2) for rank in (0, 1)]
-    assert [by_two[0][0], by_two[1][0], by_two[0][1], by_two[1][1]] == first[:4]
-    draws = [draw for _, draw in functools.reduce(operator.iadd, first, [])]
+
+def joined(batches: list[list]) -> list:
+    return functools.reduce(operator.iadd, batches, [])
+
+
+def test_the_stream_visits_everything_once_a_pass_and_starts_anywhere():
+    first = drawn(5)
+    assert sorted(index for index, _ in joined(first)[:10]) == list(range(10))
+    assert drawn(3, start=2) == first[2:]
+    assert drawn(5, seed=4) != first
+    draws = [draw for _, draw in joined(first)]
     assert len(set(draws)) == len(draws)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    length=st.integers(1, 40),
+    batch_size=st.integers(1, 5),
+    world_size=st.integers(1, 3),
+    steps=st.lists(st.sampled_from([1, 2, 3]), min_size=1, max_size=4),
+)
+def test_no_example_comes_twice_or_never_in_a_pass_for_any_number_of_processes(
+    length, batch_size, world_size, steps
+):
+    """`steps`: the run is resumed now and then, each time with another number of processes, which divide the
+    same batch of 6 * batch_size."""
+    size = 6 * batch_size
+    visited = []
+    for step, number in enumerate([world_size, *steps]):
+        parts = [
+            drawn(1, length, size // number, start=step, rank=rank, world_size=number)
+            for rank in range(number)
+        ]
+        visited += joined([batch for part in parts for batch in part])
+    assert visited == joined(drawn(1 + len(steps), length, size))
+    passes = [visited[start : start + length] for start in range(0, len(visited), length)]
+    for whole_pass in passes:
+        indices = [index for index, _ in whole_pass]
+        assert len(set(indices)) == len(indices), "twice"
+        assert len(indices) < length or sorted(indices) == list(range(length)), "never"
 
 
 def test_mixed_seeds_differ_by_place_and_fit_a_generator():

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tavq.base.processes import drawn_for_rows
+
 NORM_GROUP = 16  # channels a group of GroupNorm
 
 
@@ -67,7 +69,7 @@ class NoiseInjection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
-            noise = torch.randn(len(x), 1, *x.shape[-2:], dtype=x.dtype, device=x.device)
+            noise = drawn_for_rows(torch.randn, len(x), 1, *x.shape[-2:], dtype=x.dtype, device=x.device)
         else:
             noise = self.fixed[..., : x.shape[-2], : x.shape[-1]]
         return x + self.strength * noise

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tavq.alignment.config import LEVEL_NAMES
 from tavq.alignment.unit_index import UnitIndex
+from tavq.base.processes import process_index
 
 from .blocks import to_sequence
 from .heatmaps import text_plan
@@ -132,7 +133,7 @@ def _check_usage(usage: float, step: int, min_usage: float) -> None:
             f"codebook usage is {usage:.1%} at step {step}, expected at least min_usage, {min_usage:.1%}; "
             f"{advice}"
         )
-    if usage < COLLAPSED_USAGE:
+    if usage < COLLAPSED_USAGE and process_index() == 0:
         warnings.warn(
             f"codebook usage is only {usage:.1%} at step {step}: the codebook collapses; {advice}",
             stacklevel=3,

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from tavq.base.processes import drawn_for_rows
+
 PROJECTED_CHANNELS = 64
 NORM_GROUPS = 8  # of the activations inside a head; an image by itself, so that batches do not matter
 MIN_STRIDED_SIDE = 10  # a head halves maps at least this large once, to see more of them
@@ -114,11 +116,11 @@ def augment(images: Tensor, others: Tensor, probability: float) -> tuple[Tensor,
         return images, others
     batch, _, height, width = images.shape
     device = images.device
-    chosen = (torch.rand(batch, 1, 1, 1, device=device) < probability).to(images.dtype)
+    chosen = (drawn_for_rows(torch.rand, batch, 1, 1, 1, device=device) < probability).to(images.dtype)
 
-    brightness = (torch.rand(batch, 1, 1, 1, device=device) - 0.5) * chosen
-    saturation = 1 + (torch.rand(batch, 1, 1, 1, device=device) * 2 - 1) * chosen * 0.5
-    contrast = 1 + (torch.rand(batch, 1, 1, 1, device=device) - 0.5) * chosen * 0.5
+    brightness = (drawn_for_rows(torch.rand, batch, 1, 1, 1, device=device) - 0.5) * chosen
+    saturation = 1 + (drawn_for_rows(torch.rand, batch, 1, 1, 1, device=device) * 2 - 1) * chosen * 0.5
+    contrast = 1 + (drawn_for_rows(torch.rand, batch, 1, 1, 1, device=device) - 0.5) * chosen * 0.5
     place = _shifts(chosen, (height, width))
     visible = _cutout_mask(chosen, (height, width))
 
@@ -137,7 +139,7 @@ def _shifts(chosen: Tensor, size: tuple[int, int]) -> Tensor:
     """Sampling places (B, H, W, 2) of images moved by whole pixels, by up to `MAX_SHIFT` of a side."""
     height, width = size
     limits = torch.tensor([width, height], device=chosen.device) * MAX_SHIFT
-    pixels = ((torch.rand(len(chosen), 2, device=chosen.device) * 2 - 1) * limits).round()
+    pixels = ((drawn_for_rows(torch.rand, len(chosen), 2, device=chosen.device) * 2 - 1) * limits).round()
     shift = 2 * pixels / torch.tensor([width, height], device=chosen.device) * chosen.view(-1, 1)
 
     identity = torch.eye(2, 3, device=chosen.device).expand(len(chosen), -1, -1).clone()
@@ -148,7 +150,7 @@ def _shifts(chosen: Tensor, size: tuple[int, int]) -> Tensor:
 def _cutout_mask(chosen: Tensor, size: tuple[int, int]) -> Tensor:
     """(B, 1, H, W): 0 in a square at a random place of each chosen image, 1 elsewhere."""
     height, width = size
-    centre = torch.rand(len(chosen), 2, 1, 1, device=chosen.device)
+    centre = drawn_for_rows(torch.rand, len(chosen), 2, 1, 1, device=chosen.device)
     rows = (torch.arange(height, device=chosen.device).view(1, -1, 1) + 0.5) / height
     columns = (torch.arange(width, device=chosen.device).view(1, 1, -1) + 0.5) / width
     inside = ((rows - centre[:, 0]).abs() < CUTOUT / 2) & ((columns - centre[:, 1]).abs() < CUTOUT / 2)

@@ -19,11 +19,12 @@ from tqdm.auto import tqdm
 from tavq.alignment.aligner import MAX_LOG_SCALE
 from tavq.alignment.config import LEVEL_NAMES
 from tavq.alignment.unit_index import UnitIndex
+from tavq.base.processes import num_processes
 from tavq.data.dataset import ImageTextDataset
 
 from .model import TAVQTokenizer
 from .retrieval import scores_of_codes
-from .training_images import image_batches
+from .training_images import of_whole_split, shared_image_batches
 
 BATCH = 128
 LEARNING_RATE = 5e-3
@@ -32,18 +33,20 @@ INITIAL_LOG_SCALE = 3.0
 
 
 def codes_of_images(tokenizer: TAVQTokenizer, dataset: ImageTextDataset) -> tuple[Tensor, list[int]]:
-    """Ids of all levels of each image and of its mirror image (n, 2, 3, N) int32, and the images' indices."""
+    """Ids of all levels of each image and of its mirror image (n, 2, 3, N) int32, and the images' indices.
+
+    Each process encodes its share of the images, and gets what all have encoded.
+    """
     device = tokenizer.codebook.device
-    codes: list[Tensor] = []
-    indices: list[int] = []
+    found: list[tuple[list[int], list[Tensor]]] = []
     with tqdm(total=len(dataset), desc="encoding", unit="image", disable=None) as bar:
-        for (images,), batch_indices in image_batches(dataset, tokenizer.image_size_px):
+        for (images,), batch_indices in shared_image_batches(dataset, tokenizer.image_size_px):
             images = images.to(device)
             views = [tokenizer.encode_levels(view).flatten(2) for view in (images, images.flip(-1))]
-            codes.append(torch.stack(views, dim=1).to("cpu", torch.int32))
-            indices += batch_indices
-            bar.update(len(batch_indices))
-    return torch.cat(codes), indices
+            found.append((batch_indices, [torch.stack(views, dim=1).to("cpu", torch.int32)]))
+            bar.update(len(batch_indices) * num_processes())
+    indices, (codes,) = of_whole_split(found)
+    return codes, indices
 
 
 @torch.inference_mode(False)
@@ -59,6 +62,8 @@ def fit_projections(
     per_code_embedding: bool = True,
 ) -> None:
     """Fit the g_l of `tokenizer` to its codes, in place, by InfoNCE over the images of a batch.
+
+    All processes fit the same, so that none waits for another.
 
     Args:
         tokenizer: nothing but its projections changes.

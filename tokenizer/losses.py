@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tavq.base.processes import common_generator, num_processes, sum_of_all
 from tavq.base.torchscript import load_torchscript
 from tavq.training.task import StepOutput
 
@@ -109,8 +110,9 @@ def random_crop_alike(*images: Tensor) -> tuple[Tensor, ...]:
         return images
     cut_rows = height // CROPPED_SHARE
     cut_columns = width // CROPPED_SHARE
-    top = int(torch.randint(cut_rows + 1, ()))
-    left = int(torch.randint(cut_columns + 1, ()))
+    rng = common_generator()  # one place for the batch, in all processes
+    top = int(torch.randint(cut_rows + 1, (), generator=rng))
+    left = int(torch.randint(cut_columns + 1, (), generator=rng))
     rows = slice(top, top + height - cut_rows)
     columns = slice(left, left + width - cut_columns)
     return tuple(image[..., rows, columns] for image in images)
@@ -132,12 +134,23 @@ def texture_distance(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
     """
     distances = []
     for a, b in zip(got, wanted, strict=True):
-        scale = b.std((0, 2, 3), keepdim=True) + 1e-3
+        scale = _deviation_of_channels(b) + 1e-3
         window = max(2, min(b.shape[-2:]) // TEXTURE_WINDOWS)
         mean_a, std_a = _local_moments(a / scale, window)
         mean_b, std_b = _local_moments(b / scale, window)
         distances.append((mean_a - mean_b).square().mean() + (std_a - std_b).square().mean())
     return torch.stack(distances).mean()
+
+
+def _deviation_of_channels(maps: Tensor) -> Tensor:
+    """The deviation of each channel over the images of all processes: (B, C, h, w) -> (1, C, 1, 1)."""
+    dims = (0, 2, 3)
+    if num_processes() == 1:
+        return maps.std(dims, keepdim=True)
+    count = maps[:, 0].numel() * num_processes()
+    mean = sum_of_all(maps.sum(dims, keepdim=True)) / count
+    squares = sum_of_all((maps - mean).square().sum(dims, keepdim=True))
+    return (squares / (count - 1)).sqrt()
 
 
 def _local_moments(maps: Tensor, window: int) -> tuple[Tensor, Tensor]:
@@ -316,4 +329,5 @@ class ReconstructionLoss(nn.Module):
 def _norm(loss: Tensor, on: tuple[Tensor, ...]) -> Tensor:
     gradients = torch.autograd.grad(loss, on, retain_graph=True, allow_unused=True)
     present = [g.detach().flatten() for g in gradients if g is not None]
-    return torch.cat(present).norm() if present else loss.new_zeros(())
+    norm = torch.cat(present).norm() if present else loss.new_zeros(())
+    return norm if num_processes() == 1 else sum_of_all(norm.square()).sqrt()

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tavq.base.processes import agree_with_first_process, common_generator, of_all_processes
+
 from .config import QuantizerConfig
 
 RESTART_NOISE = 0.01  # a component, so that two codes drawn from one latent part
@@ -116,7 +118,8 @@ class Quantizer(nn.Module):
         latents = of_all_processes(latents)
         dead = self._dead_codes()
         if len(dead):
-            rows = torch.randint(len(latents), (len(dead),), device=latents.device)
+            rng = common_generator(latents.device)
+            rows = torch.randint(len(latents), (len(dead),), generator=rng, device=latents.device)
             self._restart(dead, latents[rows])
         agree_with_first_process(self.weight)
 
@@ -128,7 +131,8 @@ class Quantizer(nn.Module):
 
     def _restart(self, dead: Tensor, latents: Tensor) -> None:
         """Put each dead code to one of `latents`, (len(dead), E)."""
-        noise = RESTART_NOISE * torch.randn_like(self.weight[dead])
+        rng = common_generator(latents.device)
+        noise = RESTART_NOISE * torch.randn(latents.shape, generator=rng, device=latents.device)
         self.weight[dead] = F.normalize(latents + noise, dim=1).to(self.weight.dtype)
         self.usage[dead] = 1.0
 
@@ -153,9 +157,11 @@ class AnchoredQuantizer(Quantizer):
         latents = of_all_processes(latents)
         decay = self.config.usage_decay
         pull = torch.exp(-self.usage * 10 / (1 - decay) - 1e-3).unsqueeze(1)
-        candidates = latents[torch.randint(len(latents), (min(len(latents), 4096),), device=latents.device)]
+        rng = common_generator(latents.device)
+        count = min(len(latents), 4096)
+        candidates = latents[torch.randint(len(latents), (count,), generator=rng, device=latents.device)]
         nearness = self.codebook @ candidates.T / self.config.temperature
-        anchors = candidates[torch.multinomial(nearness.softmax(dim=1), 1).flatten()]
+        anchors = candidates[torch.multinomial(nearness.softmax(dim=1), 1, generator=rng).flatten()]
         self.weight.copy_((1 - pull) * self.codebook + pull * anchors)
         agree_with_first_process(self.weight)
 
@@ -207,7 +213,9 @@ class SemanticQuantizer(Quantizer):
         dead = self._dead_codes()
         if len(dead):
             codes_of_class = self.histogram.sum(dim=0)
-            rows = torch.multinomial(1 / codes_of_class[classes].clamp_min(1e-3), len(dead), replacement=True)
+            weights = 1 / codes_of_class[classes].clamp_min(1e-3)
+            rng = common_generator(latents.device)
+            rows = torch.multinomial(weights, len(dead), replacement=True, generator=rng)
             self._restart(dead, latents[rows])
             self.histogram[dead] = seen[rows]
         agree_with_first_process(self.weight)
@@ -318,24 +326,6 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "ibq": IndexQuantizer,
     "fsq": FiniteScalarQuantizer,
 }
-
-
-@torch.no_grad()
-def of_all_processes(rows: Tensor) -> Tensor:
-    """The rows (R, ...) of every process, one after the other; as they are where there is one process."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return rows
-    parts = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)
-
-
-@torch.no_grad()
-def agree_with_first_process(weight: Tensor) -> None:
-    """Copy process 0's codes to the others: each draws other random rows, and gradients alone would never
-    bring them together again."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.broadcast(weight.detach(), src=0)
 
 
 def rotate_to(latents: Tensor, codes: Tensor) -> Tensor:

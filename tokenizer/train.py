@@ -18,13 +18,14 @@ from tavq.alignment.aligner import TextAligner, sample_texts
 from tavq.alignment.config import NUM_LEVELS
 from tavq.alignment.lgvq import CaptionMasker, LanguageGuidance, MaskedCaptions
 from tavq.alignment.unit_index import UnitIndex
-from tavq.base.seeding import mixed_seed
+from tavq.base.processes import sum_of_counts
 from tavq.data.embedding_cache import EmbeddingCache
 from tavq.data.image_folder import with_more_images
 from tavq.data.keep import keep_only
 from tavq.data.layouts import open_dataset
 from tavq.data.text_encoder import TextEncoder
 from tavq.training.config import TrainingConfig
+from tavq.training.stream import Draws
 from tavq.training.task import StepOutput, Task
 
 from .codebook_usage import CodebookMonitor, level_costs, level_ids, perplexity, usage_chart
@@ -37,7 +38,15 @@ from .model import Encoded, TAVQTokenizer, TokenizerConfig
 from .provenance import TokenizerProvenance
 from .retrieval import alignment_scores, recall_at, text_to_image_ranks
 from .semantic_classes import SemanticClasses, open_classes
-from .training_images import TrainingImages, image_batches, originals, random_window, reconstruction_sheet
+from .training_images import (
+    TrainingImages,
+    draws_of_texts,
+    of_whole_split,
+    originals,
+    random_window,
+    reconstruction_sheet,
+    shared_image_batches,
+)
 
 HEAD_RATE = 5.0  # learning rate of the projections to text, relative to that of encoder and decoder
 
@@ -230,16 +239,15 @@ class TokenizerTask(Task[TokenizerTrainer, TAVQTokenizer]):
             tokenizer.load_state_dict(earlier.state_dict())
         return tokenizer
 
-    def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        indices = [example["index"] for example in examples]
+    def collate(self, examples: list[dict[str, Any]], draws: Draws | None = None) -> dict[str, Any]:
         batch: dict[str, Any] = {
             name: torch.stack([example[name] for example in examples]) for name in ("image", "target")
         }
-        generator = torch.Generator().manual_seed(mixed_seed(examples[0]["draw"], len(examples)))
+        indices, generator, own = draws_of_texts(examples, draws)
         if self.texts is not None:
-            batch["texts"] = sample_texts(self.texts, indices, generator, self.run.alignment)
+            batch["texts"] = sample_texts(self.texts, indices, generator, self.run.alignment, own)
         if self.captions is not None:
-            batch["captions"] = vars(self.captions.sample(indices, generator))
+            batch["captions"] = vars(self.captions.sample(indices, generator, own))
         if self.maps is not None:
             maps = [
                 map_of_view(torch.from_numpy(self.maps[e["index"]]), e["box"], flipped=e["flipped"])
@@ -278,18 +286,18 @@ class TokenizerTask(Task[TokenizerTrainer, TAVQTokenizer]):
         """Reconstruction, health of the codebook, cost of the text by level, and text-to-image recall at 10,
         on the validation split."""
         device = model.codebook.device
-        all_ids: list[Tensor] = []
-        rows: list[int] = []
+        found: list[tuple[list[int], list[Tensor]]] = []
         sums: Counter[str] = Counter()
-        for (images, targets), indices in image_batches(
+        for (images, targets), indices in shared_image_batches(
             self.val_set, model.image_size_px, model.decode_size_px
         ):
             encoded = model(images.to(device))
-            all_ids.append(level_ids(model, encoded.latents))
-            rows += indices
+            found.append((indices, [level_ids(model, encoded.latents).cpu()]))
             sums.update(self.model.loss.distances(encoded.images, targets.to(device)))
 
-        ids = torch.cat(all_ids)
+        rows, (ids,) = of_whole_split(found)
+        ids = ids.to(device)
+        sums = sum_of_counts(sums)
         metrics = {name: total / len(ids) for name, total in sums.items()}
         metrics |= self.codebook_monitor.update(ids[:, -1], model.codebook, step)
         scores = self._caption_scores(model, ids[:, -1], rows)

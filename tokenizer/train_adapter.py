@@ -23,12 +23,12 @@ from tavq.alignment.aligner import TextAligner, sample_texts
 from tavq.alignment.config import NUM_LEVELS
 from tavq.alignment.unit_index import UnitIndex
 from tavq.base.files import atomic_write
-from tavq.base.seeding import mixed_seed
 from tavq.data.embedding_cache import EmbeddingCache
 from tavq.data.images import to_uint8
 from tavq.data.layouts import open_dataset
 from tavq.data.text_encoder import TextEncoder
 from tavq.metrics.image import psnr
+from tavq.training.stream import Draws
 from tavq.training.task import StepOutput, Task
 
 from .codebook_usage import CodebookMonitor
@@ -36,7 +36,7 @@ from .losses import GradientBalance, open_perceptual, random_crop_alike
 from .model import TAVQTokenizer
 from .retrieval import image_to_text_ranks, recall_at, scores_of_codes, text_to_image_ranks
 from .run_config import AlignRun
-from .training_images import TrainingImages, image_batches
+from .training_images import TrainingImages, draws_of_texts, of_whole_split, shared_image_batches
 
 HEADS_FILE = "heads.safetensors"
 RECALLS = (1, 5, 10)
@@ -151,10 +151,9 @@ class AlignTask(Task[AlignTrainer, AlignTrainer]):
         self.shipped = self.model
         self.codebook_monitor = CodebookMonitor()
 
-    def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        rng = torch.Generator().manual_seed(mixed_seed(examples[0]["draw"], len(examples)))
-        indices = [example["index"] for example in examples]
-        texts = sample_texts(self.data.texts, indices, rng, self.run.alignment)
+    def collate(self, examples: list[dict[str, Any]], draws: Draws | None = None) -> dict[str, Any]:
+        indices, rng, own = draws_of_texts(examples, draws)
+        texts = sample_texts(self.data.texts, indices, rng, self.run.alignment, own)
         return {"image": torch.stack([example["image"] for example in examples]), "texts": texts}
 
     @torch.inference_mode()
@@ -162,25 +161,21 @@ class AlignTask(Task[AlignTrainer, AlignTrainer]):
         """Measure reconstruction, use of the codebook, and retrieval through its codes on the val split."""
         adapter = model.adapter
         device = next(model.parameters()).device
-        ids: list[Tensor] = []
-        rows: list[int] = []
-        l1: list[Tensor] = []
-        ratios: list[Tensor] = []
-        batches = image_batches(self.data.val_set, adapter.image_size_px, adapter.decode_size_px)
+        found: list[tuple[list[int], list[Tensor]]] = []
+        batches = shared_image_batches(self.data.val_set, adapter.image_size_px, adapter.decode_size_px)
         for (images, targets), indices in batches:
             decoded, captured = adapter.reconstruct(images.to(device))
             decoded = decoded.cpu()
-            ids.append(captured.ids.cpu())
-            rows += indices
-            l1.append((decoded - targets).abs().flatten(1).mean(dim=1))
-            ratios.append(torch.from_numpy(psnr(to_uint8(decoded), to_uint8(targets))))
+            l1 = (decoded - targets).abs().flatten(1).mean(dim=1)
+            ratios = torch.from_numpy(psnr(to_uint8(decoded), to_uint8(targets)))
+            found.append((indices, [captured.ids.cpu(), l1, ratios]))
 
-        all_ids = torch.cat(ids)
+        rows, (ids, all_l1, all_ratios) = of_whole_split(found)
         return {
-            "l1": float(torch.cat(l1).mean()),
-            "PSNR": float(torch.cat(ratios).mean()),
-            **self.codebook_monitor.update(all_ids, adapter.codebook, step),
-            **self._retrieval(model, all_ids, torch.tensor(rows)),
+            "l1": float(all_l1.mean()),
+            "PSNR": float(all_ratios.mean()),
+            **self.codebook_monitor.update(ids, adapter.codebook, step),
+            **self._retrieval(model, ids, torch.tensor(rows)),
         }
 
     def _retrieval(self, model: AlignTrainer, ids: Tensor, rows: Tensor) -> dict[str, float]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tavq.base.processes import common_generator, drawn_for_rows, shares_of_all, sum_of_counts
 from tavq.data.image_folder import with_more_images
 from tavq.data.layouts import open_dataset
 from tavq.training.config import TrainingConfig
@@ -25,7 +26,13 @@ from .discriminator import ProjectedDiscriminator
 from .losses import ReconstructionLoss
 from .model import TAVQTokenizer, TokenizerConfig, Window
 from .run_config import DecoderRun
-from .training_images import TrainingImages, image_batches, originals, random_window, reconstruction_sheet
+from .training_images import (
+    TrainingImages,
+    originals,
+    random_window,
+    reconstruction_sheet,
+    shared_image_batches,
+)
 
 VIEWS = 8  # of each image; few, since the ids of each are kept
 NEW_PARTS = ("upsample", "to_rgb")  # of the decoder; they learn faster than what has been trained before
@@ -104,9 +111,12 @@ class DecoderTrainer(nn.Module):
 
     def with_mistakes(self, ids: Tensor) -> Tensor:
         """Replace some of the ids (B, N), in some batches, by what the generator samples there."""
-        if self.resample is None or torch.rand(()) >= self.run.generated_batches:
+        if (
+            self.resample is None
+            or torch.rand((), generator=common_generator()) >= self.run.generated_batches
+        ):
             return ids
-        replaced = torch.rand(ids.shape, device=ids.device) < self.run.generated_tokens
+        replaced = drawn_for_rows(torch.rand, *ids.shape, device=ids.device) < self.run.generated_tokens
         return torch.where(replaced, self.resample(ids), ids)
 
     def decode(self, ids: Tensor, window: Window | None = None) -> Tensor:
@@ -169,11 +179,13 @@ class DecoderTask(Task[DecoderTrainer, TAVQTokenizer]):
         n = 0
         sums: Counter[str] = Counter()
         sizes = (model.image_size_px, model.decode_size_px)
-        for (images, targets), _ in image_batches(self.val_set, *sizes):
+        for (images, targets), _ in shared_image_batches(self.val_set, *sizes):
             device = model.codebook.device
             decoded = model.decode(model.encode(images.to(device)))
             sums.update(self.model.loss.distances(decoded, targets.to(device)))
             n += len(images)
+        n = sum(shares_of_all([n]))
+        sums = sum_of_counts(sums)
         return {name: total / n for name, total in sums.items()}
 
     def sample_images(self, model: TAVQTokenizer) -> dict[str, Any]:

@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from tavq.base.processes import common_generator, own_share, shares_of_all
 from tavq.base.seeding import mixed_seed
 from tavq.data.dataset import ImageTextDataset, max_unreadable, readable_images
 from tavq.data.images import UnreadableImageError, from_pixels, grid, to_pil, to_pixels, to_tensor
+from tavq.training.stream import Draws
 
 from .model import TAVQTokenizer, Window
 
@@ -144,6 +146,22 @@ class TrainingImages(Dataset):
             ) from error
 
 
+def draws_of_texts(
+    examples: list[dict[str, Any]], draws: Draws | None
+) -> tuple[list[int], torch.Generator, slice]:
+    """What the texts of a batch are drawn with: the images of all processes, a generator, and which of the
+    images are those of this process. `draws` is None where no others share the batch."""
+    indices = [example["index"] for example in examples]
+    first_draw, own = examples[0]["draw"], slice(None)
+    if draws is not None:
+        own = draws.own_rows
+        first_draw = draws.items[0][1]
+        every_index = [index for index, _ in draws.items]
+        every_index[own] = indices  # they differ where an image could not be read
+        indices = every_index
+    return indices, torch.Generator().manual_seed(mixed_seed(first_draw, len(indices))), own
+
+
 def random_crop(side_px: int, random: np.random.Generator) -> tuple[int, int, int, int]:
     """Left, top, right and bottom of a crop of a square: each side `SMALLEST_CROP` to all of it, anywhere."""
     width, height = (round(side_px * random.uniform(SMALLEST_CROP, 1)) for _ in range(2))
@@ -159,7 +177,7 @@ def random_window(tokenizer: TAVQTokenizer, window_px: int) -> Window | None:
     side = window_px // tokenizer.decoder.pixels_per_cell
     if not tokenizer.config.upsample_channels or not 0 < side < cells:
         return None
-    top, left = torch.randint(cells - side + 1, (2,)).tolist()
+    top, left = torch.randint(cells - side + 1, (2,), generator=common_generator()).tolist()
     return Window(top, left, side)
 
 
@@ -170,6 +188,32 @@ def originals(images: TrainingImages, window_px: int) -> Tensor:
     targets = torch.stack([images[(index, 0)]["target"] for index in examples])
     side = min(window_px or images.target_px, images.target_px)
     return targets[..., :side, :side]
+
+
+def shared_image_batches(
+    dataset: ImageTextDataset, *sizes_px: int
+) -> Iterator[tuple[list[Tensor], list[int]]]:
+    """`image_batches` of this process's share of a split; the indices are those in the whole split."""
+    places = own_share(range(len(dataset)))
+    share = ImageTextDataset(dataset.name, [dataset.examples[place] for place in places])
+    for images, indices in image_batches(share, *sizes_px):
+        yield images, [places[index] for index in indices]
+
+
+def of_whole_split(found: list[tuple[list[int], list[Tensor]]]) -> tuple[list[int], list[Tensor]]:
+    """Join what all processes found for `shared_image_batches`, in the order of the split.
+
+    Args:
+        found: for each batch its indices, and tensors with a row for each image, on the CPU.
+
+    Returns:
+        The indices of all images, and each tensor of all.
+    """
+    found = shares_of_all(found)
+    indices = torch.tensor([index for batch, _ in found for index in batch])
+    order = indices.argsort()
+    columns = zip(*(tensors for _, tensors in found), strict=True)
+    return indices[order].tolist(), [torch.cat(column)[order] for column in columns]
 
 
 def image_batches(dataset: ImageTextDataset, *sizes_px: int) -> Iterator[tuple[list[Tensor], list[int]]]:

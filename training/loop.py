@@ -42,6 +42,7 @@ from tqdm.auto import tqdm
 
 from tavq.base.arguments import to_plain
 from tavq.base.locks import only_writer
+from tavq.base.processes import common_random_numbers
 from tavq.base.seeding import mixed_seed
 
 from .card import model_card
@@ -56,12 +57,12 @@ from .state import (
     save_state,
     split_optimizer_state,
 )
-from .stream import ShuffledStream
+from .stream import Batches, ShuffledStream
 from .task import StepOutput, Task
 
 ESTIMATE_AT_STEP = 20
 EVALUATED_FOLDER = "evaluated"  # of the weights of every evaluation
-PATIENT = datetime.timedelta(hours=24)  # the main process evaluates alone while the others wait
+PATIENT = datetime.timedelta(hours=24)  # the others wait while the main process draws samples and saves
 
 
 @dataclasses.dataclass
@@ -225,15 +226,24 @@ class Trainer:
         players = [self.model] if self.discriminator is None else [self.model, self.discriminator]
 
         for micro in range(config.accumulation_steps):
+            # Each process its own dropout, all the same negatives, crops and restarts.
             torch.manual_seed(mixed_seed(config.seed, step, micro, self.accelerator.process_index))
+            common = common_random_numbers(mixed_seed(config.seed, step, micro, 0))
             batch = send_to_device(next(batches), self.accelerator.device, non_blocking=True)
-            with self.accelerator.accumulate(*players):
+            with common, self.accelerator.accumulate(*players):
                 report = self._update_players(batch)
 
         self.averaged.update_parameters(self.task.shipped)
         if step % config.log_every and step + 1 != config.steps:
             return {}
-        return {name: torch.as_tensor(value).item() for name, value in report.items()}
+        return self._mean_of_processes(report)
+
+    def _mean_of_processes(self, report: dict[str, Any]) -> dict[str, float]:
+        """What is logged: each process has seen other examples."""
+        values = torch.stack([torch.as_tensor(value, device="cpu").float() for value in report.values()])
+        if self.accelerator.num_processes > 1:
+            values = self.accelerator.reduce(values.to(self.accelerator.device), "mean").cpu()
+        return dict(zip(report, values.tolist(), strict=True))
 
     def _update_players(self, batch: Any) -> dict[str, Any]:
         step = self.state.step
@@ -284,9 +294,9 @@ class Trainer:
             world_size=accelerator.num_processes,
         )
         return DataLoader(
-            self.task.dataset,
-            batch_sampler=stream,
-            collate_fn=self.task.collate,
+            Batches(self.task),
+            batch_sampler=cast("Any", stream),  # torch's type knows lists of indices alone
+            collate_fn=_as_it_is,
             num_workers=config.num_workers,
             pin_memory=accelerator.device.type == "cuda",
             persistent_workers=config.num_workers > 0,
@@ -320,8 +330,13 @@ class Trainer:
     def _evaluate(self, bar: tqdm) -> None:
         """Score the averaged weights; save them as the checkpoint when they are the best so far."""
         state, patience = self.state, self.config.patience
+        model = self.averaged.module.eval()
+        if state.step == self.config.steps:
+            model = copy.deepcopy(model)  # a longer run goes on from weights that were never finished
+            self.task.finish(model)
+        metrics = self.task.evaluate(model, state.step)
         if self.is_main:
-            self._evaluate_here(bar)
+            self._keep(model, metrics, bar)
         state.best, state.evaluations_since_best = broadcast_object_list(
             [state.best, state.evaluations_since_best]
         )
@@ -330,14 +345,9 @@ class Trainer:
             bar.write(f"stopped at step {state.step}: {patience} evaluations without a better one")
             state.step = state.evaluated_step = self.config.steps
 
-    def _evaluate_here(self, bar: tqdm) -> None:
+    def _keep(self, model: nn.Module, metrics: dict[str, float], bar: tqdm) -> None:
+        """Log an evaluation, and save what is to be kept of it."""
         state, task = self.state, self.task
-        model = self.averaged.module.eval()
-        if state.step == self.config.steps:
-            model = copy.deepcopy(model)  # a longer run goes on from weights that were never finished
-            task.finish(model)
-        metrics = task.evaluate(model, state.step)
-
         self.log.write(state.step, {f"val/{key}": value for key, value in metrics.items()})
         values = "  ".join(f"val/{key} {value:.4f}" for key, value in metrics.items())
         bar.write(f"step {state.step}  {values}")
@@ -411,8 +421,9 @@ class Trainer:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(values["scaler"])
 
-        if self.is_main:  # which alone evaluates
-            self.task.recall(tensors.get("memory", {}))
+        (memory,) = broadcast_object_list([tensors.get("memory", {})])
+        self.task.recall(memory)
+        if self.is_main:
             print(f"resuming {self.out} at step {self.state.step}")
         if self.state.environment != self._environment():
             warnings.warn(
@@ -463,6 +474,10 @@ def _leave_group_at_exit() -> None:
 def _leave_process_group() -> None:
     if torch.distributed.is_initialized():  # a program of its own may have left it before
         torch.distributed.destroy_process_group()
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _moving_average(decay: float) -> Callable[..., None]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from .config import TrainingConfig
+from .stream import Draws
 
 
 @dataclasses.dataclass
@@ -58,7 +59,9 @@ class Task(ABC, Generic[Trainer, Shipped]):
     dataset: Dataset
     monitor: tuple[str, Literal["min", "max"]] | None = ("loss", "min")
 
-    def collate(self, examples: list[Any]) -> Any:
+    def collate(self, examples: list[Any], draws: Draws | None = None) -> Any:
+        """Make a batch of the examples of this process; `draws` are those of all processes, for what is drawn
+        for the batch as a whole. None: these are all."""
         return torch.utils.data.default_collate(examples)
 
     def parameter_groups(self, config: TrainingConfig) -> list[dict[str, Any]]:
@@ -86,7 +89,10 @@ class Task(ABC, Generic[Trainer, Shipped]):
 
     @abstractmethod
     def evaluate(self, model: Shipped, step: int) -> dict[str, float]:
-        """Metrics of `model`, the averaged weights of `shipped` in eval mode, on the validation split."""
+        """Metrics of `model`, the averaged weights of `shipped` in eval mode, on the validation split.
+
+        All processes call it, may share the work (`own_share`, `shares_of_all`), and return the same.
+        """
 
     def memory(self) -> dict[str, Tensor]:
         """What the next `evaluate` needs of the last one; saved with the state."""
@@ -96,7 +102,8 @@ class Task(ABC, Generic[Trainer, Shipped]):
         """Take back what `memory` gave, in a run that is resumed; empty where nothing was saved."""
 
     def finish(self, model: Shipped) -> None:
-        """Change the averaged weights once after the last step, before they are evaluated and saved."""
+        """Change the averaged weights once after the last step, before they are evaluated and saved: in all
+        processes alike."""
 
     def sample_images(self, model: Shipped) -> dict[str, Any]:
         """Named uint8 arrays (H, W, 3) to look at in TensorBoard; made after each evaluation."""
