@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -193,11 +193,8 @@ def originals(images: TrainingImages, window_px: int) -> Tensor:
 def shared_image_batches(
     dataset: ImageTextDataset, *sizes_px: int
 ) -> Iterator[tuple[list[Tensor], list[int]]]:
-    """`image_batches` of this process's share of a split; the indices are those in the whole split."""
-    places = own_share(range(len(dataset)))
-    share = ImageTextDataset(dataset.name, [dataset.examples[place] for place in places])
-    for images, indices in image_batches(share, *sizes_px):
-        yield images, [places[index] for index in indices]
+    """`image_batches` of this process's share of a split."""
+    return image_batches(dataset, *sizes_px, only=own_share(range(len(dataset))))
 
 
 def of_whole_split(found: list[tuple[list[int], list[Tensor]]]) -> tuple[list[int], list[Tensor]]:
@@ -216,16 +213,18 @@ def of_whole_split(found: list[tuple[list[int], list[Tensor]]]) -> tuple[list[in
     return indices[order].tolist(), [torch.cat(column)[order] for column in columns]
 
 
-def image_batches(dataset: ImageTextDataset, *sizes_px: int) -> Iterator[tuple[list[Tensor], list[int]]]:
-    """Batches over a split, unreadable images left out: for each size the images (B, 3, H, W), and the
-    indices."""
+def image_batches(
+    dataset: ImageTextDataset, *sizes_px: int, only: Sequence[int] | None = None
+) -> Iterator[tuple[list[Tensor], list[int]]]:
+    """Batches over a split or `only` these of its images, unreadable ones left out: for each size the images
+    (B, 3, H, W), and the indices."""
     images: list[list[Tensor]] = [[] for _ in sizes_px]
     indices: list[int] = []
 
     def batch() -> tuple[list[Tensor], list[int]]:
         return [torch.stack(tensors) for tensors in images], list(indices)
 
-    for index, image in readable_images(dataset):
+    for index, image in readable_images(dataset, indices=only):
         for tensors, size in zip(images, sizes_px, strict=True):
             tensors.append(to_tensor(image, size))
         indices.append(index)
