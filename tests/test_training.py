@@ -231,6 +231,31 @@ def test_a_kill_between_two_renames_loses_nothing(tmp_path):
     assert float(killed.model.slope) == float(whole.model.slope)
 
 
+def test_a_parameter_whose_first_gradient_comes_after_a_stop_learns_as_if_there_had_been_none(tmp_path):
+    class Late(Line):
+        def __init__(self, poison_at):
+            super().__init__(poison_at)
+            self.offset = nn.Parameter(torch.zeros(1))
+
+        def forward(self, batch, step):
+            output = super().forward(batch, step)
+            loss = output.loss + (self.offset - 1).square().sum() if step >= 15 else output.loss
+            return StepOutput(loss, {"loss": loss})
+
+    class LateTask(LineTask):
+        def __init__(self, poison_at=None):
+            super().__init__()
+            self.model = self.shipped = Late(poison_at)
+
+    whole, stopped = LateTask(), LateTask()
+    train(whole, CONFIG, tmp_path / "whole", Run(CONFIG))
+    with pytest.raises(FloatingPointError):  # the state is that of the evaluation at step 10
+        train(LateTask(poison_at=12), CONFIG, tmp_path / "stopped", Run(CONFIG))
+    train(stopped, CONFIG, tmp_path / "stopped", Run(CONFIG))
+    assert float(whole.model.offset) != 0
+    assert float(stopped.model.offset) == float(whole.model.offset)
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "values.json", "manifest.json"])
 def test_a_damaged_state_is_named_and_not_taken_up(tmp_path, file):
     config = dataclasses.replace(CONFIG, steps=10)

@@ -52,6 +52,7 @@ from .run_folder import RunLog, StopRequest, claim_folder
 from .state import (
     Tensors,
     find_state,
+    forget_other_moments,
     join_optimizer_state,
     load_state,
     save_state,
@@ -410,12 +411,14 @@ class Trainer:
 
         several = self.accelerator.num_processes > 1
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=several)
-        # Not strict: a parameter that never had a gradient has no moments, and starts without any again.
+        # Not strict: a parameter that never had a gradient has no moments.
         lenient = StateDictOptions(full_state_dict=True, broadcast_from_rank0=several, strict=False)
         for name, module, optimizer in self._players():
             set_model_state_dict(module, cast("dict[str, Any]", tensors.get(name, {})), options=options)
             moments = join_optimizer_state(tensors.get(f"{name}-optimizer", {}), values[f"{name}-optimizer"])
             set_optimizer_state_dict(module, optimizer.optimizer, moments, options=lenient)
+            (known,) = broadcast_object_list([sorted(moments["state"])])
+            forget_other_moments(self.accelerator.unwrap_model(module), optimizer.optimizer, known)
         averaged = cast("dict[str, Any]", tensors.get("averaged", {}))
         set_model_state_dict(self.averaged, averaged, options=options)
         if self.accelerator.scaler is not None:

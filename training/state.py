@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from tavq.base.files import file_sha256
 
@@ -128,6 +130,17 @@ def join_optimizer_state(tensors: dict[str, Tensor], values: dict[str, Any]) -> 
         parameter, name = key.rsplit("|", 1)
         state.setdefault(parameter, {})[name] = value
     return {"state": state, "param_groups": values["param_groups"]}
+
+
+def forget_other_moments(module: nn.Module, optimizer: Optimizer, known: Collection[str]) -> None:
+    """Drop the moments of the parameters that are not `known` by name.
+
+    `set_optimizer_state_dict` gives some to all, with a step counted: a parameter whose first gradient comes
+    after a stop would learn otherwise than without the stop.
+    """
+    for name, parameter in module.named_parameters():
+        if name not in known:
+            optimizer.state.pop(parameter, None)
 
 
 def _synced_hash(file: Path) -> str:
