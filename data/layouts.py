@@ -20,8 +20,9 @@ from .contained import LinkCheck
 from .dataset import Example, ImageTextDataset
 from .layouts_folder import IMAGE_SUFFIXES, has_metadata, read_metadata, read_sidecars
 from .layouts_json import read_coco, read_karpathy, read_original_flickr8k
-from .layouts_shards import read_shards
+from .layouts_shards import named_shards, read_shards
 from .long_text import attach_long_text
+from .remote import RemoteFile
 from .scenes import scenes_examples
 from .shapes import shapes_examples
 
@@ -45,7 +46,8 @@ def open_dataset(path: str | Path, split: str | None = None) -> ImageTextDataset
 
     Args:
         path: a directory, an annotation json in it, or "shapes" or "scenes" for a generated dataset, with as
-            many training images as a number behind a colon says ("scenes:50000").
+            many training images as a number behind a colon says ("scenes:50000"). WebDataset shards may also
+            be one file, a pattern such as photos/train-{000..099}.tar, or a URL of these, see `remote`.
         split: "train", "val" or "test"; None gives all.
 
     Raises:
@@ -60,10 +62,16 @@ def open_dataset(path: str | Path, split: str | None = None) -> ImageTextDataset
     if name in _GENERATED:
         return _generate(name, count, SPLITS if split is None else (split,))
 
-    root = Path(path)
+    shards = named_shards(str(path))
+    if isinstance(next(iter(shards), None), RemoteFile):
+        remote = [_with_split(example) for example in read_shards(shards)]
+        return ImageTextDataset(shards[0].stem, _select_split(remote, split, str(path)))
+
+    root = shards[0] if shards else Path(path)
     folder = root if root.is_dir() else root.parent
     links = LinkCheck(_root_of_images(root))
-    all_examples = [_with_split(example) for example in _find_reader(root)()]
+    reader = (lambda: read_shards(shards)) if shards else _find_reader(root)
+    all_examples = [_with_split(example) for example in reader()]
     examples = _select_split(all_examples, split, folder)
     _check_images(examples, folder, links)
     return ImageTextDataset(folder.resolve().name, attach_long_text(examples, folder, links))
@@ -144,7 +152,7 @@ def _with_split(example: Example) -> Example:
     return replace(example, split=split)
 
 
-def _select_split(examples: list[Example], split: str | None, folder: Path) -> list[Example]:
+def _select_split(examples: list[Example], split: str | None, folder: Path | str) -> list[Example]:
     if not examples:
         raise ValueError(f"{folder} holds no example with image and caption; expected {_KNOWN}")
     for example in examples:

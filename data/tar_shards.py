@@ -9,16 +9,21 @@ from __future__ import annotations
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
+
+from .remote import RemoteFile
+
+Shard = Path | RemoteFile
 
 
-def list_members(shard: Path) -> list[tarfile.TarInfo]:
+def list_members(shard: Shard) -> list[tarfile.TarInfo]:
     """List all members of an uncompressed shard; a compressed one is refused, as members are read by offset.
 
     Raises:
         ValueError: the file is no uncompressed tar, or it was cut short.
     """
     try:
-        with tarfile.open(shard, mode="r:") as archive:
+        with open_shard(shard) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             members = archive.getmembers()
             end = archive.offset
     except tarfile.TarError as error:
@@ -31,6 +36,11 @@ def list_members(shard: Path) -> list[tarfile.TarInfo]:
     if read_range(shard, end, tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise ValueError(f"{shard} has no end mark, so it was cut short; write the shard again")
     return members
+
+
+def open_shard(shard: Shard) -> BinaryIO:
+    """Open a shard for reading at any place."""
+    return shard.open() if isinstance(shard, RemoteFile) else shard.open("rb")
 
 
 def group_samples(members: Iterable[tarfile.TarInfo]) -> dict[str, dict[str, tarfile.TarInfo]]:
@@ -53,13 +63,15 @@ def is_regular(member: tarfile.TarInfo) -> bool:
     return member.isfile() and not member.issparse()
 
 
-def read_member(shard: Path, member: tarfile.TarInfo) -> bytes:
+def read_member(shard: Shard, member: tarfile.TarInfo) -> bytes:
     """Read the bytes of one member of `shard`."""
     return read_range(shard, member.offset_data, member.size)
 
 
-def read_range(shard: Path, offset: int, size: int) -> bytes:
+def read_range(shard: Shard, offset: int, size: int) -> bytes:
     """Read `size` bytes of the file from `offset` on; fewer where the file ends before."""
+    if isinstance(shard, RemoteFile):
+        return shard.read_range(offset, size)
     with shard.open("rb") as file:
         file.seek(offset)
         return file.read(size)
