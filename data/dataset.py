@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
+import itertools
+import json
+import os
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, BinaryIO
 
+import numpy as np
 from PIL import Image
 
+from tavq.base.cache import cache_root
+
+from .column import Column
 from .images import UnreadableImageError, load_image, to_rgb
+from .tar_shards import Shard, ShardImage
 
 MAX_UNREADABLE_SHARE = 0.01
+IN_MEMORY = 10_000  # examples up to which a dataset is a tuple, beyond which it is a temporary file
 NAMED_AT_MOST = 10  # of the unreadable images in one message
 
 
@@ -54,6 +66,99 @@ def join_captions(captions: Iterable[str]) -> str:
     return " ".join(sentences)
 
 
+class ExampleFile(Sequence[Example]):
+    """Examples that are read from a file when they are asked for.
+
+    Args:
+        file: one JSON array a line; it has no name and goes with the last process that has it open.
+        places: (n, 3) int64, offset and length of each example's line, and the number of its split.
+        shards: those that images lie in.
+        splits: the splits by number.
+    """
+
+    def __init__(self, file: BinaryIO, places: np.ndarray, shards: Sequence[Shard], splits: Sequence[str]):
+        self.file = file
+        self.places = places
+        self.shards = shards
+        self.splits = splits
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return ExampleFile(self.file, self.places[index], self.shards, self.splits)
+        offset, length, _ = self.places[range(len(self))[index]].tolist()
+        # Not seek and read: the workers of a DataLoader share the file's position.
+        id_, captions, long_text, split, place = json.loads(os.pread(self.file.fileno(), length, offset))
+        image: Path | ShardImage = (
+            Path(place) if isinstance(place, str) else ShardImage(self.shards[place[0]], *place[1:])
+        )
+        return Example(id_, image, tuple(captions), long_text, split)
+
+    def of_split(self, split: str) -> ExampleFile:
+        """Return the examples of one split."""
+        number = self.splits.index(split) if split in self.splits else -1
+        return ExampleFile(self.file, self.places[self.places[:, 2] == number], self.shards, self.splits)
+
+    def __reduce__(self) -> Any:  # for workers that are started anew, and have no open files
+        return tuple, (list(self),)
+
+
+def collect(examples: Iterable[Example]) -> Sequence[Example]:
+    """Return all examples: as a tuple where they are few, in a temporary file where they are many."""
+    rest = iter(examples)
+    first = tuple(itertools.islice(rest, IN_MEMORY))
+    following = next(rest, None)
+    if following is None or not all(isinstance(e.image, Path | ShardImage) for e in first):
+        return (*first, *([] if following is None else [following]), *rest)
+    return _written(itertools.chain(first, [following], rest))
+
+
+def _written(examples: Iterator[Example]) -> ExampleFile:
+    cache_root().mkdir(parents=True, exist_ok=True)
+    file = tempfile.TemporaryFile(dir=cache_root())
+    shards: dict[Shard, int] = {}
+    splits: dict[str, int] = {}
+    places: list[np.ndarray] = []
+    end = 0
+    while group := list(itertools.islice(examples, IN_MEMORY)):
+        lines = [_line(example, shards) for example in group]
+        file.write(b"".join(lines))
+        lengths = np.array([len(line) for line in lines])
+        numbers = np.array([splits.setdefault(example.split, len(splits)) for example in group])
+        places.append(np.stack([end + lengths.cumsum() - lengths, lengths, numbers], axis=1))
+        end += int(lengths.sum())
+    file.flush()
+    return ExampleFile(file, np.concatenate(places), list(shards), list(splits))
+
+
+def _line(example: Example, shards: dict[Shard, int]) -> bytes:
+    image = example.image
+    place: Any = str(image)
+    if isinstance(image, ShardImage):
+        number = shards.setdefault(image.shard, len(shards))
+        place = [number, image.name, image.offset, image.size]
+    row = [example.id, example.captions, example.long_text, example.split, place]
+    return json.dumps(row).encode()
+
+
+def repeated(examples: Sequence[Example]) -> dict[str, int]:
+    """Return the ids that occur more than once, and how often; memory grows by 8 bytes an example."""
+    hashes = np.fromiter((_hash(example.id) for example in examples), np.uint64)
+    hashes.sort()
+    twice = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+    if not twice:
+        return {}
+    counts = Counter(example.id for example in examples if _hash(example.id) in twice)
+    return {id_: count for id_, count in counts.items() if count > 1}
+
+
+def _hash(id_: str) -> int:
+    content = id_.encode(errors="surrogatepass")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
 class ImageTextDataset:
     """Examples in a fixed order, of one split or of all.
 
@@ -63,11 +168,10 @@ class ImageTextDataset:
 
     def __init__(self, name: str, examples: Sequence[Example]):
         self.name = name
-        self.examples = tuple(examples)
-        repeated = [id_ for id_, count in Counter(self.ids).items() if count > 1]
-        if repeated:
+        self.examples: Sequence[Example] = examples if isinstance(examples, ExampleFile) else tuple(examples)
+        if twice := repeated(self.examples):
             raise ValueError(
-                f"{name}: {len(repeated)} ids occur more than once (first: {repeated[0]}), expected each "
+                f"{name}: {len(twice)} ids occur more than once (first: {next(iter(twice))}), expected each "
                 "once; rename the files"
             )
 
@@ -78,7 +182,10 @@ class ImageTextDataset:
         return self.examples[index]
 
     @property
-    def ids(self) -> tuple[str, ...]:
+    def ids(self) -> Sequence[str]:
+        """The ids: a tuple, or read from the file where the examples are."""
+        if isinstance(self.examples, ExampleFile):
+            return Column(lambda index: self.examples[index].id, len(self))
         return tuple(example.id for example in self.examples)
 
     def load_image(self, index: int) -> Image.Image:
@@ -107,11 +214,18 @@ class ImageTextDataset:
 
     def take(self, count: int | None) -> ImageTextDataset:
         """Return the first `count` examples; None returns all."""
-        return self if count is None else ImageTextDataset(self.name, self.examples[:count])
+        return self if count is None else self._part(self.examples[:count])
 
     def select_split(self, split: str) -> ImageTextDataset:
         """Return the examples of one split; there may be none."""
-        return ImageTextDataset(self.name, [example for example in self.examples if example.split == split])
+        if isinstance(self.examples, ExampleFile):
+            return self._part(self.examples.of_split(split))
+        return self._part(tuple(example for example in self.examples if example.split == split))
+
+    def _part(self, examples: Sequence[Example]) -> ImageTextDataset:
+        part = copy.copy(self)  # whose ids are known to be distinct
+        part.examples = examples
+        return part
 
 
 def readable_images(

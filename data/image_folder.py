@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from .dataset import Example, ImageTextDataset
+from .dataset import Example, ImageTextDataset, collect
 from .layouts_folder import IMAGE_SUFFIXES
 
 
@@ -19,10 +20,10 @@ def with_more_images(dataset: ImageTextDataset, folders: Sequence[Path]) -> Imag
     Raises:
         FileNotFoundError: no such folder, or no image in it.
     """
-    examples = list(dataset.examples)
-    for folder in folders:
-        examples += _uncaptioned(folder)
-    return ImageTextDataset(dataset.name, examples) if folders else dataset
+    if not folders:
+        return dataset
+    more = (_uncaptioned(folder) for folder in folders)
+    return ImageTextDataset(dataset.name, collect(itertools.chain(dataset.examples, *more)))
 
 
 def _uncaptioned(folder: Path) -> list[Example]:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from .config import SPLITS
 from .contained import LinkCheck
-from .dataset import Example, ImageTextDataset
+from .dataset import Example, ImageTextDataset, collect
 from .layouts_folder import IMAGE_SUFFIXES, has_metadata, read_metadata, read_sidecars
 from .layouts_json import read_coco, read_karpathy, read_original_flickr8k
 from .layouts_shards import named_shards, read_shards
@@ -64,17 +64,16 @@ def open_dataset(path: str | Path, split: str | None = None) -> ImageTextDataset
 
     shards = named_shards(str(path))
     if isinstance(next(iter(shards), None), RemoteFile):
-        remote = [_with_split(example) for example in read_shards(shards)]
-        return ImageTextDataset(shards[0].stem, _select_split(remote, split, str(path)))
+        remote = _select_split(read_shards(shards), split, str(path))
+        return ImageTextDataset(shards[0].stem, collect(remote))
 
     root = shards[0] if shards else Path(path)
     folder = root if root.is_dir() else root.parent
     links = LinkCheck(_root_of_images(root))
     reader = (lambda: read_shards(shards)) if shards else _find_reader(root)
-    all_examples = [_with_split(example) for example in reader()]
-    examples = _select_split(all_examples, split, folder)
-    _check_images(examples, folder, links)
-    return ImageTextDataset(folder.resolve().name, attach_long_text(examples, folder, links))
+    # One example after the other, as a large dataset does not fit into memory.
+    examples = _check_images(_select_split(reader(), split, folder), folder, links)
+    return ImageTextDataset(folder.resolve().name, collect(attach_long_text(examples, folder, links)))
 
 
 def _generate(name: str, count: str, splits: Iterable[str]) -> ImageTextDataset:
@@ -152,24 +151,26 @@ def _with_split(example: Example) -> Example:
     return replace(example, split=split)
 
 
-def _select_split(examples: list[Example], split: str | None, folder: Path | str) -> list[Example]:
-    if not examples:
-        raise ValueError(f"{folder} holds no example with image and caption; expected {_KNOWN}")
-    for example in examples:
+def _select_split(examples: Iterable[Example], split: str | None, folder: Path | str) -> Iterator[Example]:
+    """Yield the examples of a split, all if it is None; without any that is an error at the end."""
+    sizes: Counter[str] = Counter()
+    for example in map(_with_split, examples):
         if example.split not in SPLITS:
             raise ValueError(
                 f"{folder}: {example.id} is in split {example.split!r}, expected {', '.join(SPLITS)}; "
                 "rename it"
             )
+        sizes[example.split] += 1
+        if split in (None, example.split):
+            yield example
 
-    selected = [example for example in examples if split in (None, example.split)]
-    if not selected:
-        sizes = Counter(example.split for example in examples)
+    if not sizes:
+        raise ValueError(f"{folder} holds no example with image and caption; expected {_KNOWN}")
+    if split is not None and not sizes[split]:
         counts = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise ValueError(
             f"{folder} has no example in split {split!r} (it has {counts}); choose another --split"
         )
-    return selected
 
 
 def _root_of_images(root: Path) -> Path:
@@ -179,13 +180,20 @@ def _root_of_images(root: Path) -> Path:
     return root.parent.parent if root.match("captions_*.json") else root.parent
 
 
-def _check_images(examples: list[Example], folder: Path, links: LinkCheck) -> None:
-    files = [example.image for example in examples if isinstance(example.image, Path)]
-    missing = [file for file in files if not file.is_file()]
+def _check_images(examples: Iterable[Example], folder: Path, links: LinkCheck) -> Iterator[Example]:
+    """Yield the examples; images that are missing are an error at the end, which counts them."""
+    missing: list[Path] = []
+    count = 0
+    for example in examples:
+        count += 1
+        if isinstance(example.image, Path):
+            if not example.image.is_file():
+                missing.append(example.image)
+                continue
+            links.check(example.image)
+        yield example
     if missing:
         raise FileNotFoundError(
-            f"{folder}: {len(missing)} of {len(examples)} annotated images are missing or no regular files, "
+            f"{folder}: {len(missing)} of {count} annotated images are missing or no regular files, "
             f"the first is {missing[0]}; put them there or take them out of the annotations"
         )
-    for file in files:
-        links.check(file)

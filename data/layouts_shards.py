@@ -7,47 +7,27 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import itertools
 import json
 import re
 import tarfile
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from braceexpand import braceexpand
-from PIL import Image
 
 from tavq.base.arrays import build_once
 from tavq.base.cache import cache_directory
 
 from .annotations import parse_object
-from .dataset import Example
-from .images import load_image
+from .dataset import Example, collect, repeated
 from .layouts_folder import IMAGE_SUFFIXES, SPLIT_NAMES, captions_of, long_text_of, named_split
 from .remote import RemoteFile, is_url
-from .tar_shards import Shard, group_samples, list_members, read_member, read_range
+from .tar_shards import Shard, ShardImage, group_samples, list_members, read_member
 
 MAX_SHARDS = 1_000_000  # that a pattern may name
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class ShardImage:
-    """An image in a shard, which is read when it is called."""
-
-    shard: Shard
-    name: str
-    offset: int
-    size: int
-    """In bytes."""
-
-    def __call__(self) -> Image.Image:
-        buffer = io.BytesIO(read_range(self.shard, self.offset, self.size))
-        buffer.name = f"{self.shard}: {self.name}"  # for the error, if it is no image
-        return load_image(buffer)
 
 
 def named_shards(path: str) -> list[Shard]:
@@ -89,13 +69,12 @@ def read_shards(shards: Sequence[Shard]) -> Iterator[Example]:
     several shards have that key, it is `SHARD/KEY`. An image is read from its shard when it is asked for.
     """
     without_caption: list[str] = []
-    examples = [(shard, example) for shard in shards for example in _read_shard(shard, without_caption)]
-    counts = Counter(example.id for _, example in examples)
-    for shard, example in examples:
-        if counts[example.id] == 1:
-            yield example
-        else:
-            yield dataclasses.replace(example, id=f"{shard.stem}/{example.id}")
+    examples = collect(example for shard in shards for example in _read_shard(shard, without_caption))
+    in_several = repeated(examples)
+    for example in examples:
+        if example.id in in_several and isinstance(example.image, ShardImage):
+            example = dataclasses.replace(example, id=f"{example.image.shard.stem}/{example.id}")
+        yield example
 
     if without_caption:
         warnings.warn(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from .dataset import Example
 _FILES = ("long_text.jsonl", "sharegpt4v*.json", "share-captioner*.json", "long_text.json")
 
 
-def attach_long_text(examples: list[Example], folder: Path, links: LinkCheck) -> list[Example]:
+def attach_long_text(examples: Iterable[Example], folder: Path, links: LinkCheck) -> Iterator[Example]:
     """Give each example the description that names it, by id or by file name; others keep what they have.
 
     Raises:
@@ -21,13 +22,18 @@ def attach_long_text(examples: list[Example], folder: Path, links: LinkCheck) ->
     """
     file = _find_file(folder)
     texts = _read(file) if file else {}
-    with_text = [replace(example, long_text=_text_of(example, texts, links)) for example in examples]
-    if texts and not any(example.long_text for example in with_text):
+    first = ""
+    described = False
+    for example in examples:
+        long_text = _text_of(example, texts, links)
+        first = first or example.id
+        described = described or bool(long_text)
+        yield replace(example, long_text=long_text)
+    if texts and not described:
         raise ValueError(
             f"{file} describes {len(texts)} images, none of them in the dataset (first: "
-            f"{next(iter(texts))}, the dataset has {examples[0].id}); use its ids or file names"
+            f"{next(iter(texts))}, the dataset has {first}); use its ids or file names"
         )
-    return with_text
 
 
 def _find_file(folder: Path) -> Path | None:

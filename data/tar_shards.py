@@ -6,11 +6,16 @@ look like URLs to a shell (`pipe:`), and splits the shards among processes where
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
+from PIL import Image
+
+from .images import load_image
 from .remote import RemoteFile
 
 Shard = Path | RemoteFile
@@ -75,3 +80,19 @@ def read_range(shard: Shard, offset: int, size: int) -> bytes:
     with shard.open("rb") as file:
         file.seek(offset)
         return file.read(size)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ShardImage:
+    """An image in a shard, which is read when it is called."""
+
+    shard: Shard
+    name: str
+    offset: int
+    size: int
+    """In bytes."""
+
+    def __call__(self) -> Image.Image:
+        buffer = io.BytesIO(read_range(self.shard, self.offset, self.size))
+        buffer.name = f"{self.shard}: {self.name}"  # for the error, if it is no image
+        return load_image(buffer)

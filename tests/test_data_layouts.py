@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import re
 import tarfile
 import warnings
@@ -10,7 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tavq.data.dataset import Example, ImageTextDataset, join_captions, readable_images
+from tavq.data import dataset as dataset_module
+from tavq.data.dataset import (
+    Example,
+    ExampleFile,
+    ImageTextDataset,
+    collect,
+    join_captions,
+    readable_images,
+)
 from tavq.data.images import UnreadableImageError
 from tavq.data.layouts import open_dataset
 from tavq.eval.config import EvaluationRun
@@ -360,3 +369,34 @@ def test_the_environment_may_name_the_data_set(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # which must not be taken for the dataset
     with pytest.raises(ValueError, match="no dataset is named; give one with --data DIR, or set TAVQ_DATA"):
         open_dataset(EvaluationRun().data)
+
+
+@pytest.mark.parametrize("layout", ["shards", "sidecars"])
+def test_a_large_dataset_is_read_from_a_temporary_file_and_is_the_same(tmp_path, monkeypatch, layout):
+    monkeypatch.setenv("TAVQ_CACHE", str(tmp_path / "cache"))
+    data = tmp_path / "data"
+    for number in range(9):
+        put_image(data / f"{number}.png")
+        (data / f"{number}.txt").write_text(f"Caption {number}.\nAnother.")
+    (data / "long_text.jsonl").write_text('{"id": "3", "text": "A long text."}\n')
+    if layout == "shards":
+        for split, numbers in (("train", (1, 2, 3, 4, 5, 6)), ("val", (0, 7, 8))):
+            with tarfile.open(data / f"{split}-0.tar", "w") as archive:
+                for number in numbers:
+                    for suffix in ("png", "txt"):
+                        archive.add(data / f"{number}.{suffix}", f"{number}.{suffix}")
+    small = open_dataset(data)
+    monkeypatch.setattr(dataset_module, "IN_MEMORY", 2)
+    large = open_dataset(data)
+    assert isinstance(small.examples, tuple) and isinstance(large.examples, ExampleFile)
+    assert tuple(large.examples) == small.examples and tuple(large.ids) == small.ids
+    assert large.fingerprint() == small.fingerprint() and len(large) == 9
+    for split in ("train", "val", "test"):
+        assert tuple(large.select_split(split).examples) == small.select_split(split).examples
+    assert tuple(large.take(3).examples) == small.examples[:3] and large[-1] == small[-1]
+    assert np.array_equal(np.asarray(large.load_image(4)), np.asarray(small.load_image(4)))
+    assert pickle.loads(pickle.dumps(large)).examples == small.examples
+    assert not list((tmp_path / "cache").glob("tmp*"))
+    with pytest.raises(ValueError, match=r"2 ids occur more than once \(first: a\)"):
+        twice = [Example(name, data / "0.png", ("A",), None, "train") for name in "abcabd"]
+        ImageTextDataset("twice", collect(twice))
