@@ -1,4 +1,4 @@
-"""CIDEr-D as a reward: the metric's formula, with the references' tf-idf vectors computed once.
+"""CIDEr-D as a reward: the metric's formula, with the references' tf-idf vectors kept for the next time.
 
 Vedantam et al. 2015, arXiv:1411.5726, sec. 4, as pycocoevalcap computes it. In training the end of a caption
 is a word like any other, in candidates, references and document frequencies. Without it captions learn to
@@ -7,6 +7,7 @@ break off ("a man on a"), since a missing end costs no n-gram.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -16,6 +17,7 @@ import numpy as np
 
 END = "</s>"  # the Penn Treebank tokenizer never gives this token
 ORDERS = 4  # n-grams of 1 to 4 words
+IMAGES_KEPT = 8192  # whose references' vectors stay in memory
 SIGMA = 6.0  # of the Gaussian length penalty, in bigrams
 FUNCTION_WORDS = frozenset(
     """a an the and or but nor of in on at by to from with without into onto over under near behind beside
@@ -74,7 +76,10 @@ class CiderD:
         frequencies = frequencies or DocumentFrequencies.of(references)
         self.log_images = math.log(frequencies.images)
         self.counts = frequencies.counts
-        self.references = [[self._vector(words) for words in captions] for captions in references]
+        # Vectors take some 10 KB a caption, so that those of a large set would not fit into memory.
+        self.vectors_of = functools.lru_cache(maxsize=IMAGES_KEPT)(
+            lambda image: [self._vector(words) for words in references[image]]
+        )
 
     def scores(self, candidates: Sequence[Sequence[str]], images: Sequence[int]) -> np.ndarray:
         """Score n candidates.
@@ -87,7 +92,7 @@ class CiderD:
             (n,) float64, 0 to 10.
         """
         pairs = zip(candidates, images, strict=True)
-        return np.array([self._score(self._vector(words), self.references[image]) for words, image in pairs])
+        return np.array([self._score(self._vector(words), self.vectors_of(image)) for words, image in pairs])
 
     def _score(self, candidate: _Vector, references: list[_Vector]) -> float:
         total = sum(_similarity(candidate, reference) for reference in references)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tavq.base.processes import own_share, part_of_mean, shares_of_all
+from tavq.data.column import Column
 from tavq.data.tokens import AllTexts, TokenSet, open_tokens
 from tavq.training.dry_run import dry_run
 from tavq.training.loop import train
@@ -103,7 +104,9 @@ class CaptionerTask(Task[CaptionerTrainer, Captioner]):
         reward = None
         if run.stage == "self-critical":
             # The end is a word of the reward: without it captions learn to break off.
-            references = [[with_end(metric_words(text)) for text in texts] for texts in tokens.captions]
+            references = Column(
+                lambda image: [with_end(metric_words(text)) for text in tokens.captions[image]], len(tokens)
+            )
             reward = CiderD(references, DocumentFrequencies.of(references))
         self.model = CaptionerTrainer(captioner, run, reward)
         self.shipped = captioner
