@@ -21,7 +21,7 @@ from .files import atomic_write
 _DTYPES = {"F16": "<f2", "F32": "<f4", "I32": "<i4", "I64": "<i8", "U8": "u1"}
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 _HEADER_BYTES = 1024  # reserved, as the number of rows is known at the end alone
-_MAPPED_BYTES = 2**26  # read from one array before its pages are given back
+_MAPPED_BYTES = 2**24  # read from one array before its pages are given back
 _BYTES_AROUND = 2**16  # that the system maps with each page it is asked for
 
 

@@ -60,7 +60,7 @@ class ScaleBenchmark:
     """Batches of 32 that are drawn and collated."""
     steps: int = 5
     """Training steps of the tiny model."""
-    journal: Path = Path("scale.jsonl")
+    journal: Path = Path("runs/scale.jsonl")
     """File of the rows measured so far; what it holds is not measured again."""
     into: Path | None = None
     """Markdown file whose block `memory` is filled with the table."""

@@ -22,7 +22,6 @@ from .layouts_folder import IMAGE_SUFFIXES, has_metadata, read_metadata, read_si
 from .layouts_json import read_coco, read_karpathy, read_original_flickr8k
 from .layouts_shards import named_shards, read_shards
 from .long_text import attach_long_text
-from .remote import RemoteFile
 from .scenes import scenes_examples
 from .shapes import shapes_examples
 
@@ -63,14 +62,15 @@ def open_dataset(path: str | Path, split: str | None = None) -> ImageTextDataset
         return _generate(name, count, SPLITS if split is None else (split,))
 
     shards = named_shards(str(path))
-    if isinstance(next(iter(shards), None), RemoteFile):
+    local = [shard for shard in shards if isinstance(shard, Path)]
+    if len(local) < len(shards):
         remote = _select_split(read_shards(shards), split, str(path))
         return ImageTextDataset(shards[0].stem, collect(remote))
 
-    root = shards[0] if shards else Path(path)
+    root = local[0] if local else Path(path)
     folder = root if root.is_dir() else root.parent
     links = LinkCheck(_root_of_images(root))
-    reader = (lambda: read_shards(shards)) if shards else _find_reader(root)
+    reader = (lambda: read_shards(local)) if local else _find_reader(root)
     # One example after the other, as a large dataset does not fit into memory.
     examples = _check_images(_select_split(reader(), split, folder), folder, links)
     return ImageTextDataset(folder.resolve().name, collect(attach_long_text(examples, folder, links)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +57,8 @@ def teacher_maps(teacher: FrozenNetwork, dataset: ImageTextDataset, grid: tuple[
 def _write_maps(path: Path, teacher: FrozenNetwork, dataset: ImageTextDataset, grid: tuple[int, int]) -> None:
     """Write the maps as they are, then standardise them where they lie."""
     count = 0
-    total = squares = np.float64(0)
+    total: Any = 0.0
+    squares: Any = 0.0
     with path.open("wb") as file:
         writer = ArrayWriter(file, "maps")
         for start in tqdm(range(0, len(dataset), TEACHER_BATCH), desc="teacher's maps", disable=None):
