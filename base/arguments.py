@@ -41,6 +41,7 @@ USER_ERRORS = (
     PermissionError,
     FloatingPointError,
 )
+AGAIN_S = 0.02  # after which a signal that was lost is sent again
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system answers where nothing more can be written: disk, quota, or largest file."""
 FULL_IN_WORDS = (
@@ -268,15 +269,29 @@ def _ended_by_sigterm() -> Iterator[_Ending]:
         return
 
     def stop(number: int, frame: Any) -> None:
-        print("stopped", file=sys.stderr)
+        if ending.exit_code is None:
+            print("stopped", file=sys.stderr)
         ending.exit_code = 128 + number
         raise SystemExit(ending.exit_code)
 
+    def again() -> None:
+        if callable(signal.getsignal(signal.SIGTERM)):  # else the command has ended meanwhile
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def hook(swallowed: sys.UnraisableHookArgs) -> None:
+        # In a __del__ Python drops every exception. The signal comes again when that has ended.
+        if ending.exit_code is not None and isinstance(swallowed.exc_value, SystemExit):
+            threading.Timer(AGAIN_S, again).start()
+        else:
+            hook_before(swallowed)
+
+    hook_before, sys.unraisablehook = sys.unraisablehook, hook
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield ending
     finally:
         signal.signal(signal.SIGTERM, before)
+        sys.unraisablehook = hook_before
 
 
 def _disk_error(error: BaseException) -> str | None:

@@ -15,6 +15,10 @@ LINE = "{desc}{n_fmt} of {total_fmt} {unit}s, {rate_fmt}, {remaining} left"
 class Progress(tqdm):
     """A bar of tqdm; where stderr is no terminal, a line of its own every ten seconds takes its place."""
 
+    is_bar = True
+    disable = True
+    """Of a bar that a signal ended before it was made: `close`, which Python calls, has nothing to do."""
+
     def __init__(self, *arguments: Any, **options: Any):
         self.is_bar = sys.stderr.isatty()
         self.shown_at = time.monotonic()

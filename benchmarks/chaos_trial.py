@@ -240,17 +240,23 @@ def read_only(trial: Trial, folder: Path) -> Difference:
 def deleted_output(trial: Trial, folder: Path) -> Difference:
     """The folder of the output is deleted as soon as the command has written into it."""
     out = folder / "work" / trial.whole.name
-    growing = out / trial.job.growing if trial.job.growing else out
+    pattern = f"{out.name}/{trial.job.growing}" if trial.job.growing else "**/*"
     attempt = trial.begin(folder)
-    while attempt.wait(0.005) is None:
-        with contextlib.suppress(FileNotFoundError):
-            if growing.is_file() and growing.stat().st_size > 0:
-                break
+    while attempt.wait(0.002) is None and not _written(folder / "work", pattern):
+        pass
+    if attempt.code is not None:
+        return ""  # it writes its output in one piece, at the end
     shutil.rmtree(folder / "work", ignore_errors=True)
     (folder / "work").mkdir(exist_ok=True)
     if attempt.wait(TIMEOUT_S) == 0:
         return "" if out.exists() and not trial.compared(folder) else "exit code 0 without the output"
     return attempt.refusal
+
+
+def _written(folder: Path, pattern: str) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return any(file.is_file() and file.stat().st_size > 0 for file in folder.glob(pattern))
+    return False
 
 
 def two_at_once(trial: Trial, folder: Path) -> Difference:

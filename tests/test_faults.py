@@ -22,6 +22,7 @@ from tavq import cli
 from tavq.base.arguments import run_main
 from tavq.base.files import atomic_write
 from tavq.base.locks import only_writer
+from tavq.base.progress import Progress
 from tavq.captioner.caption_folder import caption_folder
 from tavq.captioner.decoding import Caption
 
@@ -268,3 +269,25 @@ def test_prompts_of_a_file_go_on_where_they_were_killed(tiny_checkpoint: Path, t
 
     assert ended("generate", *flags, "--seed", "7", "--out", str(killed)) == 0
     assert len((killed / "result.jsonl").read_text().splitlines()) == 8, "other images are generated"
+
+
+def test_a_bar_that_a_signal_ended_before_it_was_made_says_nothing():
+    Progress.__new__(Progress).close()
+
+
+def test_sigterm_is_not_lost_where_python_drops_exceptions(capsys):
+    class Dying:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+
+    @run_main
+    def main(argv=None):
+        Dying()
+        time.sleep(30)
+
+    began = time.monotonic()
+    with pytest.raises(SystemExit) as exit_:
+        main([])
+    assert exit_.value.code == 128 + signal.SIGTERM and time.monotonic() - began < 10
+    assert capsys.readouterr().err.splitlines() == ["stopped"]
