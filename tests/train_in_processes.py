@@ -2,7 +2,8 @@
 
 `RUNS.json` holds pairs of a command, such as "captioner", and its flags; "{rank}" in a flag is the process's
 number. Weights, averaged weights and buffers must be equal in all processes after every step. Dropout is off:
-each process draws its own. With `TAVQ_TEST_DIES_AT=STEP` the last process is killed there.
+each process draws its own. With `TAVQ_TEST_DIES_AT=STEP` the last process is killed there, with
+`TAVQ_TEST_FSDP2=1` the weights are sharded.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from tavq.data.layouts import open_dataset
 from tavq.tokenizer import train, train_decoder
 from tavq.training import loop
 
 NUM_IMAGES = 24
+FSDP2 = "TAVQ_TEST_FSDP2" in os.environ
 DIES_AT = int(os.environ.get("TAVQ_TEST_DIES_AT", "-1"))
 
 
@@ -35,6 +39,20 @@ class CheckedTrainer(loop.Trainer):
             elif isinstance(module, nn.MultiheadAttention):
                 module.dropout = 0.0
         super().__init__(task, *arguments)
+
+    def _prepare_model(self) -> None:
+        if FSDP2:  # by hand: accelerate takes its settings for GPUs alone, and uses DDP on a CPU
+            self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+                fsdp_version=2,
+                auto_wrap_policy="transformer_based_wrap",
+                transformer_cls_names_to_wrap=["Block"],
+                cpu_ram_efficient_loading=False,
+            )
+            self.accelerator.state.distributed_type = DistributedType.FSDP
+        super()._prepare_model()
+        if FSDP2:
+            sharded = [isinstance(parameter, DTensor) for parameter in self.model.parameters()]
+            assert sharded and all(sharded)
 
     def train_step(self, batches: Any) -> dict[str, float]:
         if self.state.step == DIES_AT and rank() == world_size() - 1:
@@ -49,7 +67,7 @@ class CheckedTrainer(loop.Trainer):
 
     def hashes(self) -> dict[str, str]:
         found = {}
-        for module in (self.model, self.averaged, self.discriminator):
+        for module in (None if FSDP2 else self.model, self.averaged, self.discriminator):
             for name, tensor in [] if module is None else module.state_dict().items():
                 found[f"{type(module).__name__}.{name}"] = hashlib.sha256(content(tensor)).hexdigest()
         return found

@@ -16,7 +16,7 @@ import math
 import resource
 import time
 import warnings
-from collections.abc import Callable, Sized
+from collections.abc import Sized
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,7 +36,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -45,9 +44,10 @@ from tavq.base.locks import only_writer
 from tavq.base.processes import common_random_numbers
 from tavq.base.seeding import mixed_seed
 
+from .average import Whole, moving_average
 from .card import model_card
 from .config import TrainingConfig
-from .optimizer import MuonAdamW
+from .optimizer import MuonAdamW, whole
 from .run_folder import RunLog, StopRequest, claim_folder
 from .state import (
     Tensors,
@@ -136,7 +136,7 @@ class Trainer:
         config = self.config
         groups = self.task.parameter_groups(config)
         optimizer = MuonAdamW(groups, lr=config.learning_rate, betas=config.betas)
-        self.averaged = AveragedModel(self.task.shipped, multi_avg_fn=_moving_average(config.ema_decay))
+        self.averaged = moving_average(self.task.shipped, config.ema_decay)
         self.averaged.to(self.accelerator.device).requires_grad_(False)
         self.model, self.optimizer = self.accelerator.prepare(self.task.model, optimizer)
 
@@ -234,14 +234,14 @@ class Trainer:
             with common, self.accelerator.accumulate(*players):
                 report = self._update_players(batch)
 
-        self.averaged.update_parameters(self.task.shipped)
+        self.averaged.update_parameters(Whole(self.task.shipped))
         if step % config.log_every and step + 1 != config.steps:
             return {}
         return self._mean_of_processes(report)
 
     def _mean_of_processes(self, report: dict[str, Any]) -> dict[str, float]:
         """What is logged: each process has seen other examples."""
-        values = torch.stack([torch.as_tensor(value, device="cpu").float() for value in report.values()])
+        values = torch.stack([whole(torch.as_tensor(value)).cpu().float() for value in report.values()])
         if self.accelerator.num_processes > 1:
             values = self.accelerator.reduce(values.to(self.accelerator.device), "mean").cpu()
         return dict(zip(report, values.tolist(), strict=True))
@@ -481,16 +481,6 @@ def _leave_process_group() -> None:
 
 def _as_it_is(batch: Any) -> Any:
     return batch
-
-
-def _moving_average(decay: float) -> Callable[..., None]:
-    """Exponential moving average whose decay grows to `decay`; the first weights are soon forgotten."""
-
-    @torch.no_grad()
-    def update(averaged: list[Tensor], current: list[Tensor], updates: Tensor | int) -> None:
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + int(updates)) / (10 + int(updates))))
-
-    return update
 
 
 def duration(seconds: float) -> str:

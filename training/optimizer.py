@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
 
 MOMENTUM = 0.95
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -39,10 +40,25 @@ class MuonAdamW(torch.optim.AdamW):
         if not state:  # named as AdamW names its own, whose state is loaded by the same code
             state["step"], state["exp_avg"] = torch.zeros(()), torch.zeros_like(matrix)
         momentum = state["exp_avg"].lerp_(gradient, 1 - MOMENTUM)
-        ahead = gradient.lerp(momentum, MOMENTUM).flatten(1)
+        ahead = whole(gradient.lerp(momentum, MOMENTUM)).flatten(1)
         rate = group["lr"] * ADAMW_RMS * max(ahead.shape) ** 0.5
         matrix.mul_(1 - group["lr"] * group["weight_decay"])
-        matrix.sub_(orthogonalised(ahead).view_as(matrix), alpha=rate)
+        step = orthogonalised(ahead).view(matrix.shape)
+        matrix.sub_(sharded_like(step, matrix), alpha=rate)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that FSDP2 has cut into a part for each process; others as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `whole`: this process's part of `tensor`, where `like` has parts."""
+    if not isinstance(like, DTensor):
+        return tensor
+    mesh = like.device_mesh
+    replicated = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return replicated.redistribute(placements=like.placements)
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
