@@ -74,9 +74,8 @@ class PartJob:
         return paths
 
     def clear(self) -> None:
-        """Remove the parts."""
-        if self.folder.is_dir():
-            (self.folder / MANIFEST).unlink(missing_ok=True)
+        """Remove the folder, if it is one of parts."""
+        if (self.folder / MANIFEST).is_file():
             shutil.rmtree(self.folder)
 
     def _finished(self, engine: EngineConfig, absent: Sequence[int], paths: Sequence[Path]) -> Iterator[None]:

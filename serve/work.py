@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tavq.captioner.config import DecodingConfig
 from tavq.generator.config import SamplingConfig
 
 from .ray_jobs import WritePart
+
+if TYPE_CHECKING:
+    from tavq.tokenizer.encode_dataset import EncodedRange
 
 
 def open_captioner(checkpoint: str, device: str, decoding: DecodingConfig) -> WritePart:
@@ -54,3 +57,37 @@ def open_generator(
                 recipes.write(json.dumps({"file": name, **image.recipe}) + "\n")
 
     return write
+
+
+def open_encoder(checkpoint: str, device: str, data: str, keep: Path | None, crops: int) -> WritePart:
+    """Write the ids of ranges (split, first, last) of a dataset, as `read_encoded` reads them."""
+    import numpy as np
+
+    from tavq.base.device import choose_device
+    from tavq.data.keep import keep_only
+    from tavq.data.layouts import open_dataset
+    from tavq.tokenizer.encode_dataset import crops_of, encode_range
+    from tavq.tokenizer.model import TAVQTokenizer
+
+    tokenizer = TAVQTokenizer.from_pretrained(checkpoint).to(choose_device(device))
+    dataset = keep_only(open_dataset(data), keep)
+
+    def write(ranges: Sequence[tuple[str, int, int]], path: Path) -> None:
+        ((split, first, last),) = ranges
+        examples = dataset.select_split(split)
+        ids, unreadable = encode_range(tokenizer, examples, crops_of(split, crops), first, last)
+        arrays: dict[str, Any] = {str(index): rows for index, rows in ids.items()}
+        with path.open("wb") as file:
+            np.savez(file, unreadable=np.array(json.dumps(unreadable)), **arrays)
+
+    return write
+
+
+def read_encoded(path: Path) -> EncodedRange:
+    """Read a part of `open_encoder`."""
+    import numpy as np
+
+    with np.load(path, allow_pickle=False) as part:
+        ids = {int(name): part[name] for name in part.files if name != "unreadable"}
+        unreadable = {int(index): reason for index, reason in json.loads(str(part["unreadable"])).items()}
+    return ids, unreadable

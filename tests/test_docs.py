@@ -72,6 +72,7 @@ ELSEWHERE = {
     "tavq serve": "tests/test_serve.py",
     "tavq caption photos/ --out captions.jsonl --engine ray": "tests/test_engine_ray.py",
     "tavq generate --prompts-file prompts.txt --out images/ --engine ray": "tests/test_engine_ray.py",
+    "tavq tokenize --data photos/ --out tokens/ --engine ray": "tests/test_engine_ray.py",
     "tavq export checkpoints/flickr8k/tokenizer --out programs/": "tests/test_programs.py",
     "tavq export checkpoints/flickr8k/generator --out programs/": "tests/test_programs.py",
     "curl -s http://127.0.0.1:8000/generate": "tests/test_serve.py",

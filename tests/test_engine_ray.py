@@ -210,3 +210,24 @@ def test_images_have_the_bytes_of_one_process_though_a_node_dies(nodes, tiny_che
     with pytest.raises(SystemExit) as left:
         main([*common, "--out", str(tmp_path / "ray"), "--engine", "ray", "--temperature", "0.5"])
     assert left.value.code == 2 and "holds other images" in capsys.readouterr().err
+
+
+def test_token_sets_have_the_bytes_of_one_process_though_a_node_dies(
+    nodes, photos, tiny_checkpoint, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("tavq.commands.tokenize.BATCHES_PER_PART", 1)
+    data = tmp_path / "data"
+    shutil.copytree(photos, data)
+    for path in [*data.glob("*.jpg"), *data.glob("*/*.png")]:
+        path.with_suffix(".txt").write_text(f"a dog {path.stem}\n")
+    common = ["tokenize", "--data", str(data), "--checkpoint", str(tiny_checkpoint / "tokenizer")]
+    main([*common, "--out", str(tmp_path / "local")])
+    parts = tmp_path / "ray.parts"
+    killer = nodes.kill_one_when(lambda: any(parts.glob("*/part-*")))
+    main([*common, "--out", str(tmp_path / "ray"), "--engine", "ray"])
+    killer.join()
+
+    local = {path.name: path.read_bytes() for path in (tmp_path / "local").iterdir()}
+    spread = {path.name: path.read_bytes() for path in (tmp_path / "ray").iterdir()}
+    assert spread == local and "meta.json" in local and len(local) == 4
+    assert not parts.exists()

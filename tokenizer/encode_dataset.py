@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -23,8 +23,8 @@ from tavq.base.progress import Progress
 from tavq.base.seeding import mixed_seed
 from tavq.base.weights import WEIGHTS_FILE, local_directory
 from tavq.data.config import SPLITS
-from tavq.data.dataset import ImageTextDataset, readable_images
-from tavq.data.images import to_tensor
+from tavq.data.dataset import ImageTextDataset, check_unreadable, readable_images
+from tavq.data.images import UnreadableImageError, to_tensor
 from tavq.data.keep import keep_only
 from tavq.data.layouts import open_dataset
 from tavq.data.token_writer import IMAGES_PER_SHARD, unfinished_tokens
@@ -35,12 +35,22 @@ from .run_config import TokenizeRun
 from .training_images import SMALLEST_CROP
 
 IMAGES_AT_ONCE = 32
+EncodedRange = tuple[dict[int, np.ndarray], dict[int, str]]
+EncodeRanges = Callable[[str, int], Iterable[EncodedRange]]
+"""Name and length of a split -> its ranges in order, as `encode_range` returns them."""
 
 
-def encode_dataset(run: TokenizeRun, images_per_shard: int = IMAGES_PER_SHARD) -> None:
+def encode_dataset(
+    run: TokenizeRun, images_per_shard: int = IMAGES_PER_SHARD, ranges: EncodeRanges | None = None
+) -> None:
     """Encode the splits of a dataset into shards of ids. The same call resumes a stopped run.
 
     The result has the same bytes, whether or not a run was stopped on the way.
+
+    Args:
+        run: what to encode.
+        images_per_shard: of each shard.
+        ranges: computes what `encode_range` computes, elsewhere.
     """
     directory = local_directory(run.checkpoint)
     tokenizer = TAVQTokenizer.from_pretrained(directory).to(choose_device(run.device))
@@ -60,7 +70,22 @@ def encode_dataset(run: TokenizeRun, images_per_shard: int = IMAGES_PER_SHARD) -
             if not len(examples):  # official COCO has no test split with captions
                 continue
             done = find_done(examples, unfinished.finished(split))
-            unfinished.write(encode_split(tokenizer, examples, split, run.crops, done), {split: done.count})
+            if ranges is None:
+                records = encode_split(tokenizer, examples, split, run.crops, done)
+            else:
+                records = _gathered(ranges, examples, split, done)
+            unfinished.write(records, {split: done.count})
+
+
+def _gathered(
+    ranges: EncodeRanges, dataset: ImageTextDataset, split: str, done: Done
+) -> Iterator[TokenRecord]:
+    """Yield the records of a split behind those of finished shards, encoded elsewhere."""
+    reasons: list[str] = []
+    for ids, unreadable in ranges(split, len(dataset)):
+        reasons += [f"{dataset[index].id} ({reason})" for index, reason in unreadable.items()]
+        yield from _records(dataset, split, ((i, ids_Vhw) for i, ids_Vhw in ids.items() if i >= done.next))
+    check_unreadable(dataset.name, reasons, len(dataset))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +130,9 @@ def find_done(dataset: ImageTextDataset, tokens: TokenSet | None) -> Done:
         raise ValueError(f"the finished shards hold {name}, which is not among the images; remove them")
 
     following = encoded[-1] + 1
-    rest = len(tokens) % IMAGES_AT_ONCE if following < len(dataset) else 0
-    return Done(len(tokens), tuple(encoded)[len(encoded) - rest :], tuple(unreadable), following)
+    begun = following // IMAGES_AT_ONCE if following < len(dataset) else -1
+    again = tuple(index for index in encoded if index // IMAGES_AT_ONCE == begun)
+    return Done(len(tokens), again, tuple(unreadable), following)
 
 
 def encode_split(
@@ -114,8 +140,13 @@ def encode_split(
 ) -> Iterator[TokenRecord]:
     """Encode what is left of a split. Only training images are cropped; the others have their mirror image
     alone."""
-    records = _encode_from(tokenizer, dataset, split, crops if split == "train" else 0, done)
+    records = _encode_from(tokenizer, dataset, split, crops_of(split, crops), done)
     return itertools.islice(records, len(done.again), None)
+
+
+def crops_of(split: str, crops: int) -> int:
+    """Return how many crops the images of a split have: those of training alone have some."""
+    return crops if split == "train" else 0
 
 
 def _encode_from(
@@ -123,22 +154,53 @@ def _encode_from(
 ) -> Iterator[TokenRecord]:
     # Unreadable images are tried again, so that the warning at the end names those of all runs.
     indices = itertools.chain(done.unreadable, done.again, range(done.next, len(dataset)))
-    batch: list[tuple[int, Tensor]] = []
     with Progress(total=len(dataset), initial=done.next, desc=f"tokenizing {split}", unit="image") as bar:
-        for index, image in readable_images(dataset, indices=indices):
-            if index < done.next and index not in done.again:
-                raise ValueError(
-                    f"{dataset[index].id} could not be read before, and now it can; remove the unfinished "
-                    "shards to begin anew"
-                )
-            views = variants(image, tokenizer.image_size_px, crops, mixed_seed(index, crops))
-            batch.append((index, views))
-            bar.update(1)
-            if len(batch) == IMAGES_AT_ONCE:
-                yield from _encode_batch(tokenizer, dataset, split, batch)
-                batch = []
-        if batch:
+        readable = readable_images(dataset, indices=indices)
+        # By their place among all images, not among the readable ones: so any part of the images has the
+        # batches that it has in the whole.
+        for _, group in itertools.groupby(readable, key=lambda found: found[0] // IMAGES_AT_ONCE):
+            batch = []
+            for index, image in group:
+                if index < done.next and index not in done.again:
+                    raise ValueError(
+                        f"{dataset[index].id} could not be read before, and now it can; remove the "
+                        "unfinished shards to begin anew"
+                    )
+                views = variants(image, tokenizer.image_size_px, crops, mixed_seed(index, crops))
+                batch.append((index, views))
+                bar.update(1)
             yield from _encode_batch(tokenizer, dataset, split, batch)
+
+
+def encode_range(
+    tokenizer: TAVQTokenizer, dataset: ImageTextDataset, crops: int, first: int, last: int
+) -> EncodedRange:
+    """Encode the images from `first` up to `last` of a split, as `encode_split` does in one go.
+
+    Args:
+        tokenizer: in eval mode.
+        dataset: the split.
+        crops: of each image.
+        first: begins a batch.
+        last: ends one, or the split.
+
+    Returns:
+        The ids (V, h, w) of each image by its index, and why an image could not be read.
+    """
+    ids: dict[int, np.ndarray] = {}
+    unreadable: dict[int, str] = {}
+    for start in range(first, last, IMAGES_AT_ONCE):
+        batch = []
+        for index in range(start, min(start + IMAGES_AT_ONCE, last)):
+            try:
+                image = dataset.load_image(index)
+            except UnreadableImageError as error:
+                unreadable[index] = str(error)
+                continue
+            batch.append((index, variants(image, tokenizer.image_size_px, crops, mixed_seed(index, crops))))
+        if batch:
+            ids |= dict(_ids_of_batch(tokenizer, batch))
+    return ids, unreadable
 
 
 def variants(image: Image.Image, size_px: int, crops: int, seed: int) -> Tensor:
@@ -158,9 +220,21 @@ def variants(image: Image.Image, size_px: int, crops: int, seed: int) -> Tensor:
 def _encode_batch(
     tokenizer: TAVQTokenizer, dataset: ImageTextDataset, split: str, batch: list[tuple[int, Tensor]]
 ) -> Iterator[TokenRecord]:
+    return _records(dataset, split, _ids_of_batch(tokenizer, batch))
+
+
+def _ids_of_batch(
+    tokenizer: TAVQTokenizer, batch: list[tuple[int, Tensor]]
+) -> Iterator[tuple[int, np.ndarray]]:
     device = next(tokenizer.parameters()).device
     ids = tokenizer.encode(torch.cat([views for _, views in batch]).to(device))
     ids_nVhw = ids.unflatten(0, (len(batch), -1)).cpu().numpy()
-    for (index, _), ids_Vhw in zip(batch, ids_nVhw, strict=True):
+    return zip((index for index, _ in batch), ids_nVhw, strict=True)
+
+
+def _records(
+    dataset: ImageTextDataset, split: str, encoded: Iterable[tuple[int, np.ndarray]]
+) -> Iterator[TokenRecord]:
+    for index, ids_Vhw in encoded:
         example = dataset[index]
         yield TokenRecord(example.id, split, ids_Vhw, example.captions, example.long_text)

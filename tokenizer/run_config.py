@@ -14,6 +14,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 from tavq.alignment.config import NUM_LEVELS, AlignmentConfig, Method
 from tavq.base.bounds import check_bounds
 from tavq.base.device import Device
+from tavq.base.engine import EngineConfig
 from tavq.base.weights import shipped_checkpoint
 from tavq.data.config import VisionLanguageConfig
 from tavq.training.config import TrainingConfig
@@ -157,6 +158,7 @@ class TokenizeRun:
     mirrored."""
     device: Device = "auto"
     """Device to run on."""
+    engine: OmitArgPrefixes[EngineConfig] = EngineConfig()
 
     def __post_init__(self) -> None:
         if self.crops < 0:
