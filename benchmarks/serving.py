@@ -39,6 +39,7 @@ SERVERS = {
     "`serve`, 1 replica": ["serve"],
     "`serve`, 1 replica, int8": ["serve", "--precision", "int8"],
     "`serve`, 2 replicas": ["serve", "--replicas", "2"],
+    "`serve`, 2 replicas, int8": ["serve", "--replicas", "2", "--precision", "int8"],
 }
 """Name in the table -> command."""
 
