@@ -8,15 +8,19 @@ from typing import Any
 
 from .files import atomic_write
 
+_begun: set[Path] = set()  # journals whose rows this process has read or written
+
 
 def read_journal(journal: Path) -> list[dict[str, Any]]:
     """Read the rows of a journal, and cut off a last line that a killed process left half-written.
 
     Creates the folder of a journal that does not exist yet.
     """
+    _begun.discard(journal)
     if not journal.exists():
         journal.parent.mkdir(parents=True, exist_ok=True)
         return []
+    _begun.add(journal)
     # As bytes: the last line may end within a UTF-8 character.
     complete, _, broken = journal.read_bytes().rpartition(b"\n")
     if broken:
@@ -26,6 +30,13 @@ def read_journal(journal: Path) -> list[dict[str, Any]]:
 
 
 def append_row(journal: Path, row: dict[str, Any]) -> None:
-    """Write one row at the end of a journal; it is on disk when the call returns."""
+    """Write one row at the end of a journal; it is on disk when the call returns.
+
+    Raises:
+        FileNotFoundError: this process has read or written rows of it, and it was removed since.
+    """
+    if journal in _begun and not journal.exists():
+        raise FileNotFoundError(f"{journal} was removed meanwhile; repeat the command to begin anew")
+    _begun.add(journal)
     with journal.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -272,7 +272,7 @@ def two_at_once(trial: Trial, folder: Path) -> Difference:
 
 def sigterm(trial: Trial, folder: Path) -> Difference:
     """Asked to end in the middle of its work, the command says so."""
-    for share in (0.6, 0.4, 0.2):
+    for share in (0.6, 0.4, 0.2, 0.1, 0.05):
         attempt = trial.begin(folder)
         if attempt.wait(share * trial.results["seconds"]) is None:
             attempt.send(signal.SIGTERM)

@@ -134,6 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with only_writer(run.out):
         resumes = run.prompts_file and not run.image  # a recipe does not hold the images it was made from
+        read_journal(run.out / RESULTS_FILE)  # cuts off what a killed process left half-written
         left = left_to_do(jobs, run.out, pipeline.hashes) if resumes else jobs.prompts_and_seeds
         generate_into(run, pipeline, jobs, left)
 

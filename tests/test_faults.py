@@ -21,6 +21,7 @@ from PIL import Image
 from tavq import cli
 from tavq.base.arguments import run_main
 from tavq.base.files import atomic_write
+from tavq.base.journal import append_row, read_journal
 from tavq.base.locks import only_writer
 from tavq.base.progress import Progress
 from tavq.captioner.caption_folder import caption_folder
@@ -291,3 +292,14 @@ def test_sigterm_is_not_lost_where_python_drops_exceptions(capsys):
         main([])
     assert exit_.value.code == 128 + signal.SIGTERM and time.monotonic() - began < 10
     assert capsys.readouterr().err.splitlines() == ["stopped"]
+
+
+def test_a_journal_that_is_removed_while_it_grows_is_no_success(tmp_path: Path):
+    journal = tmp_path / "rows.jsonl"
+    for _ in range(2):  # the repeated command begins anew
+        assert read_journal(journal) == []
+        append_row(journal, {"id": 1})
+        journal.unlink()
+        with pytest.raises(FileNotFoundError, match=r"rows\.jsonl was removed meanwhile; repeat the command"):
+            append_row(journal, {"id": 2})
+        assert not journal.exists()
