@@ -262,6 +262,7 @@ def test_every_command_of_a_256_px_recipe_is_understood(name, tmp_path):
     lines = [line.split() for line in log.read_text().splitlines()]
 
     started = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/ddp.yaml"]
+    assert (ROOT / started[-1]).is_file()
     launched = [line[len(started) :] for line in lines if line[: len(started)] == started]
     assert [line[:4] for line in launched] == [
         ["-m", "tavq", "train", what] for what in ("tokenizer", "generator", "captioner", "captioner")
