@@ -16,7 +16,7 @@ if [ -n "${DRY_RUN:-}" ]; then
 fi
 
 [ -n "${DATA:-}" ] || { echo "error: no dataset is named; set DATA as the head of recipes/$NAME.sh says" >&2; exit 2; }
-TOKENIZER_PRESET=vqgan256 DECODER_PRESET='' GENERATOR_PRESET=base CAPTIONER_PRESET=base
+TOKENIZER_PRESET=vqgan256 DECODER_PRESET='' LEXICON_PRESET='' GENERATOR_PRESET=base CAPTIONER_PRESET=base
 ACCELERATE=${ACCELERATE-configs/accelerate/ddp.yaml} # fsdp2.yaml for a larger prior, multi_node.yaml for several machines
 FEATURES=${FEATURES:-inception}                      # FID itself; its weights are downloaded once
 DEVICE=${DEVICE:-cuda}

@@ -8,6 +8,11 @@ DECODER_PRESET=${DECODER_PRESET-$PRESET}         # set and empty: the decoder is
 GENERATOR_PRESET=${GENERATOR_PRESET:-$PRESET}
 CAPTIONER_PRESET=${CAPTIONER_PRESET:-$PRESET}
 SELF_CRITICAL=${SELF_CRITICAL:-$([ "$PRESET" = tiny ] && echo tiny-self-critical || echo flickr8k-self-critical)}
+LEXICON_PRESET=${LEXICON_PRESET-$PRESET}         # set and empty: no lexicon is trained
+PREFERENCE_PRESET=${PREFERENCE_PRESET:-}         # such as flickr8k-preference: the generator is tuned by preferences
+PREFERENCE_PROMPTS=${PREFERENCE_PROMPTS:-1000}
+CROPS=${CROPS:-2}                                # of each training image, from which generator and captioner learn
+MORE_IMAGES=${MORE_IMAGES:-}                     # folder of images without captions, for tokenizer and decoder
 ALIGN=${ALIGN:-ot}
 START=${START:-}
 RUN=${RUN:-runs/$PRESET-$ALIGN${START:+-further}}
@@ -51,6 +56,8 @@ train() { # NAME FLAGS...
     fi
 }
 
+more_images=()
+[ -n "$MORE_IMAGES" ] && more_images=(--images "$MORE_IMAGES")
 teacher=()
 [ -n "$TEACHER" ] && teacher=(--perceptual "$TEACHER" --distill "$TEACHER")
 features=()
@@ -68,7 +75,7 @@ if [ -n "$VLM" ]; then
     step describe tavq describe --data "$DATA" --split train $VLM
 fi
 step tokenizer train tokenizer --preset "$TOKENIZER_PRESET" --align "$ALIGN" --data "$DATA" --out "$RUN/tokenizer" \
-    "${teacher[@]}" "${FLAGS_TOKENIZER[@]}"
+    "${teacher[@]}" "${more_images[@]}" "${FLAGS_TOKENIZER[@]}"
 case $ALIGN in
 ot | gaussian) TRAINED=$RUN/tokenizer ;;
 *) # codes that transport did not draw to text learn to be read as text afterwards, for the table's retrieval
@@ -76,23 +83,42 @@ ot | gaussian) TRAINED=$RUN/tokenizer ;;
     step probe tavq align --base "tavq:$RUN/tokenizer" --probe-only --data "$DATA" --out "$TRAINED"
     ;;
 esac
+decoder() { # TOKENIZER OUT FLAGS...: the decoder alone; ids, and all that reads them, stay
+    train decoder --preset "$DECODER_PRESET" --tokenizer "$1" --data "$DATA" --out "$2" \
+        ${TEACHER:+--perceptual "$TEACHER"} "${more_images[@]}" "${FLAGS_DECODER[@]}" "${@:3}"
+}
 if [ -n "$DECODER_PRESET" ]; then
-    more_images=()
-    [ -n "${MORE_IMAGES:-}" ] && more_images=(--images "$MORE_IMAGES")
-    step decoder train decoder --preset "$DECODER_PRESET" --tokenizer "$TRAINED" --data "$DATA" --out "$RUN/decoder" \
-        ${TEACHER:+--perceptual "$TEACHER"} "${more_images[@]}" "${FLAGS_DECODER[@]}"
+    step decoder decoder "$TRAINED" "$RUN/decoder"
     TRAINED=$RUN/decoder
 fi
 step tokenizer-export tavq export "$TRAINED" --out "$READY/tokenizer"
-step tokens tavq tokenize --data "$DATA" --checkpoint "$READY/tokenizer" --out "$RUN/tokens" --device "$DEVICE"
+step tokens tavq tokenize --data "$DATA" --checkpoint "$READY/tokenizer" --out "$RUN/tokens" --device "$DEVICE" \
+    --crops "$CROPS"
 step generator train generator --preset "$GENERATOR_PRESET" --tokens "$RUN/tokens" --tokenizer "$READY/tokenizer" \
     --out "$RUN/generator" "${FLAGS_GENERATOR[@]}"
-step generator-export tavq export "$RUN/generator" --out "$READY/generator"
 step captioner train captioner --preset "$CAPTIONER_PRESET" --tokens "$RUN/tokens" --tokenizer "$READY/tokenizer" \
     --out "$RUN/captioner" "${FLAGS_CAPTIONER[@]}"
 step self-critical train captioner --preset "$SELF_CRITICAL" --tokens "$RUN/tokens" --start "$RUN/captioner" \
     --out "$RUN/self-critical" "${FLAGS_SELF_CRITICAL[@]}"
 step captioner-export tavq export "$RUN/self-critical" --out "$READY/captioner"
+GENERATOR=$RUN/generator
+if [ -n "$PREFERENCE_PRESET" ]; then # captioner and alignment choose among images of the generator as it is
+    step untuned-export tavq export "$GENERATOR" --out "$READY/generator"
+    step preferences tavq preferences --data "$DATA" --checkpoint "$READY" --out "$RUN/preferences.jsonl" --device "$DEVICE" \
+        --prompts "$PREFERENCE_PROMPTS"
+    step tuned train generator --preset "$PREFERENCE_PRESET" --start "$GENERATOR" --tokens "$RUN/tokens" \
+        --tokenizer "$READY/tokenizer" --preferences "$RUN/preferences.jsonl" --out "$RUN/tuned"
+    GENERATOR=$RUN/tuned
+fi
+step generator-export tavq export "$GENERATOR" --out "$READY/generator"
+if [ -n "$LEXICON_PRESET" ]; then
+    step lexicon train lexicon --preset "$LEXICON_PRESET" --tokens "$RUN/tokens" --generator "$READY/generator" --out "$RUN/lexicon"
+    step lexicon-export tavq export "$RUN/lexicon" --out "$READY/lexicon"
+fi
+if [ -n "$DECODER_PRESET" ]; then # with what this generator gets wrong among the tokens (RobusTok, arXiv:2509.12474)
+    step robust-decoder decoder "$TRAINED" "$RUN/robust-decoder" --generator "$READY/generator"
+    step robust-export tavq export "$RUN/robust-decoder" --out "$READY/tokenizer"
+fi
 if [ -n "$FEATURES" ]; then
     step measure-tokenizer evaluate tokenizer "$EVAL_DATA" "$SPLIT" "${features[@]}"
     # shellcheck disable=SC2086  # T2I_FLAGS is several words

@@ -9,6 +9,7 @@
 # TEACHER shapes the tokenizer (perceptual loss and distillation), FEATURES only measures; JUDGE, another checkpoint,
 # captions the generated pictures where there are FEATURES. Training takes a GPU where there is one; DEVICE=cuda evaluates
 # on it too, and trains in bf16 with large batches, on a million images for the tokenizer (not run yet: no GPU was at hand).
+# MORE_IMAGES=DIR adds images that need no captions; PREFERENCE_PRESET=flickr8k-preference tunes the generator by preferences.
 # chain.sh holds the steps and names all variables.
 set -eo pipefail # no -u: empty arrays are errors in bash 3.2, which macOS has
 cd "$(dirname "$0")/.."

@@ -25,6 +25,7 @@ from tavq.eval.results import measured, read_results, write_results
 from tavq.generator.config import RUN_PRESETS as GENERATOR_PRESETS
 from tavq.generator.config import GeneratorRun
 from tavq.metrics.features import ImageSet, extract_features, load_network
+from tavq.pipeline import Pipeline
 from tavq.tokenizer.config import PRESETS, TokenizerRun
 from tavq.tokenizer.config import RUN_PRESETS as TOKENIZER_PRESETS
 from tavq.tokenizer.losses import PerceptualNetwork
@@ -35,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def recipe(run: Path) -> str:
     environment = os.environ | {"PRESET": "tiny", "RUN": str(run), "PYTHON": sys.executable}
+    environment |= {"PREFERENCE_PRESET": "tiny-preference", "PREFERENCE_PROMPTS": "6"}
     command = ["bash", str(ROOT / "recipes" / "flickr8k.sh")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -53,9 +55,10 @@ def load(name: str) -> ModuleType:
 def test_the_recipe_trains_and_measures_everything_once(tmp_path):
     first = recipe(tmp_path)
     steps = [line for line in first.splitlines() if line.startswith("== ")]
-    assert len(steps) == 12 and "done before" not in first
+    assert len(steps) == 19 and "done before" not in first
     weights = {path.parent.name for path in (tmp_path / "ready").glob("*/model.safetensors")}
-    assert weights == {"tokenizer", "generator", "captioner"}
+    assert weights == {"tokenizer", "generator", "captioner", "lexicon"}
+    Pipeline(tmp_path / "ready").generate("a circle", images=ROOT / "app" / "examples" / "cat.jpg")
     assert read_results(tmp_path / "ready" / "results" / "caption.json").protocol["n"] == 60
     second = recipe(tmp_path)
     assert second.count("done before") == 11
