@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def recipe(run: Path) -> str:
     environment = os.environ | {"PRESET": "tiny", "RUN": str(run), "PYTHON": sys.executable}
-    environment |= {"PREFERENCE_PRESET": "tiny-preference", "PREFERENCE_PROMPTS": "6"}
+    environment |= {"PREFERENCE_PRESET": "tiny-preference", "PREFERENCE_PROMPTS": "24"}
     command = ["bash", str(ROOT / "recipes" / "flickr8k.sh")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -61,7 +61,7 @@ def test_the_recipe_trains_and_measures_everything_once(tmp_path):
     Pipeline(tmp_path / "ready").generate("a circle", images=ROOT / "app" / "examples" / "cat.jpg")
     assert read_results(tmp_path / "ready" / "results" / "caption.json").protocol["n"] == 60
     second = recipe(tmp_path)
-    assert second.count("done before") == 11
+    assert second.count("done before") == 18
 
 
 def test_the_ablation_table_is_made_from_the_results_that_are_there(tmp_path):
