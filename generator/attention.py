@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import warnings
 from typing import Any
 
 import torch.nn.functional as F
@@ -14,7 +15,17 @@ from torch import Tensor
 
 from .config import Attention
 
+UNSUPPORTED: set[str] = set()
+"""Types of devices for which xformers turned out to have no kernel."""
 BIAS_ALIGNMENT = 8  # xformers wants each row of a bias to start at a multiple of 8 numbers
+
+
+def choice(device_type: str, half_precision: bool, backend: Attention) -> str:
+    """Name what `attend` takes, for logs: xformers or torch's own attention."""
+    by_xformers = backend == "xformers" or (
+        backend == "auto" and device_type == "cuda" and half_precision and xformers_ops() is not None
+    )
+    return "xformers" if by_xformers else "torch (scaled_dot_product_attention)"
 
 
 def attend(q_BLGd: Tensor, k_BPGd: Tensor, v_BPGd: Tensor, bias_BLP: Tensor, backend: Attention) -> Tensor:
@@ -33,7 +44,14 @@ def attend(q_BLGd: Tensor, k_BPGd: Tensor, v_BPGd: Tensor, bias_BLP: Tensor, bac
     """
     if use_xformers(q_BLGd, backend):
         bias = _aligned_bias(bias_BLP, q_BLGd)
-        return xformers_ops().memory_efficient_attention(q_BLGd, k_BPGd, v_BPGd, attn_bias=bias)
+        try:
+            return xformers_ops().memory_efficient_attention(q_BLGd, k_BPGd, v_BPGd, attn_bias=bias)
+        except NotImplementedError as error:  # no kernel for this hardware
+            reason = str(error).splitlines()[0]
+            if backend == "xformers":
+                raise ValueError(f"xformers cannot run here ({reason}); choose 'auto' or 'sdpa'") from error
+            warnings.warn(f"xformers cannot run here ({reason}): attention is torch's", stacklevel=2)
+            UNSUPPORTED.add(q_BLGd.device.type)
     q, k, v = (part.transpose(1, 2) for part in (q_BLGd, k_BPGd, v_BPGd))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias_BLP.unsqueeze(1)).transpose(1, 2)
 
@@ -43,7 +61,8 @@ def use_xformers(q: Tensor, backend: Attention) -> bool:
     if backend == "sdpa":
         return False
     if backend == "auto":
-        return q.is_cuda and q.element_size() == 2 and xformers_ops() is not None
+        fits = q.is_cuda and q.element_size() == 2 and q.device.type not in UNSUPPORTED
+        return fits and xformers_ops() is not None
     if xformers_ops() is None:
         raise ValueError("attention is 'xformers', which is not installed; choose 'auto' or 'sdpa'")
     if not q.is_cuda:
@@ -64,9 +83,10 @@ def xformers_ops() -> Any:
 
 
 def _aligned_bias(bias_BLP: Tensor, q_BLGd: Tensor) -> Tensor:
-    """Return the bias as (B, G, L, P), each row starting at a multiple of BIAS_ALIGNMENT numbers."""
+    """Return the bias as (B, G, L, P) of the queries' type, each row starting at a multiple of BIAS_ALIGNMENT
+    numbers."""
     num_keys = bias_BLP.shape[-1]
     rows, length, num_heads, _ = q_BLGd.shape
     # Padded and cut again: the numbers between the rows stay in memory.
-    padded = F.pad(bias_BLP, (0, -num_keys % BIAS_ALIGNMENT))[..., :num_keys]
+    padded = F.pad(bias_BLP.to(q_BLGd.dtype), (0, -num_keys % BIAS_ALIGNMENT))[..., :num_keys]
     return padded.unsqueeze(1).expand(rows, num_heads, length, num_keys)

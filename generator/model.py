@@ -278,7 +278,8 @@ class Block(nn.Module):
         """Return queries, keys and values, each (B, L, heads, d)."""
         batch, length, width = x_BLD.shape
         qkv = self.qkv_proj(x_BLD).view(batch, length, 3, self.num_heads, width // self.num_heads)
-        q, k = apply_rotary_emb(rms_norm(qkv[:, :, :2]), rope).unbind(2)
+        # Under autocast norm and rotation give float32; attention wants one type for all three.
+        q, k = apply_rotary_emb(rms_norm(qkv[:, :, :2]), rope).to(qkv.dtype).unbind(2)
         return q, k, qkv[:, :, 2]
 
     def step(

@@ -10,6 +10,7 @@ n images.
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,7 @@ from tavq.training.provenance import TokenProvenance
 from tavq.training.stream import Draws
 from tavq.training.task import StepOutput, Task
 
+from .attention import choice
 from .config import RUN_PRESETS, GeneratorRun, GeneratorShape
 from .model import GeneratorConfig, GeneratorModel
 from .sampling import sample
@@ -70,6 +72,10 @@ def train_generator(
     if run.dry_run:
         dry_run(task, run.training, task.run)
     else:
+        if os.environ.get("RANK", "0") == "0":  # as torchrun says it; the processes have not met yet
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            half_precision = run.training.precision != "no"
+            print(f"attention: {choice(device, half_precision, task.run.model.attention)}")
         train(task, run.training, run.out, task.run)
 
 

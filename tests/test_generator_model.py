@@ -186,11 +186,55 @@ def test_xformers_and_sdpa_give_the_same(monkeypatch):
 
 def test_xformers_is_chosen_for_half_precision_on_cuda_only(monkeypatch):
     monkeypatch.setattr(attention, "xformers_ops", lambda: types.SimpleNamespace())
-    half, full = (types.SimpleNamespace(is_cuda=True, element_size=lambda n=n: n) for n in (2, 4))
+    cuda = {"is_cuda": True, "device": torch.device("cuda")}
+    half, full = (types.SimpleNamespace(**cuda, element_size=lambda n=n: n) for n in (2, 4))
     assert attention.use_xformers(half, "auto") and not attention.use_xformers(full, "auto")
     assert attention.use_xformers(full, "xformers") and not attention.use_xformers(half, "sdpa")
     with pytest.raises(ValueError, match="no kernels for cpu; choose 'auto' or 'sdpa'"):
         attention.use_xformers(torch.zeros(1), "xformers")
+
+
+def test_attention_gets_one_type_under_autocast(monkeypatch):
+    types_seen = []
+
+    def memory_efficient_attention(q, k, v, attn_bias):
+        types_seen.append({q.dtype, k.dtype, v.dtype, attn_bias.dtype})
+        return v
+
+    ops = types.SimpleNamespace(memory_efficient_attention=memory_efficient_attention)
+    monkeypatch.setattr(attention, "xformers_ops", lambda: ops)
+    monkeypatch.setattr(attention, "use_xformers", lambda q, backend: True)
+    model = GeneratorModel(TINY)
+    states = torch.randn(2, TINY.max_text_tokens, TINY.text_dim)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.zeros(2, 16, dtype=torch.long), states, torch.ones(states.shape[:2]).bool())
+    assert types_seen and all(seen == {torch.bfloat16} for seen in types_seen)
+
+
+def test_hardware_without_a_kernel_of_xformers_is_told_once_and_gets_torchs_attention(monkeypatch):
+    def memory_efficient_attention(q, k, v, attn_bias):
+        raise NotImplementedError("No operator found for this GPU\nand many lines more")
+
+    ops = types.SimpleNamespace(memory_efficient_attention=memory_efficient_attention)
+    monkeypatch.setattr(attention, "xformers_ops", lambda: ops)
+    monkeypatch.setattr(attention, "use_xformers", lambda q, backend: "cpu" not in attention.UNSUPPORTED)
+    monkeypatch.setattr(attention, "UNSUPPORTED", set())
+    q, k, v = (torch.randn(1, 3, 2, 8) for _ in range(3))
+    bias = torch.zeros(1, 3, 3)
+    with pytest.raises(ValueError, match=r"No operator found for this GPU\); choose 'auto' or 'sdpa'"):
+        attention.attend(q, k, v, bias, "xformers")
+    with pytest.warns(UserWarning, match="No operator found for this GPU") as told:
+        first = attention.attend(q, k, v, bias, "auto")
+        second = attention.attend(q, k, v, bias, "auto")
+    assert len(told) == 1 and torch.equal(first, second)
+    assert torch.equal(first, attention.attend(q, k, v, bias, "sdpa"))
+
+
+def test_the_choice_of_attention_has_a_name(monkeypatch):
+    monkeypatch.setattr(attention, "xformers_ops", lambda: types.SimpleNamespace())
+    assert attention.choice("cuda", True, "auto") == "xformers" == attention.choice("cuda", False, "xformers")
+    for case in (("cuda", False, "auto"), ("cpu", True, "auto"), ("cuda", True, "sdpa")):
+        assert attention.choice(*case).startswith("torch")
 
 
 def test_embeddings_start_as_an_isometric_image_of_the_codebook():
