@@ -222,8 +222,10 @@ def build_once(path: Path, build: Callable[[Path], None]) -> Path:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{path.name}.lock")) as lock:
-            if not path.exists():
-                with atomic_write(path) as temporary:
-                    build(temporary)
-            Path(lock.lock_file).unlink(missing_ok=True)  # who waits for it notices, and makes a new one
+            try:
+                if not path.exists():
+                    with atomic_write(path) as temporary:
+                        build(temporary)
+            finally:
+                Path(lock.lock_file).unlink(missing_ok=True)  # who waits for it notices, and makes a new one
     return path

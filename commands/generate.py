@@ -132,6 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "name the --checkpoint that generated it"
             )
 
+    _ = pipeline.generator  # a bad checkpoint is refused before anything is written
     with only_writer(run.out):
         resumes = run.prompts_file and not run.image  # a recipe does not hold the images it was made from
         read_journal(run.out / RESULTS_FILE)  # cuts off what a killed process left half-written
