@@ -21,7 +21,7 @@ from tavq.data.images import load_image
 from tavq.generator.sampling import SamplingConfig
 from tavq.pipeline import Generated, Pipeline, recipe_line
 
-from . import metrics
+from . import components, metrics
 from .views import marked_words, ranking, unit_overlays, word_overlays
 
 
@@ -105,6 +105,30 @@ class Actions:
                 if self.is_stopped(request):
                     yield gallery, files, seed, recipe  # without the one that is not complete
                     return
+
+    def follow(
+        self, images: Iterator[tuple[list[Any], list[str], int, str]], num_images: int, request: gr.Request
+    ) -> Iterator[list[Any]]:
+        """Show what `generate` yields: yield [results' group, gallery, PNG files, paths, status].
+
+        An error is a line of the status: Gradio's own would cover the images that are there.
+        """
+        files: list[str] = []
+        shown = gr.Column(visible=True)
+        if self.is_stopped(request):
+            yield [gr.skip()] * 4 + [components.told("Stopped before it began.")]
+            return
+        try:
+            for gallery, files, _, _ in images:
+                line = f"{len(files)} of {num_images} images"
+                yield [shown, gallery, files, list(files), components.told(line)]
+                shown = gr.skip()
+        except gr.Error as error:
+            yield [gr.skip()] * 4 + [components.failed(error)]
+            return
+        if len(files) < num_images:
+            line = f"Stopped after {len(files)} of {num_images} images."
+            yield [gr.skip()] * 4 + [components.told(line)]
 
     def start(self, request: gr.Request) -> None:
         """Forget an earlier `stop` of this browser tab; called before its next job waits in the queue."""

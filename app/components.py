@@ -27,6 +27,18 @@ def seed() -> gr.Number:
     return gr.Number(-1, label="Seed", info="-1: random", precision=0)
 
 
+def job(label: str) -> tuple[gr.Slider, gr.Number, gr.Button, gr.Button]:
+    """How many images and which seed, and the buttons that begin (with this label) and stop."""
+    with gr.Row():
+        count = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Images")
+        first_seed = seed()
+    with gr.Row():
+        run = gr.Button(label, variant="primary", elem_classes="run")
+        stop = gr.Button("Stop", variant="stop")
+    shortcuts()
+    return count, first_seed, run, stop
+
+
 def sampling(pipeline: Pipeline) -> Sequence[Component]:
     """The sliders of `SamplingConfig`, in the order of the endpoints' arguments."""
     default = SamplingConfig()

@@ -14,7 +14,7 @@ from PIL import Image
 from . import components
 from .actions import Actions, readable_errors, sampling_settings
 from .completing import AROUND, PAINTED, PARTS, SOME, completions, task_of
-from .components import HIDDEN, MAX_IMAGES, QUEUED
+from .components import HIDDEN, QUEUED
 from .settings import MAX_PROMPT_LETTERS
 
 # The editor draws by WebGL, and shows nothing at all without it.
@@ -153,13 +153,7 @@ def completion(actions: Actions, drawn: Sequence[Path]) -> CompleteTab:
             prompt = gr.Textbox(
                 label="Prompt for the whole image", max_length=MAX_PROMPT_LETTERS, elem_classes="enter-runs"
             )
-            with gr.Row():
-                count = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Images")
-                seed = components.seed()
-            with gr.Row():
-                run = gr.Button("Complete", variant="primary", elem_classes="run")
-                stop = gr.Button("Stop", variant="stop")
-            components.shortcuts()
+            count, seed, run, stop = components.job("Complete")
             with gr.Accordion("Settings", open=False):
                 sampling = components.sampling(actions.pipeline)
             components.photo_examples(editor, drawn)

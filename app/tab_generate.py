@@ -14,7 +14,7 @@ from tavq.pipeline import read_recipe, recipe_line
 
 from . import components, history, settings
 from .actions import Actions, readable_errors
-from .components import HIDDEN, MAX_IMAGES, QUEUED
+from .components import HIDDEN, QUEUED
 from .gallery import Drawn
 
 GREETING_COLUMNS = 4
@@ -68,29 +68,12 @@ class Drawing:
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008  gradio finds it by this default
     ) -> Iterator[list[Any]]:
-        """Generate images; yield [results' group, gallery, PNG files, paths, status].
-
-        An error is a line of the status: Gradio's own would cover the images that are there.
-        """
-        files: list[str] = []
-        shown = gr.Column(visible=True)
-        if self.actions.is_stopped(request):
-            yield [gr.skip()] * 4 + [components.told("Stopped before it began.")]
-            return
-        try:
-            for gallery, files, _, _ in self.actions.generate(
-                prompt, num_images, seed, guidance_scale, temperature, top_k, top_p, best_of, live,
-                request, progress, negative_prompt,
-            ):  # fmt: skip
-                line = f"{len(files)} of {num_images} images"
-                yield [shown, gallery, files, list(files), components.told(line)]
-                shown = gr.skip()
-        except gr.Error as error:
-            yield [gr.skip()] * 4 + [components.failed(error)]
-            return
-        if len(files) < num_images:
-            line = f"Stopped after {len(files)} of {num_images} images."
-            yield [gr.skip()] * 4 + [components.told(line)]
+        """Generate images; yield what `Actions.follow` does."""
+        images = self.actions.generate(
+            prompt, num_images, seed, guidance_scale, temperature, top_k, top_p, best_of, live,
+            request, progress, negative_prompt,
+        )  # fmt: skip
+        yield from self.actions.follow(images, num_images, request)
 
     @staticmethod
     def show_recipe(files: Sequence[str], selected: int) -> tuple[str, str, gr.DownloadButton]:
@@ -202,13 +185,7 @@ def _inputs(actions: Actions) -> Inputs:
         label="Prompt", placeholder="a dog runs on the grass", lines=2, autofocus=True,
         max_length=settings.MAX_PROMPT_LETTERS, elem_classes="enter-runs",
     )  # fmt: skip
-    with gr.Row():
-        count = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Images")
-        seed = components.seed()
-    with gr.Row():
-        run = gr.Button("Generate", variant="primary", elem_classes="run")
-        stop = gr.Button("Stop", variant="stop")
-    components.shortcuts()
+    count, seed, run, stop = components.job("Generate")
     with gr.Accordion("Settings", open=False):
         negative = gr.Textbox(
             label="Negative prompt", info="What guidance leads away from",

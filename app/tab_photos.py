@@ -13,7 +13,7 @@ import gradio as gr
 
 from . import components
 from .actions import Actions, open_photo, readable_errors
-from .components import HIDDEN, MAX_IMAGES, QUEUED
+from .components import HIDDEN, QUEUED
 from .settings import MAX_PROMPT_LETTERS
 
 WORDS = 4  # few keep the gist, many the lay-out
@@ -44,31 +44,19 @@ class FromPhotos:
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008  gradio finds it by this default
     ) -> Iterator[list[Any]]:
-        """Generate images like the photos; yield [results' group, gallery, PNG files, status].
+        """Generate images like the photos; yield what `Actions.follow` does."""
 
-        An error is a line of the status.
-        """
-        files: list[str] = []
-        shown = gr.Column(visible=True)
-        if self.actions.is_stopped(request):
-            yield [gr.skip()] * 3 + [components.told("Stopped before it began.")]
-            return
-        try:
+        def images() -> Iterator[Any]:
             with readable_errors():
-                images = [open_photo(one) for one in (photo, second) if one is not None]
-                if not images:
+                photos = [open_photo(one) for one in (photo, second) if one is not None]
+                if not photos:
                     raise ValueError("no photo; upload one, or click an example")
-            for gallery, files, _, _ in self.actions.generate(
+            yield from self.actions.generate(
                 prompt, num_images, seed, guidance_scale, temperature, top_k, top_p, 1, False,
-                request, progress, images=images, image_words=int(image_words),
-            ):  # fmt: skip
-                yield [shown, gallery, list(files), components.told(f"{len(files)} of {num_images} images")]
-                shown = gr.skip()
-        except gr.Error as error:
-            yield [gr.skip()] * 3 + [components.failed(error)]
-            return
-        if len(files) < num_images:
-            yield [gr.skip()] * 3 + [components.told(f"Stopped after {len(files)} of {num_images} images.")]
+                request, progress, images=photos, image_words=int(image_words),
+            )  # fmt: skip
+
+        yield from self.actions.follow(images(), num_images, request)
 
 
 def images_from_photos(actions: Actions, drawn: Sequence[Path]) -> Any:
@@ -88,13 +76,7 @@ def images_from_photos(actions: Actions, drawn: Sequence[Path]) -> Any:
                 label="Prompt (may be empty)", placeholder="in the snow",
                 max_length=MAX_PROMPT_LETTERS, elem_classes="enter-runs",
             )  # fmt: skip
-            with gr.Row():
-                count = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Images")
-                seed = components.seed()
-            with gr.Row():
-                run = gr.Button("Generate like this", variant="primary", elem_classes="run")
-                stop = gr.Button("Stop", variant="stop")
-            components.shortcuts()
+            count, seed, run, stop = components.job("Generate like this")
             with gr.Accordion("Settings", open=False):
                 sampling = components.sampling(actions.pipeline)
             components.photo_examples(photo, drawn)
@@ -108,7 +90,7 @@ def images_from_photos(actions: Actions, drawn: Sequence[Path]) -> Any:
     run.click(actions.start, queue=False, **HIDDEN).then(
         from_photos.draw,
         [photo, second, words, prompt, count, seed, *sampling],
-        [results, gallery, files, status],
+        [results, gallery, files, gr.State([]), status],
         api_visibility="private",
         show_progress_on=status,
         **QUEUED,

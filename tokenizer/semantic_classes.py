@@ -63,18 +63,19 @@ def open_classes(
     if source.endswith(".pt"):
         network = FrozenNetwork(source)
         source_hash = f"{network.hash} in {num_classes} clusters"
-        compute = lambda: cluster(teacher_maps(network, dataset, grid), num_classes)  # noqa: E731
+
+        def find() -> dict[str, Tensor]:
+            return {"ids": cluster(teacher_maps(network, dataset, grid), num_classes)}
     else:
         directory = directory_of(source, TRANSFORMERS_FILES)
         source_hash = file_hash(directory / "model.safetensors")
-        compute = lambda: segment(directory, dataset, grid, num_classes)  # noqa: E731
 
-    files = [(e.id, e.image.stat().st_size if isinstance(e.image, Path) else 0) for e in dataset.examples]
-    key = hashlib.sha256(f"{source_hash} {num_classes} {grid} {dataset.name} {files}".encode()).hexdigest()[
-        :24
-    ]
-    tensors = cached_tensors(cache_directory("classes"), key, lambda: {"ids": compute()})
-    return SemanticClasses(tensors["ids"], source_hash)
+        def find() -> dict[str, Tensor]:
+            return {"ids": segment(directory, dataset, grid, num_classes)}
+
+    key = f"{source_hash} {num_classes} {grid} {dataset.fingerprint()}"
+    name = hashlib.sha256(key.encode()).hexdigest()[:24]
+    return SemanticClasses(cached_tensors(cache_directory("classes"), name, find)["ids"], source_hash)
 
 
 def cluster(maps: Tensor | DiskArray, num_classes: int) -> Tensor:
