@@ -48,15 +48,15 @@ class ShuffledStream(Sampler[Draws]):
         self.own_rows = slice(rank * batch_size, (rank + 1) * batch_size)
 
     def __iter__(self) -> Iterator[Draws]:
-        batch, epoch, order = self.start, -1, []
+        batch, epoch, order = self.start, -1, torch.empty(0)
         while True:
             items = []
             for place in range(batch * self.size, (batch + 1) * self.size):
                 if place // self.length != epoch:
                     epoch = place // self.length
                     generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch))
-                    order = torch.randperm(self.length, generator=generator).tolist()
-                items.append((order[place % self.length], mixed_seed(self.seed, epoch, place)))
+                    order = torch.randperm(self.length, generator=generator)
+                items.append((int(order[place % self.length]), mixed_seed(self.seed, epoch, place)))
             yield Draws(items, self.own_rows)
             batch += 1
 
