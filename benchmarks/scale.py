@@ -227,7 +227,7 @@ def tokenize(folder: Path) -> dict[str, Any]:
 
 def train(case: str, folder: Path, batches: int, steps: int) -> dict[str, Any]:
     """Open the dataset as a trainer does, draw batches, and train a few steps."""
-    from tavq.training.stream import ShuffledStream
+    from tavq.training.stream import Batches, ShuffledStream
 
     started = time.perf_counter()
     task = {"tokenizer": tokenizer_task, "generator": generator_task, "captioner": captioner_task}[case](
@@ -237,13 +237,14 @@ def train(case: str, folder: Path, batches: int, steps: int) -> dict[str, Any]:
 
     stream = iter(ShuffledStream(len(task.dataset), BATCH, start=0, seed=0))
     next(stream)  # which shuffles
+    dataset = Batches(task)
     started = time.perf_counter()
-    for items in itertools.islice(stream, batches):
-        task.collate([task.dataset[item] for item in items])
+    for draws in itertools.islice(stream, batches):
+        dataset.__getitems__(draws)
     seconds = time.perf_counter() - started
 
-    for step, items in enumerate(itertools.islice(stream, steps)):
-        task.model(task.collate([task.dataset[item] for item in items]), step).loss.backward()
+    for step, draws in enumerate(itertools.islice(stream, steps)):
+        task.model(dataset.__getitems__(draws), step).loss.backward()
     return {"open_s": open_s, "examples_per_s": batches * BATCH / seconds}
 
 
