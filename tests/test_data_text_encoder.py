@@ -164,7 +164,7 @@ def fill(directory, start):
         cache.encode([f"text {place}" for place in range(number, number + 6)])
 
 
-def test_two_processes_share_the_cache(tmp_path):
+def test_processes_share_the_cache(tmp_path):
     context = multiprocessing.get_context("fork")
     workers = [context.Process(target=fill, args=(tmp_path, start)) for start in (0, 30)]
     for worker in workers:

@@ -66,7 +66,7 @@ ELSEWHERE = {
     "bash recipes/flickr8k.sh": "tests/test_recipe.py",
     "bash recipes/coco256.sh": "tests/test_recipe.py",
     "bash recipes/cc3m256.sh": "tests/test_recipe.py",
-    "accelerate launch ": "tests/test_two_processes.py",
+    "accelerate launch ": "tests/test_processes.py",
     "source .venv/bin/activate": "tests/test_install.py",
     "tavq demo": "tests/test_app.py",
     "tavq serve": "tests/test_serve.py",

@@ -1,4 +1,4 @@
-"""Two real processes under torchrun (gloo, CPU) train as one process does that has the whole batch."""
+"""Two and four real processes under torchrun (gloo, CPU) train as one does that has the whole batch."""
 
 from __future__ import annotations
 
@@ -50,10 +50,13 @@ RUNS = {
     "self-critical": ("captioner", 8, f"{STEPS} --preset tiny --stage self-critical"),
 }
 
+# One of each trainer, for the time it takes.
+BY_FOUR = ("ot", "decoder", "generator", "captioner", "self-critical")
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, train_in_processes, small_tokens, perceptual_network) -> Path:
-    """A folder of runs, NAME-1 and NAME-2, by one and by two processes."""
+    """A folder of runs, NAME-1, NAME-2 and NAME-4, by one, two and four processes."""
     out = tmp_path_factory.mktemp("trained")
     inputs = {
         "tokenizer": ["--perceptual", perceptual_network],
@@ -61,9 +64,10 @@ def trained(tmp_path_factory, train_in_processes, small_tokens, perceptual_netwo
         "generator": ["--tokens", small_tokens],
         "captioner": ["--tokens", small_tokens],
     }
-    for count in (1, 2):
+    for count, names in ((1, RUNS), (2, RUNS), (4, BY_FOUR)):
         runs = []
-        for name, (command, examples, flags) in RUNS.items():
+        for name in names:
+            command, examples, flags = RUNS[name]
             more = ["--start", out / "captioner-1"] if name == "self-critical" else []
             more += ["--training.batch-size", examples // count, "--out", out / f"{name}-{count}"]
             runs.append((command, [*flags.split(), *inputs[command], *more]))
@@ -71,13 +75,13 @@ def trained(tmp_path_factory, train_in_processes, small_tokens, perceptual_netwo
     return out
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_two_processes_train_as_one_with_the_whole_batch(trained, name):
+@pytest.mark.parametrize(("count", "name"), [*((2, name) for name in RUNS), *((4, name) for name in BY_FOUR)])
+def test_processes_train_as_one_with_the_whole_batch(trained, count, name):
     """Order of the data, noise, negatives, restarts, use of codes, averages and the balance of gradients
-    included: all that a run resumes from is compared. Both processes had the same after every step."""
-    one, two = (trained / f"{name}-{count}" / "training" / "state" for count in (1, 2))
+    included: all that a run resumes from is compared. The processes had the same after every step."""
+    one, several = (trained / f"{name}-{number}" / "training" / "state" for number in (1, count))
     for file in sorted(one.glob("*.safetensors")):
-        expected, got = flat(load_file(file)), flat(load_file(two / file.name))
+        expected, got = flat(load_file(file)), flat(load_file(several / file.name))
         # Moments are sums of gradients. Adam divides them by their size, so that a weight whose gradient is
         # nothing but rounding moves by chance.
         tolerance = 5e-3 if file.stem.endswith("-optimizer") else 3e-4
