@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ def read_journal(journal: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in complete.split(b"\n") if line]
 
 
-def append_row(journal: Path, row: dict[str, Any]) -> None:
-    """Write one row at the end of a journal; it is on disk when the call returns.
+def append_rows(journal: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows at the end of a journal, which exists then; they are on disk when the call returns.
 
     Raises:
         FileNotFoundError: this process has read or written rows of it, and it was removed since.
@@ -39,4 +40,9 @@ def append_row(journal: Path, row: dict[str, Any]) -> None:
         raise FileNotFoundError(f"{journal} was removed meanwhile; repeat the command to begin anew")
     _begun.add(journal)
     with journal.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def append_row(journal: Path, row: dict[str, Any]) -> None:
+    """Write one row, see `append_rows`."""
+    append_rows(journal, [row])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import csv
-import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,10 +16,10 @@ from typing import Any
 from PIL import Image
 
 from tavq.base.files import atomic_write
-from tavq.base.journal import read_journal
+from tavq.base.journal import append_rows, read_journal
 from tavq.base.locks import only_writer
 from tavq.base.progress import Progress
-from tavq.data.dataset import Example, ImageTextDataset, check_unreadable, readable_images
+from tavq.data.dataset import Example, ImageTextDataset, UnreadableImages, tried_images
 from tavq.data.images import UnreadableImageError, squash
 from tavq.data.layouts_folder import IMAGE_SUFFIXES
 
@@ -28,7 +27,8 @@ from .config import OUTPUT_SUFFIXES
 from .decoding import Caption
 
 CaptionImages = Callable[[Sequence[Image.Image]], Sequence[Sequence[Caption]]]
-ComputeParts = Callable[[Sequence[tuple[str, Path]]], Iterable[dict[str, Any]]]
+ComputeRows = Callable[[Sequence[tuple[str, Path]]], Iterable[Sequence[dict[str, Any]]]]
+"""Names and files of images -> their rows in this order, some at a time, see `caption_batches`."""
 BATCH_SIZE = 32
 CSV_COLUMNS = ("image", "caption", "score")
 
@@ -41,29 +41,61 @@ def caption_folder(
     batch_size: int = BATCH_SIZE,
     size_px: int | None = None,
 ) -> int:
-    """Caption every image in `folder` and below that `out` does not hold yet, see `caption_files`."""
+    """Caption every image in `folder` and below that `out` does not hold yet.
+
+    See `caption_files` and `caption_batches`.
+    """
     images = images_in(Path(folder))
-    return caption_files(images, out, caption_images, batch_size=batch_size, size_px=size_px)
+    return caption_files(
+        images,
+        out,
+        lambda left: caption_batches(left, caption_images, batch_size=batch_size, size_px=size_px),
+    )
 
 
-def caption_files(
-    images: Mapping[str, Path],
-    out: str | Path,
+def caption_batches(
+    images: Sequence[tuple[str, Path]],
     caption_images: CaptionImages,
     *,
     batch_size: int = BATCH_SIZE,
     size_px: int | None = None,
-) -> int:
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield the rows of some images, batch by batch.
+
+    Args:
+        images: names and files; the first of them begins a batch. Batches are formed before images are read,
+            so that any part of the images makes the batches that it makes in the whole.
+        caption_images: RGB images -> captions of each, best first.
+        batch_size: images passed to `caption_images` at once.
+        size_px: side of the square that each image is squashed to as it is read, so that a batch of large
+            images does not fill the memory. None passes images at their own size.
+
+    Yields:
+        A row for each image; one that cannot be read has `unreadable`, the reason, instead of a caption.
+    """
+    dataset = ImageTextDataset("images", [Example(name, path, (), None, "") for name, path in images])
+    for first in range(0, len(images), batch_size):
+        rows: list[dict[str, Any]] = []
+        opened: dict[str, Image.Image] = {}
+        for index, image in tried_images(dataset, range(first, min(first + batch_size, len(images)))):
+            name = dataset[index].id
+            if isinstance(image, UnreadableImageError):
+                rows.append({"image": name, "unreadable": str(image)})
+            else:
+                opened[name] = image if size_px is None else squash(image, size_px)
+        groups = caption_images(list(opened.values())) if opened else []
+        rows += [_row(name, captions) for name, captions in zip(opened, groups, strict=True)]
+        yield rows
+
+
+def caption_files(images: Mapping[str, Path], out: str | Path, compute: ComputeRows) -> int:
     """Caption every image that `out` does not hold yet.
 
     Args:
         images: name of each image in the output -> its file.
         out: `.jsonl`, `.json` or `.csv` file, or a directory of `.txt` files with the names of the images
             (`a.jpg.txt` and `a.png.txt` where both images exist, else `a.txt`).
-        caption_images: RGB images -> captions of each, best first.
-        batch_size: images passed to `caption_images` at once.
-        size_px: side of the square that each image is squashed to as it is read, so that a batch of large
-            images does not fill the memory. None passes images at their own size.
+        compute: makes the rows of the images that are left. It may add rows of others, which are ignored.
 
     Returns:
         How many images were captioned by this call. Unreadable images are named in one warning.
@@ -78,108 +110,37 @@ def caption_files(
         )
 
     with only_writer(out):
-        return _caption_rest(images, out, caption_images, batch_size, size_px)
+        return _caption_rest(images, out, compute)
 
 
-def _caption_rest(
-    images: Mapping[str, Path], out: Path, caption_images: CaptionImages, batch_size: int, size_px: int | None
-) -> int:
-    names = list(images)
-    text_files = _text_files(out, names)
+def _caption_rest(images: Mapping[str, Path], out: Path, compute: ComputeRows) -> int:
+    text_files = _text_files(out, list(images))
     journal = _journal_of(out)
     done = _captioned(out, text_files) | {row["image"] for row in read_journal(journal)}
-    remaining = [name for name in names if name not in done]
+    left = {name: path for name, path in images.items() if name not in done}
 
-    examples = [Example(name, images[name], (), None, "") for name in remaining]
-    dataset = ImageTextDataset("images", examples)
+    append_rows(journal, [])  # from now on its removal is noticed
     count = 0
-    with (
-        journal.open("a", encoding="utf-8") as file,
-        Progress(total=len(names), initial=len(names) - len(remaining), unit="image") as bar,
-    ):
-        for batch in _batches(dataset, batch_size, len(names), size_px):
-            groups = caption_images([image for _, image in batch])
-            for (name, _), captions in zip(batch, groups, strict=True):
-                file.write(json.dumps(_row(name, captions), ensure_ascii=False) + "\n")
-            file.flush()
-            if not journal.exists():
-                raise FileNotFoundError(
-                    f"{journal} was removed while images were described; repeat the command to begin anew"
-                )
-            count += len(batch)
-            bar.update(len(batch))
+    unreadable = UnreadableImages("images", len(images))
+    with Progress(total=len(images), initial=len(images) - len(left), unit="image") as bar:
+        for rows in compute(list(left.items())):
+            captioned = []
+            for row in rows:
+                if row["image"] not in left:
+                    continue
+                if "unreadable" in row:
+                    unreadable.add(row["image"], row["unreadable"])
+                else:
+                    captioned.append(row)
+            append_rows(journal, captioned)
+            count += len(captioned)
+            bar.update(len(captioned))
+    unreadable.warn(len(left))
 
     # First the output, then the journal goes: a process killed between the two repeats the first step.
     if journal != out:
         _write(out, read_journal(journal), text_files)
         journal.unlink()
-    return count
-
-
-def caption_part(
-    images: Sequence[tuple[str, Path]], caption_images: CaptionImages, size_px: int
-) -> list[dict[str, Any]]:
-    """Return the rows of some images, in batches as `caption_files` makes them.
-
-    Args:
-        images: names and files; the first of them begins a batch.
-        caption_images: as `caption_files` takes it.
-        size_px: likewise.
-
-    Returns:
-        A row for each image; one that cannot be read has `unreadable`, the reason, instead of a caption.
-    """
-    dataset = ImageTextDataset("images", [Example(name, path, (), None, "") for name, path in images])
-    rows: list[dict[str, Any]] = []
-    for first in range(0, len(images), BATCH_SIZE):
-        opened: dict[str, Image.Image] = {}
-        for index in range(first, min(first + BATCH_SIZE, len(images))):
-            name = dataset[index].id
-            try:
-                opened[name] = squash(dataset.load_image(index), size_px)
-            except UnreadableImageError as error:
-                rows.append({"image": name, "unreadable": str(error)})
-        groups = caption_images(list(opened.values())) if opened else []
-        rows += [_row(name, captions) for name, captions in zip(opened, groups, strict=True)]
-    return rows
-
-
-def caption_files_in_parts(images: Mapping[str, Path], out: str | Path, compute: ComputeParts) -> int:
-    """Like `caption_files`, with the rows of `caption_part` computed elsewhere, some images a part.
-
-    Args:
-        images: name of each image in the output -> its file.
-        out: as `caption_files` takes it.
-        compute: names and files of the images that `out` does not hold yet -> their rows, in this order.
-
-    Returns:
-        How many images were captioned by this call.
-    """
-    out = Path(out)
-    with only_writer(out):
-        names = list(images)
-        text_files = _text_files(out, names)
-        journal = _journal_of(out)
-        done = _captioned(out, text_files) | {row["image"] for row in read_journal(journal)}
-        remaining = [(name, images[name]) for name in names if name not in done]
-
-        count = 0
-        reasons: list[str] = []
-        # All rows or none: a job that is stopped here finds the same images left, and so the same parts.
-        with atomic_write(journal) as aside, aside.open("w", encoding="utf-8") as file:
-            if journal.exists():
-                file.write(journal.read_text(encoding="utf-8"))
-            for row in compute(remaining):
-                if "unreadable" in row:
-                    reasons.append(f"{row['image']} ({row['unreadable']})")
-                    continue
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                count += 1
-            if remaining:
-                check_unreadable("images", reasons, len(remaining), len(names))
-        if journal != out:
-            _write(out, read_journal(journal), text_files)
-            journal.unlink()
     return count
 
 
@@ -223,19 +184,6 @@ def _captioned(out: Path, text_files: dict[str, Path]) -> set[str]:
     if out.suffix == ".jsonl" or not out.exists():
         return set()
     return {row["image"] for row in _read(out)}
-
-
-def _batches(
-    dataset: ImageTextDataset, batch_size: int, total: int, size_px: int | None
-) -> Iterator[list[tuple[str, Image.Image]]]:
-    """Yield batches of (name, image). Of `total` images, which earlier calls share, 1 % may be unreadable."""
-    readable = readable_images(dataset, total=total)
-    # By their place among all images, not among the readable ones: so parts of the images make equal batches.
-    for _, group in itertools.groupby(readable, key=lambda found: found[0] // batch_size):
-        yield [
-            (dataset[index].id, image if size_px is None else squash(image, size_px))
-            for index, image in group
-        ]
 
 
 def _row(name: str, captions: Sequence[Caption]) -> dict[str, Any]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from tavq.captioner.config import OUTPUT_SUFFIXES, DecodingConfig
 from tavq.serve.config import check_ray
 
 if TYPE_CHECKING:
+    from tavq.captioner.caption_folder import ComputeRows
     from tavq.pipeline import Pipeline
 
 BATCHES_PER_PART = 8
@@ -77,15 +77,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     from tavq.pipeline import Pipeline
 
     images = images_in(run.images[0]) if is_folder else {str(path): path for path in run.images}
-    if run.out is not None and run.engine.engine == "ray":
-        write_captions_on_ray(run, images, run.out)
+    if run.out is not None:
+        write_captions(run, images, run.out)
         return
     pipeline = Pipeline.from_pretrained(run.checkpoint, choose_device(run.device))
-    if run.out is not None:
-        write_captions(pipeline, run, images, run.out)
-    else:
-        for path in run.images:
-            print_captions(pipeline, path, run)
+    for path in run.images:
+        print_captions(pipeline, path, run)
 
 
 def check_output(out: Path) -> None:
@@ -98,53 +95,53 @@ def check_output(out: Path) -> None:
         check_file(out)
 
 
-def write_captions(pipeline: Pipeline, run: CaptionRun, images: Mapping[str, Path], out: Path) -> None:
+def write_captions(run: CaptionRun, images: Mapping[str, Path], out: Path) -> None:
     """Write the captions of images, by name in the output, to `out`."""
     from tavq.captioner.caption_folder import caption_files
 
-    count = caption_files(
-        images,
-        out,
-        lambda batch: pipeline.caption(batch, run.decoding),
-        size_px=pipeline.tokenizer.image_size_px,
+    if run.engine.engine == "ray":
+        check_ray()
+        from tavq.serve.ray_jobs import clear_parts
+
+        parts = out.with_name(f"{out.name}.parts")
+        count = caption_files(images, out, captioned_on_ray(run, parts))
+        clear_parts(parts)
+    else:
+        count = caption_files(images, out, captioned_here(run))
+    print(f"{count} image{'' if count == 1 else 's'} described in {out}")
+
+
+def captioned_here(run: CaptionRun) -> ComputeRows:
+    """Load the models, and return the function that captions in this process."""
+    from tavq.captioner.caption_folder import caption_batches
+    from tavq.pipeline import Pipeline
+
+    pipeline = Pipeline.from_pretrained(run.checkpoint, choose_device(run.device))
+    return lambda left: caption_batches(
+        left, lambda batch: pipeline.caption(batch, run.decoding), size_px=pipeline.tokenizer.image_size_px
     )
-    _say_how_many(count, out)
 
 
-def write_captions_on_ray(run: CaptionRun, images: Mapping[str, Path], out: Path) -> None:
-    """Like `write_captions`, with the work spread over a Ray cluster."""
-    check_ray()
-    from tavq.captioner.caption_folder import BATCH_SIZE, caption_files_in_parts
+def captioned_on_ray(run: CaptionRun, parts: Path) -> ComputeRows:
+    """Return the function that has images captioned on a Ray cluster."""
+    from tavq.captioner.caption_folder import BATCH_SIZE
     from tavq.serve.ray_jobs import PartJob
     from tavq.serve.work import open_captioner
 
     checkpoint = local_directory(run.checkpoint).resolve()
-    folder = out.with_name(f"{out.name}.parts")
-    settings = dataclasses.asdict(run.decoding)
 
-    def job_of(remaining: Sequence[tuple[str, Path]]) -> PartJob:
-        return PartJob(
-            folder,
-            [(name, path.resolve()) for name, path in remaining],
+    def compute(left: Sequence[tuple[str, Path]]) -> Iterable[Sequence[dict[str, Any]]]:
+        job = PartJob(
+            parts,
+            [(name, path.resolve()) for name, path in left],
             BATCH_SIZE * BATCHES_PER_PART,
             open_captioner,
             (str(checkpoint), run.device, run.decoding),
-            fingerprint=f"caption {settings} {part_hashes(checkpoint)}",
+            fingerprint=f"caption {run.decoding} {part_hashes(checkpoint)}",
         )
+        return job.rows(run.engine) if left else ()
 
-    def compute(remaining: Sequence[tuple[str, Path]]) -> Iterator[dict[str, Any]]:
-        if not remaining:
-            return
-        for path in job_of(remaining).run(run.engine):
-            yield from map(json.loads, path.read_text(encoding="utf-8").splitlines())
-
-    count = caption_files_in_parts(images, out, compute)
-    job_of([]).clear()
-    _say_how_many(count, out)
-
-
-def _say_how_many(count: int, out: Path) -> None:
-    print(f"{count} image{'' if count == 1 else 's'} described in {out}")
+    return compute
 
 
 def print_captions(pipeline: Pipeline, path: Path, run: CaptionRun) -> None:

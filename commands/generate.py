@@ -200,7 +200,7 @@ def recipe_in(path: Path) -> dict[str, Any] | None:
 def generate_on_ray(run: GenerateRun, jobs: Jobs) -> None:
     """Generate the images with the work spread over a Ray cluster; the same command resumes a stopped job."""
     check_ray()
-    from tavq.serve.ray_jobs import PartJob
+    from tavq.serve.ray_jobs import PartJob, clear_parts
     from tavq.serve.work import open_generator
 
     checkpoint = local_directory(run.checkpoint).resolve()
@@ -220,11 +220,11 @@ def generate_on_ray(run: GenerateRun, jobs: Jobs) -> None:
             if not left_to_do(jobs, run.out, part_hashes(checkpoint)):
                 return
             raise ValueError(f"{run.out} holds other images; name an empty directory with --out")
-        lines = [path.read_text() for path in job.run(run.engine)]
+        lines = [path.read_text(encoding="utf-8") for path in job.run(run.engine)]
         remove_unfinished(run.out)  # by workers that were lost
         with atomic_write(run.out / RESULTS_FILE) as aside:
-            aside.write_text("".join(lines))
-        job.clear()
+            aside.write_text("".join(lines), encoding="utf-8")
+        clear_parts(job.folder)
     for line in "".join(lines).splitlines():
         recipe = json.loads(line)
         path = run.out / recipe["file"]

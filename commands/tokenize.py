@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,11 +11,12 @@ from typing import TYPE_CHECKING
 from tavq.base.arguments import parse, run_main
 from tavq.base.files import file_hash
 from tavq.base.weights import WEIGHTS_FILE, local_directory
+from tavq.data.config import SPLITS
 from tavq.serve.config import check_ray
 from tavq.tokenizer.run_config import TokenizeRun
 
 if TYPE_CHECKING:
-    from tavq.tokenizer.encode_dataset import EncodedRange
+    from tavq.tokenizer.encode_dataset import Encoded
 
 BATCHES_PER_PART = 8
 """Batches of images that a task of --engine ray encodes."""
@@ -37,11 +39,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def encode_on_ray(run: TokenizeRun) -> None:
     """Encode the dataset with the work spread over a Ray cluster; this process writes the shards."""
-    from tavq.data.config import SPLITS
     from tavq.data.keep import keep_only
     from tavq.data.layouts import open_dataset
-    from tavq.serve.ray_jobs import PartJob
-    from tavq.serve.work import open_encoder, read_encoded
+    from tavq.serve.ray_jobs import PartJob, clear_parts
+    from tavq.serve.work import ids_of_row, open_encoder
     from tavq.tokenizer.encode_dataset import IMAGES_AT_ONCE, encode_dataset
 
     checkpoint = local_directory(run.checkpoint).resolve()
@@ -51,21 +52,20 @@ def encode_on_ray(run: TokenizeRun) -> None:
     size = IMAGES_AT_ONCE * BATCHES_PER_PART
     parts = run.out.with_name(f"{run.out.name}.parts")
 
-    def job_of(split: str, count: int) -> PartJob:
-        return PartJob(
+    def encode(split: str, first: int, count: int) -> Iterator[Encoded]:
+        job = PartJob(
             parts / split,
-            [(split, first, min(first + size, count)) for first in range(0, count, size)],
+            [(split, start, min(start + size, count)) for start in range(0, count, size)],
             1,
             open_encoder,
             (str(checkpoint), run.device, data, keep, run.crops),
             fingerprint=f"tokenize {seen} {run.crops} {file_hash(checkpoint / WEIGHTS_FILE)}",
         )
+        encoded = map(ids_of_row, itertools.chain.from_iterable(job.rows(run.engine)))
+        return ((index, ids) for index, ids in encoded if index >= first)
 
-    def ranges(split: str, count: int) -> Iterator[EncodedRange]:
-        yield from map(read_encoded, job_of(split, count).run(run.engine))
-
-    encode_dataset(dataclasses.replace(run, device="cpu"), ranges=ranges)
+    encode_dataset(dataclasses.replace(run, device="cpu"), encode=encode)
     for split in SPLITS:
-        job_of(split, 0).clear()
+        clear_parts(parts / split)
     if parts.is_dir():
         parts.rmdir()

@@ -228,6 +228,19 @@ class ImageTextDataset:
         return part
 
 
+def tried_images(
+    dataset: ImageTextDataset, indices: Iterable[int] | None = None
+) -> Iterator[tuple[int, Image.Image | UnreadableImageError]]:
+    """Yield (index, image) for the images of `indices`, by default all; the error where one is unreadable."""
+    for index in range(len(dataset)) if indices is None else indices:
+        image: Image.Image | UnreadableImageError
+        try:
+            image = dataset.load_image(index)
+        except UnreadableImageError as error:
+            image = error
+        yield index, image
+
+
 def readable_images(
     dataset: ImageTextDataset, *, total: int | None = None, indices: Iterable[int] | None = None
 ) -> Iterator[tuple[int, Image.Image]]:
@@ -242,48 +255,46 @@ def readable_images(
     Raises:
         ValueError: more images cannot be read than `max_unreadable` allows.
     """
-    total = total or len(dataset)
-    indices = range(len(dataset)) if indices is None else indices
-    reasons: list[str] = []
-    for index in indices:
-        try:
-            image = dataset.load_image(index)
-        except UnreadableImageError as error:
-            reasons.append(f"{dataset[index].id} ({error})")
-            if len(reasons) > max_unreadable(total):
-                raise ValueError(
-                    f"{dataset.name}: {len(reasons)} of the first {index + 1} images cannot be read, at most "
-                    f"{max_unreadable(total)} of {total} may be so; repair or remove them: {_listed(reasons)}"
-                ) from error
-            continue
-        yield index, image
-
-    check_unreadable(dataset.name, reasons, len(dataset), total)
+    unreadable = UnreadableImages(dataset.name, total or len(dataset))
+    for index, image in tried_images(dataset, indices):
+        if isinstance(image, UnreadableImageError):
+            unreadable.add(dataset[index].id, str(image))
+        else:
+            yield index, image
+    unreadable.warn(len(dataset))
 
 
-def check_unreadable(name: str, reasons: Sequence[str], read: int, total: int | None = None) -> None:
-    """Name unreadable images in a warning.
+class UnreadableImages:
+    """The images of a dataset that cannot be read. A few are named in one warning; more are an error.
 
     Args:
         name: of the dataset.
-        reasons: a line for each of them.
-        read: images that were tried.
-        total: number of images that the limit refers to; `read` if None.
-
-    Raises:
-        ValueError: there are more than `max_unreadable` allows.
+        total: number of its images, of which `max_unreadable` may be unreadable.
     """
-    allowed = max_unreadable(total or read)
-    if len(reasons) > allowed:
-        raise ValueError(
-            f"{name}: {len(reasons)} of {read} images cannot be read, at most {allowed} may be so; repair or "
-            f"remove them: {_listed(reasons)}"
-        )
-    if reasons:
-        warnings.warn(
-            f"{name}: skipped {len(reasons)} of {read} images that cannot be read: {_listed(reasons)}",
-            stacklevel=3,
-        )
+
+    def __init__(self, name: str, total: int):
+        self.name = name
+        self.total = total
+        self.reasons: list[str] = []
+
+    def add(self, id_: str, reason: str) -> None:
+        """Note an image. Raises ValueError when it is one too many."""
+        self.reasons.append(f"{id_} ({reason})")
+        allowed = max_unreadable(self.total)
+        if len(self.reasons) > allowed:
+            raise ValueError(
+                f"{self.name}: {len(self.reasons)} images cannot be read, at most {allowed} of {self.total} "
+                f"may be so; repair or remove them: {_listed(self.reasons)}"
+            )
+
+    def warn(self, tried: int) -> None:
+        """Name them in a warning, if there are any among the images that were tried."""
+        if self.reasons:
+            warnings.warn(
+                f"{self.name}: skipped {len(self.reasons)} of {tried} images that cannot be read: "
+                f"{_listed(self.reasons)}",
+                stacklevel=3,
+            )
 
 
 def max_unreadable(total: int) -> int:

@@ -14,9 +14,10 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from tavq.base.progress import Progress
 from .cluster import connect
 
 MANIFEST = "job.json"
+TASKS_AT_ONCE = 64
+"""Tasks that are handed to Ray at once, at least: it holds what they are given in shared memory."""
 WritePart = Callable[[Sequence[Any], Path], None]
 """Compute some items and write what comes of them to a file."""
 
@@ -39,8 +42,9 @@ class PartJob:
     """A job that is done part by part."""
 
     folder: Path
-    """Of the parts; it is removed by `clear` when they have been put together."""
+    """Of the parts; `clear_parts` removes it when they have been put together."""
     items: Sequence[Any]
+    """What tells them apart is how they print."""
     items_per_part: int
     open_writer: Callable[..., WritePart]
     """A function of a module. It is called once in each worker process, with `arguments`: models are loaded
@@ -50,19 +54,16 @@ class PartJob:
     fingerprint: str
     """What the result depends on besides the items: settings and weights."""
 
-    def paths(self) -> list[Path]:
-        """Return the file of each part, in the order of the items."""
-        count = -(-len(self.items) // self.items_per_part)
-        return [self.folder.resolve() / f"part-{number:06d}" for number in range(count)]
-
     def run(self, engine: EngineConfig) -> list[Path]:
-        """Compute the parts that are absent, and return the files of all.
+        """Compute the parts that are absent, and return the files of all in the order of the items.
+
+        A job whose parts are all there may be repeated with some of its items alone: those that a caller who
+        was stopped had not used yet. The parts are then those of all items.
 
         Raises:
             ValueError: the folder holds parts of another job, or what a task raised.
         """
-        self._claim()
-        paths = self.paths()
+        paths = self._claim()
         absent = [number for number, path in enumerate(paths) if not path.exists()]
         if absent:
             with (
@@ -73,10 +74,10 @@ class PartJob:
                     bar.update(1)
         return paths
 
-    def clear(self) -> None:
-        """Remove the folder, if it is one of parts."""
-        if (self.folder / MANIFEST).is_file():
-            shutil.rmtree(self.folder)
+    def rows(self, engine: EngineConfig) -> Iterator[list[dict[str, Any]]]:
+        """Like `run`, for a writer that writes JSON lines; yield the rows of each part."""
+        for path in self.run(engine):
+            yield [json.loads(line) for line in path.read_bytes().splitlines()]
 
     def _finished(self, engine: EngineConfig, absent: Sequence[int], paths: Sequence[Path]) -> Iterator[None]:
         # Tasks and not actors: what a lost node held goes to the nodes that are left, which an actor that
@@ -88,12 +89,17 @@ class PartJob:
             retry_exceptions=False,
         )
         task: Any = remote(_write_part)
+        at_once = max(TASKS_AT_ONCE, 2 * int(ray.cluster_resources().get("CPU", 0)))
         size = self.items_per_part
-        waiting = [
-            task.remote(self.open_writer, self.arguments, self.items[n * size : (n + 1) * size], paths[n])
-            for n in absent
-        ]
-        while waiting:
+        left = iter(absent)
+        waiting: list[Any] = []
+        while True:
+            for number in itertools.islice(left, at_once - len(waiting)):
+                items = self.items[number * size : (number + 1) * size]
+                waiting.append(task.remote(self.open_writer, self.arguments, items, paths[number]))
+            if not waiting:
+                return
+
             (done,), waiting = ray.wait(waiting, num_returns=1)
             try:
                 ray.get(done)
@@ -101,21 +107,43 @@ class PartJob:
                 raise error.cause from None
             yield
 
-    def _claim(self) -> None:
-        """Note in the folder whose parts it holds, or check that they are of this job."""
-        digest = hashlib.sha256(f"{self.fingerprint}\n{self.items_per_part}\n".encode())
-        for item in self.items:
-            digest.update(f"{item}\n".encode())
-        manifest = {"job": digest.hexdigest()}
+    def _claim(self) -> list[Path]:
+        """Note in the folder whose parts it holds, or check that they are of this job; return their files."""
+        settings = hashlib.sha256(f"{self.fingerprint}\n{self.items_per_part}\n".encode()).hexdigest()
+        items = [hashlib.sha256(str(item).encode()).hexdigest()[:16] for item in self.items]
+        manifest = {"settings": settings, "items": items}
         path = self.folder / MANIFEST
-        if path.exists() and json.loads(path.read_text()) != manifest:
+        if not path.exists():
+            with atomic_write(path) as aside:
+                aside.write_text(json.dumps(manifest))
+            return self._paths(len(items))
+
+        there = json.loads(path.read_text())
+        paths = self._paths(len(there["items"]))
+        is_part = set(items) <= set(there["items"]) and all(path.exists() for path in paths)
+        if there != manifest and not (there["settings"] == settings and is_part):
             raise ValueError(
                 f"{self.folder} holds parts of another job (other inputs, settings or weights); finish it "
                 "with the command that began it, or remove the folder"
             )
-        if not path.exists():
-            with atomic_write(path) as aside:
-                aside.write_text(json.dumps(manifest))
+        return paths
+
+    def _paths(self, items: int) -> list[Path]:
+        """The file of each part of a job of so many items."""
+        count = -(-items // self.items_per_part)
+        return [self.folder.resolve() / f"part-{number:06d}" for number in range(count)]
+
+
+def clear_parts(folder: Path) -> None:
+    """Remove a folder of parts, if it is one."""
+    if (folder / MANIFEST).is_file():
+        shutil.rmtree(folder)
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write a part that `PartJob.rows` reads."""
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 @contextlib.contextmanager

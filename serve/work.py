@@ -5,34 +5,34 @@ They write the bytes that the command without Ray writes.
 
 from __future__ import annotations
 
-import json
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from tavq.captioner.config import DecodingConfig
 from tavq.generator.config import SamplingConfig
 
-from .ray_jobs import WritePart
-
-if TYPE_CHECKING:
-    from tavq.tokenizer.encode_dataset import EncodedRange
+from .ray_jobs import WritePart, write_rows
 
 
 def open_captioner(checkpoint: str, device: str, decoding: DecodingConfig) -> WritePart:
     """Write the captions of (name, file) pairs, one JSON line an image."""
     from tavq.base.device import choose_device
-    from tavq.captioner.caption_folder import caption_part
+    from tavq.captioner.caption_folder import caption_batches
     from tavq.pipeline import Pipeline
 
     pipeline = Pipeline.from_pretrained(checkpoint, choose_device(device))
 
     def write(images: Sequence[tuple[str, Path]], path: Path) -> None:
-        rows = caption_part(
-            images, lambda batch: pipeline.caption(batch, decoding), pipeline.tokenizer.image_size_px
+        batches = caption_batches(
+            images,
+            lambda batch: pipeline.caption(batch, decoding),
+            size_px=pipeline.tokenizer.image_size_px,
         )
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        path.write_text("".join(lines), encoding="utf-8")
+        write_rows(path, itertools.chain.from_iterable(batches))
 
     return write
 
@@ -51,18 +51,17 @@ def open_generator(
         images = pipeline.generate_each(
             prompts if any(prompts) else None, [seed for _, _, seed in jobs], sampling, **dict(options)
         )
-        with path.open("w") as recipes:
-            for (name, _, _), image in zip(jobs, images, strict=True):
-                image.save(out / name)
-                recipes.write(json.dumps({"file": name, **image.recipe}) + "\n")
+        recipes = []
+        for (name, _, _), image in zip(jobs, images, strict=True):
+            image.save(out / name)
+            recipes.append({"file": name, **image.recipe})
+        write_rows(path, recipes)
 
     return write
 
 
 def open_encoder(checkpoint: str, device: str, data: str, keep: Path | None, crops: int) -> WritePart:
-    """Write the ids of ranges (split, first, last) of a dataset, as `read_encoded` reads them."""
-    import numpy as np
-
+    """Write the ids of ranges (split, first, last) of a dataset, one JSON line an image."""
     from tavq.base.device import choose_device
     from tavq.data.keep import keep_only
     from tavq.data.layouts import open_dataset
@@ -75,19 +74,17 @@ def open_encoder(checkpoint: str, device: str, data: str, keep: Path | None, cro
     def write(ranges: Sequence[tuple[str, int, int]], path: Path) -> None:
         ((split, first, last),) = ranges
         examples = dataset.select_split(split)
-        ids, unreadable = encode_range(tokenizer, examples, crops_of(split, crops), first, last)
-        arrays: dict[str, Any] = {str(index): rows for index, rows in ids.items()}
-        with path.open("wb") as file:
-            np.savez(file, unreadable=np.array(json.dumps(unreadable)), **arrays)
+        encoded = encode_range(tokenizer, examples, crops_of(split, crops), first, last)
+        write_rows(path, (ids_row(index, ids) for index, ids in encoded))
 
     return write
 
 
-def read_encoded(path: Path) -> EncodedRange:
-    """Read a part of `open_encoder`."""
-    import numpy as np
+def ids_row(name: int | str, ids: np.ndarray | str) -> dict[str, Any]:
+    """Return the line of an image: its ids, or why it cannot be read."""
+    return {"image": name} | ({"unreadable": ids} if isinstance(ids, str) else {"ids": ids.tolist()})
 
-    with np.load(path, allow_pickle=False) as part:
-        ids = {int(name): part[name] for name in part.files if name != "unreadable"}
-        unreadable = {int(index): reason for index, reason in json.loads(str(part["unreadable"])).items()}
-    return ids, unreadable
+
+def ids_of_row(row: dict[str, Any]) -> tuple[Any, np.ndarray | str]:
+    """Return what `ids_row` was given."""
+    return row["image"], row["unreadable"] if "unreadable" in row else np.array(row["ids"])

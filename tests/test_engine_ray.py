@@ -22,7 +22,7 @@ pytest.importorskip("ray", reason="needs ray, of the extra `scale`")
 import ray
 from ray.cluster_utils import Cluster
 
-from tavq.serve.ray_jobs import PartJob
+from tavq.serve.ray_jobs import PartJob, clear_parts
 
 pytestmark = pytest.mark.slow
 
@@ -108,16 +108,15 @@ def test_parts_of_a_node_that_dies_are_computed_by_the_other(nodes, tmp_path):
         return {line.split()[0] for line in log.read_text().splitlines()} if log.exists() else set()
 
     killer = nodes.kill_one_when(lambda: len(nodes_that_worked()) == 2)
-    written = [path.read_text() for path in job.run(ON_RAY)]
+    paths = job.run(ON_RAY)
+    written = [path.read_text() for path in paths]
     killer.join()
     assert "".join(written).split() == [str(number**2) for number in range(120)]
     assert len(nodes_that_worked()) == 2
 
     before = log.read_text()
-    assert job.run(ON_RAY) == job.paths() and log.read_text() == before, (
-        "finished parts are not computed again"
-    )
-    job.clear()
+    assert job.run(ON_RAY) == paths and log.read_text() == before, "finished parts are not computed again"
+    clear_parts(job.folder)
     assert not job.folder.exists()
 
 
@@ -125,7 +124,7 @@ def test_a_job_that_failed_goes_on_where_it_stopped(nodes, tmp_path):
     job = job_of(tmp_path / "parts", [*range(12), -1])
     with pytest.raises(ValueError, match=r"^-1 is below 0$"):
         job.run(ON_RAY)
-    first = {path for path in job.paths() if path.exists()}
+    first = set(job.folder.glob("part-*"))
     (tmp_path / "repaired").touch()
     stamps = {path: path.stat().st_mtime_ns for path in first}
     assert [line for path in job.run(ON_RAY) for line in path.read_text().split()][-1] == "1"
@@ -139,6 +138,19 @@ def test_parts_of_another_job_are_refused(tmp_path):
     for other in (job_of(job.folder, range(4)), job_of(job.folder, range(3), "other weights")):
         with pytest.raises(ValueError, match="holds parts of another job"):
             other.run(ON_RAY)
+
+
+def test_a_job_whose_parts_were_partly_used_is_taken_up_with_what_is_left(tmp_path):
+    job = job_of(tmp_path / "parts", range(7))
+    paths = job._claim()
+    left = job_of(job.folder, [2, 5])
+    with pytest.raises(ValueError, match="holds parts of another job"):
+        left.run(ON_RAY)
+    for path in paths:
+        path.touch()
+    assert left.run(ON_RAY) == paths
+    with pytest.raises(ValueError, match="holds parts of another job"):
+        job_of(job.folder, [2, 7]).run(ON_RAY)
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +201,7 @@ def test_captions_have_the_bytes_of_one_process_though_a_node_dies(
 
 def test_images_have_the_bytes_of_one_process_though_a_node_dies(nodes, tiny_checkpoint, tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("".join(f"a dog {number}\n" for number in range(20)))
+    prompts.write_text("".join(f"a dog in a café {number}\n" for number in range(20)))
     common = ["generate", "--prompts-file", str(prompts), "--num-images", "2", "--seed", "3"]
     common += ["--checkpoint", str(tiny_checkpoint)]
     main([*common, "--out", str(tmp_path / "local")])

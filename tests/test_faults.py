@@ -105,9 +105,7 @@ def test_an_output_that_is_removed_while_images_are_described_is_no_success(phot
         out.parent.rmdir()
         return [[Caption("a dog", 0.5, ())] for _ in images]
 
-    with pytest.raises(
-        FileNotFoundError, match=r"all\.jsonl was removed while images were described; repeat"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"all\.jsonl was removed meanwhile; repeat"):
         caption_folder(photos, out, caption)
 
 

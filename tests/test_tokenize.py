@@ -45,14 +45,14 @@ def tokenize(photos: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(module, "IMAGES_AT_ONCE", 4)
     encode_batch = module._encode_batch
 
-    def run(out: str, killed_after: int | None = None, **changes) -> list[list[str]]:
-        batches: list[list[str]] = []
+    def run(out: str, killed_after: int | None = None, **changes) -> list[list[int]]:
+        batches: list[list[int]] = []
 
-        def watched(tokenizer, dataset, split, batch):
+        def watched(tokenizer, batch):
             if len(batches) == killed_after:
                 raise KilledError
-            batches.append([dataset[index].id for index, _ in batch])
-            return encode_batch(tokenizer, dataset, split, batch)
+            batches.append([index for index, _ in batch])
+            return encode_batch(tokenizer, batch)
 
         monkeypatch.setattr(module, "_encode_batch", watched)
         values = {"data": str(photos), "checkpoint": str(tiny_checkpoint / "tokenizer")} | changes

@@ -6,7 +6,6 @@ Shapes: n images, V variants of an image, H W image size in px, h w token grid.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +22,7 @@ from tavq.base.progress import Progress
 from tavq.base.seeding import mixed_seed
 from tavq.base.weights import WEIGHTS_FILE, local_directory
 from tavq.data.config import SPLITS
-from tavq.data.dataset import ImageTextDataset, check_unreadable, readable_images
+from tavq.data.dataset import ImageTextDataset, UnreadableImages, tried_images
 from tavq.data.images import UnreadableImageError, to_tensor
 from tavq.data.keep import keep_only
 from tavq.data.layouts import open_dataset
@@ -35,13 +34,14 @@ from .run_config import TokenizeRun
 from .training_images import SMALLEST_CROP
 
 IMAGES_AT_ONCE = 32
-EncodedRange = tuple[dict[int, np.ndarray], dict[int, str]]
-EncodeRanges = Callable[[str, int], Iterable[EncodedRange]]
-"""Name and length of a split -> its ranges in order, as `encode_range` returns them."""
+Encoded = tuple[int, np.ndarray | str]
+"""Index of an image in its split, and its ids (V, h, w), or why it cannot be read."""
+EncodeSplit = Callable[[str, int, int], Iterable[Encoded]]
+"""Name of a split, the first image of a batch, the number of all images -> what `encode_range` yields."""
 
 
 def encode_dataset(
-    run: TokenizeRun, images_per_shard: int = IMAGES_PER_SHARD, ranges: EncodeRanges | None = None
+    run: TokenizeRun, images_per_shard: int = IMAGES_PER_SHARD, encode: EncodeSplit | None = None
 ) -> None:
     """Encode the splits of a dataset into shards of ids. The same call resumes a stopped run.
 
@@ -50,7 +50,7 @@ def encode_dataset(
     Args:
         run: what to encode.
         images_per_shard: of each shard.
-        ranges: computes what `encode_range` computes, elsewhere.
+        encode: encodes elsewhere; by default this process does.
     """
     directory = local_directory(run.checkpoint)
     tokenizer = TAVQTokenizer.from_pretrained(directory).to(choose_device(run.device))
@@ -70,22 +70,51 @@ def encode_dataset(
             if not len(examples):  # official COCO has no test split with captions
                 continue
             done = find_done(examples, unfinished.finished(split))
-            if ranges is None:
-                records = encode_split(tokenizer, examples, split, run.crops, done)
+            first = done.next // IMAGES_AT_ONCE * IMAGES_AT_ONCE
+            encoded: Iterable[Encoded]
+            if encode is None:
+                crops = crops_of(split, run.crops)
+                encoded = encode_range(tokenizer, examples, crops, first, len(examples))
             else:
-                records = _gathered(ranges, examples, split, done)
-            unfinished.write(records, {split: done.count})
+                encoded = encode(split, first, len(examples))
+            unfinished.write(_records(examples, split, done, first, encoded), {split: done.count})
 
 
-def _gathered(
-    ranges: EncodeRanges, dataset: ImageTextDataset, split: str, done: Done
+def _records(
+    dataset: ImageTextDataset, split: str, done: Done, first: int, encoded: Iterable[Encoded]
 ) -> Iterator[TokenRecord]:
-    """Yield the records of a split behind those of finished shards, encoded elsewhere."""
-    reasons: list[str] = []
-    for ids, unreadable in ranges(split, len(dataset)):
-        reasons += [f"{dataset[index].id} ({reason})" for index, reason in unreadable.items()]
-        yield from _records(dataset, split, ((i, ids_Vhw) for i, ids_Vhw in ids.items() if i >= done.next))
-    check_unreadable(dataset.name, reasons, len(dataset))
+    """Yield the records of a split that finished shards do not hold.
+
+    Args:
+        dataset: the split.
+        split: its name.
+        done: what finished shards hold.
+        first: image from which on `encoded` holds all.
+        encoded: the images in order. Those of a batch that was begun are encoded again, because what an image
+            becomes may differ in the last bit with the images beside it.
+    """
+    unreadable = UnreadableImages(dataset.name, len(dataset))
+    # Tried again, so that the warning at the end names the unreadable images of all runs.
+    again = _tried_again(dataset, [index for index in done.unreadable if index < first])
+    with Progress(total=len(dataset), initial=done.next, desc=f"tokenizing {split}", unit="image") as bar:
+        for index, ids_Vhw in itertools.chain(again, encoded):
+            example = dataset[index]
+            if isinstance(ids_Vhw, str):
+                unreadable.add(example.id, ids_Vhw)
+            elif index in done.unreadable:
+                raise ValueError(
+                    f"{example.id} could not be read before, and now it can; remove the unfinished shards to "
+                    "begin anew"
+                )
+            elif index >= done.next:
+                yield TokenRecord(example.id, split, ids_Vhw, example.captions, example.long_text)
+                bar.update(1)
+    unreadable.warn(len(dataset))
+
+
+def _tried_again(dataset: ImageTextDataset, indices: Iterable[int]) -> Iterator[Encoded]:
+    for index, image in tried_images(dataset, indices):
+        yield index, str(image) if isinstance(image, UnreadableImageError) else np.empty(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,15 +123,12 @@ class Done:
 
     Attributes:
         count: how many of its images.
-        again: the last of them, whose batch was not full: it is encoded again as a whole, because what an
-            image becomes may differ in the last bit with the images beside it.
         unreadable: the images that it left out.
         next: the first image that it did not come to.
     """
 
     count: int = 0
-    again: tuple[int, ...] = ()
-    unreadable: tuple[int, ...] = ()
+    unreadable: frozenset[int] = frozenset()
     next: int = 0
 
 
@@ -114,8 +140,8 @@ def find_done(dataset: ImageTextDataset, tokens: TokenSet | None) -> Done:
     """
     if tokens is None:
         return Done()
-    encoded: collections.deque[int] = collections.deque(maxlen=IMAGES_AT_ONCE)
     unreadable: list[int] = []
+    following = 0
     names = iter(tokens.names)
     name = next(names, None)
     for index, example in enumerate(dataset.examples):
@@ -124,24 +150,11 @@ def find_done(dataset: ImageTextDataset, tokens: TokenSet | None) -> Done:
         if example.id != name:
             unreadable.append(index)
             continue
-        encoded.append(index)
+        following = index + 1
         name = next(names, None)
     if name is not None:
         raise ValueError(f"the finished shards hold {name}, which is not among the images; remove them")
-
-    following = encoded[-1] + 1
-    begun = following // IMAGES_AT_ONCE if following < len(dataset) else -1
-    again = tuple(index for index in encoded if index // IMAGES_AT_ONCE == begun)
-    return Done(len(tokens), again, tuple(unreadable), following)
-
-
-def encode_split(
-    tokenizer: TAVQTokenizer, dataset: ImageTextDataset, split: str, crops: int, done: Done
-) -> Iterator[TokenRecord]:
-    """Encode what is left of a split. Only training images are cropped; the others have their mirror image
-    alone."""
-    records = _encode_from(tokenizer, dataset, split, crops_of(split, crops), done)
-    return itertools.islice(records, len(done.again), None)
+    return Done(len(tokens), frozenset(unreadable), following)
 
 
 def crops_of(split: str, crops: int) -> int:
@@ -149,33 +162,10 @@ def crops_of(split: str, crops: int) -> int:
     return crops if split == "train" else 0
 
 
-def _encode_from(
-    tokenizer: TAVQTokenizer, dataset: ImageTextDataset, split: str, crops: int, done: Done
-) -> Iterator[TokenRecord]:
-    # Unreadable images are tried again, so that the warning at the end names those of all runs.
-    indices = itertools.chain(done.unreadable, done.again, range(done.next, len(dataset)))
-    with Progress(total=len(dataset), initial=done.next, desc=f"tokenizing {split}", unit="image") as bar:
-        readable = readable_images(dataset, indices=indices)
-        # By their place among all images, not among the readable ones: so any part of the images has the
-        # batches that it has in the whole.
-        for _, group in itertools.groupby(readable, key=lambda found: found[0] // IMAGES_AT_ONCE):
-            batch = []
-            for index, image in group:
-                if index < done.next and index not in done.again:
-                    raise ValueError(
-                        f"{dataset[index].id} could not be read before, and now it can; remove the "
-                        "unfinished shards to begin anew"
-                    )
-                views = variants(image, tokenizer.image_size_px, crops, mixed_seed(index, crops))
-                batch.append((index, views))
-                bar.update(1)
-            yield from _encode_batch(tokenizer, dataset, split, batch)
-
-
 def encode_range(
     tokenizer: TAVQTokenizer, dataset: ImageTextDataset, crops: int, first: int, last: int
-) -> EncodedRange:
-    """Encode the images from `first` up to `last` of a split, as `encode_split` does in one go.
+) -> Iterator[Encoded]:
+    """Encode the images from `first` up to `last` of a split, batch by batch.
 
     Args:
         tokenizer: in eval mode.
@@ -183,24 +173,18 @@ def encode_range(
         crops: of each image.
         first: begins a batch.
         last: ends one, or the split.
-
-    Returns:
-        The ids (V, h, w) of each image by its index, and why an image could not be read.
     """
-    ids: dict[int, np.ndarray] = {}
-    unreadable: dict[int, str] = {}
+    # By their place among all images, not among the readable ones: so any part of the images has the
+    # batches that it has in the whole.
     for start in range(first, last, IMAGES_AT_ONCE):
         batch = []
-        for index in range(start, min(start + IMAGES_AT_ONCE, last)):
-            try:
-                image = dataset.load_image(index)
-            except UnreadableImageError as error:
-                unreadable[index] = str(error)
+        for index, image in tried_images(dataset, range(start, min(start + IMAGES_AT_ONCE, last))):
+            if isinstance(image, UnreadableImageError):
+                yield index, str(image)
                 continue
             batch.append((index, variants(image, tokenizer.image_size_px, crops, mixed_seed(index, crops))))
         if batch:
-            ids |= dict(_ids_of_batch(tokenizer, batch))
-    return ids, unreadable
+            yield from _encode_batch(tokenizer, batch)
 
 
 def variants(image: Image.Image, size_px: int, crops: int, seed: int) -> Tensor:
@@ -217,24 +201,8 @@ def variants(image: Image.Image, size_px: int, crops: int, seed: int) -> Tensor:
     return torch.stack(views)
 
 
-def _encode_batch(
-    tokenizer: TAVQTokenizer, dataset: ImageTextDataset, split: str, batch: list[tuple[int, Tensor]]
-) -> Iterator[TokenRecord]:
-    return _records(dataset, split, _ids_of_batch(tokenizer, batch))
-
-
-def _ids_of_batch(
-    tokenizer: TAVQTokenizer, batch: list[tuple[int, Tensor]]
-) -> Iterator[tuple[int, np.ndarray]]:
+def _encode_batch(tokenizer: TAVQTokenizer, batch: list[tuple[int, Tensor]]) -> Iterator[Encoded]:
     device = next(tokenizer.parameters()).device
     ids = tokenizer.encode(torch.cat([views for _, views in batch]).to(device))
     ids_nVhw = ids.unflatten(0, (len(batch), -1)).cpu().numpy()
     return zip((index for index, _ in batch), ids_nVhw, strict=True)
-
-
-def _records(
-    dataset: ImageTextDataset, split: str, encoded: Iterable[tuple[int, np.ndarray]]
-) -> Iterator[TokenRecord]:
-    for index, ids_Vhw in encoded:
-        example = dataset[index]
-        yield TokenRecord(example.id, split, ids_Vhw, example.captions, example.long_text)
