@@ -80,6 +80,22 @@ def open_encoder(checkpoint: str, device: str, data: str, keep: Path | None, cro
     return write
 
 
+def open_indexer(checkpoint: str, device: str, folder: Path) -> WritePart:
+    """Write the ids of photos (name, time of change, size) in a folder, one JSON line a photo."""
+    from tavq.base.device import choose_device
+    from tavq.photo_index import PhotoIndex
+    from tavq.tokenizer.model import TAVQTokenizer
+
+    tokenizer = TAVQTokenizer.from_pretrained(checkpoint).to(choose_device(device))
+    index = PhotoIndex(folder, tokenizer, "")
+
+    def write(photos: Sequence[tuple[str, int, int]], path: Path) -> None:
+        encoded = index.encode_photos(folder, [name for name, _, _ in photos])
+        write_rows(path, (ids_row(name, ids) for name, ids in encoded))
+
+    return write
+
+
 def ids_row(name: int | str, ids: np.ndarray | str) -> dict[str, Any]:
     """Return the line of an image: its ids, or why it cannot be read."""
     return {"image": name} | ({"unreadable": ids} if isinstance(ids, str) else {"ids": ids.tolist()})

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,12 @@ CREATE TABLE IF NOT EXISTS photos (
     id INTEGER PRIMARY KEY, name TEXT UNIQUE, modified INTEGER, size INTEGER, ids BLOB);
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT);
 """
+
+
+EncodedPhoto = tuple[str, np.ndarray | str]
+"""Name of a photo, and its ids (N,), or why it cannot be read."""
+EncodePhotos = Callable[[Path, Mapping[str, tuple[int, int]]], Iterable[EncodedPhoto]]
+"""Folder, and name -> time of change and size of the photos in it -> these photos encoded, in order."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +87,12 @@ class PhotoIndex:
         every_code = torch.arange(tokenizer.num_codes, device=tokenizer.codebook.device)
         self.projected = tokenizer.project(every_code).detach().cpu()
 
-    def update(self, folder: Path) -> Changes:
+    def update(self, folder: Path, encode: EncodePhotos | None = None) -> Changes:
         """Bring the index in line with the images in `folder` and below; new and changed ones are encoded.
+
+        Args:
+            folder: of the photos.
+            encode: encodes them elsewhere; by default this process does. It may yield others, too.
 
         Raises:
             FileNotFoundError: no such folder, or no image in it.
@@ -103,8 +113,9 @@ class PhotoIndex:
             database.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", facts.items())
             database.executemany("DELETE FROM photos WHERE name = ?", ((name,) for name in gone))
 
+        states = {name: files[name] for name in new}
         unreadable: list[str] = []
-        rows = self._encoded(folder, new, files, unreadable)
+        rows = _rows((encode or self.encode_photos)(folder, states), states, unreadable)
         while batch := list(itertools.islice(rows, COMMIT_EVERY)):
             with database:
                 database.executemany(
@@ -116,16 +127,15 @@ class PhotoIndex:
         added = len(new) - len(unreadable)
         return Changes(added, removed, len(files) - len(new), tuple(unreadable))
 
-    def _encoded(
-        self, folder: Path, names: Sequence[str], files: dict[str, tuple[int, int]], unreadable: list[str]
-    ) -> Iterator[tuple[str, int, int, bytes]]:
-        for name in tqdm(names, desc="encoding", unit="image", disable=None):
+    def encode_photos(self, folder: Path, names: Iterable[str]) -> Iterator[EncodedPhoto]:
+        """Encode photos of a folder one by one."""
+        for name in names:
             try:
                 image = load_image(folder / name)
             except (UnreadableImageError, FileNotFoundError) as error:
-                unreadable.append(f"{name} ({error})")
-                continue
-            yield name, *files[name], self._ids(image).numpy().astype(np.int32).tobytes()
+                yield name, str(error)
+            else:
+                yield name, self._ids(image).numpy()
 
     def _ids(self, image: Image.Image) -> Tensor:
         """Encode one image: (N,) int64 on the CPU."""
@@ -207,6 +217,21 @@ class PhotoIndex:
         best = total.argsort(descending=True, stable=True)[:top].tolist()
         (folder,) = database.execute("SELECT value FROM facts WHERE name = 'folder'").fetchone()
         return [Hit(Path(folder) / names[row], float(total[row])) for row in best]
+
+
+def _rows(
+    encoded: Iterable[EncodedPhoto], states: Mapping[str, tuple[int, int]], unreadable: list[str]
+) -> Iterator[tuple[str, int, int, bytes]]:
+    """Yield the rows of the photos of `states`, and note which of them are unreadable."""
+    with tqdm(desc="encoding", total=len(states), unit="image", disable=None) as bar:
+        for name, ids in encoded:
+            if name not in states:
+                continue
+            bar.update(1)
+            if isinstance(ids, str):
+                unreadable.append(f"{name} ({ids})")
+            else:
+                yield name, *states[name], ids.astype(np.int32).tobytes()
 
 
 def new_index(vectors: np.ndarray, total: int) -> Any:

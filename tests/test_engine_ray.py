@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import sqlite3
 import sys
 import threading
 import time
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tavq import photo_index
 from tavq.base.engine import EngineConfig
 from tavq.cli import main
 
@@ -93,6 +96,34 @@ def open_slow_writer(log: Path) -> Callable[[Sequence[int], Path], None]:
         path.write_text("".join(f"{number**2}\n" for number in numbers))
 
     return write
+
+
+class StopsAtTheSecondBatch:
+    """A connection to SQLite that is stopped as by Ctrl-C when it is given the second batch of photos."""
+
+    def __init__(self, connection: sqlite3.Connection):
+        self.connection = connection
+        self.batches = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.connection, name)
+
+    def __enter__(self) -> Any:
+        return self.connection.__enter__()
+
+    def __exit__(self, *error: Any) -> Any:
+        return self.connection.__exit__(*error)
+
+    def executemany(self, command: str, rows: Any) -> Any:
+        self.batches += command.startswith("INSERT INTO photos")
+        if self.batches == 2:
+            raise KeyboardInterrupt
+        return self.connection.executemany(command, rows)
+
+
+def dump(index: Path) -> list[str]:
+    """All that the tables of an index hold."""
+    return list(sqlite3.connect(index / "photos.sqlite").iterdump())
 
 
 def job_of(folder: Path, numbers: Sequence[int], fingerprint: str = "") -> PartJob:
@@ -245,3 +276,33 @@ def test_token_sets_have_the_bytes_of_one_process_though_a_node_dies(
     spread = {path.name: path.read_bytes() for path in (tmp_path / "ray").iterdir()}
     assert spread == local and "meta.json" in local and len(local) == 4
     assert not parts.exists()
+
+
+def test_an_index_has_the_rows_and_vectors_of_one_process_though_a_node_dies(
+    nodes, photos, tiny_checkpoint, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("tavq.commands.index.PHOTOS_PER_PART", 16)
+    common = ["index", str(photos), "--checkpoint", str(tiny_checkpoint), "--json", "--out"]
+    main([*common, str(tmp_path / "local")])
+    said = json.loads(capsys.readouterr().out)
+    parts = tmp_path / "ray.parts"
+    killer = nodes.kill_one_when(lambda: any(parts.glob("part-*")))
+
+    # Stopped as rows are written, behind the first 32: what was encoded is not encoded again.
+    connect = photo_index._connect
+    monkeypatch.setattr(photo_index, "_connect", lambda directory: StopsAtTheSecondBatch(connect(directory)))
+    with pytest.raises(SystemExit):
+        main([*common, str(tmp_path / "ray"), "--engine", "ray"])
+    killer.join()
+    monkeypatch.setattr(photo_index, "_connect", connect)
+    monkeypatch.setattr(PartJob, "_finished", lambda *_: pytest.fail("all parts are there"))
+    capsys.readouterr()
+    main([*common, str(tmp_path / "ray"), "--engine", "ray"])
+    again = json.loads(capsys.readouterr().out)
+
+    assert (said["added"], again["added"], again["unchanged"]) == (69, 37, 32)
+    assert again["unreadable"] == said["unreadable"] and "013.jpg" in said["unreadable"][0]
+    assert not parts.exists()
+    local, spread = tmp_path / "local", tmp_path / "ray"
+    assert (spread / "vectors.faiss").read_bytes() == (local / "vectors.faiss").read_bytes()
+    assert dump(spread) == dump(local) and len(dump(local)) > 69
