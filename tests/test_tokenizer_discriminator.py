@@ -10,10 +10,11 @@ from PIL import Image
 
 from tavq.data.image_folder import with_more_images
 from tavq.data.layouts import open_dataset
+from tavq.tokenizer.blocks import to_map
 from tavq.tokenizer.config import PRESETS, RUN_PRESETS, ReconstructionLossConfig
 from tavq.tokenizer.discriminator import CUTOUT, ProjectedDiscriminator, augment
 from tavq.tokenizer.losses import PerceptualNetwork, ReconstructionLoss, pooled_l1, texture_distance
-from tavq.tokenizer.model import TAVQTokenizer
+from tavq.tokenizer.model import TAVQTokenizer, Window
 from tavq.tokenizer.run_config import DECODER_PRESETS
 from tavq.tokenizer.train import TokenizerTask
 from tavq.tokenizer.train_decoder import DecoderTask, with_decoder_shape
@@ -163,6 +164,35 @@ def test_a_grown_decoder_keeps_ids_and_what_it_had_learnt():
     assert torch.equal(before.decoder.upsample[1].conv.weight, after.decoder.upsample[1].conv.weight)
     with pytest.raises(ValueError, match="at least as many"):
         with_decoder_shape(after, (24, 16), decoder_blocks=1)
+
+
+def test_a_decoder_gives_sizes_that_doubling_does_not_reach(monkeypatch):
+    """8 cells and three stages give 64 px; resampled to 7 cells, 56."""
+    before = TAVQTokenizer(PRESETS["tiny"]).eval()
+    after = with_decoder_shape(before, (24, 16, 16), decoder_blocks=1, decode_size_px=56).eval()
+    ids = before.encode(noise_images(2, 32))
+    assert torch.equal(ids, after.encode(noise_images(2, 32)))
+    whole = after.decode(ids)
+    assert whole.shape == (2, 3, 56, 56) and after.decode_size_px == 56
+    shrunk = torch.nn.functional.interpolate(before.decode(ids), 56, mode="bilinear", antialias=True)
+    assert (whole - shrunk).abs().mean() < 0.5 * shrunk.std()  # its weights still serve
+
+    # Far from its edges a window is a part of the image, but for the statistics that normalisation takes.
+    window = Window(1, 2, 5)
+    codes = to_map(after.codebook[ids.flatten(1)], after.grid_size)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.GroupNorm, "forward", lambda self, x: x)
+        part, expected = after.decoder(codes, window), window.of_pixels(after.decode(ids), 8)
+    assert part.shape == expected.shape == (2, 3, 40, 40)
+    assert torch.allclose(part[..., 18:22, 18:22], expected[..., 18:22, 18:22], atol=1e-4)
+
+    kept = with_decoder_shape(after, (24, 16, 16), decoder_blocks=1)
+    assert kept.decode_size_px == 56
+    copy = TAVQTokenizer(after.config)
+    copy.load_state_dict(after.state_dict())
+    assert torch.equal(copy.eval().decode(ids), whole)
+    with pytest.raises(ValueError, match="expected a multiple of 8"):
+        with_decoder_shape(before, (24, 16, 16), decoder_blocks=1, decode_size_px=60)
 
 
 def test_noise_starts_without_effect_and_changes_texture_once_its_strength_is_learnt():

@@ -91,6 +91,9 @@ class TokenizerShape:
     upsample_channels: tuple[int, ...] = ()
     """Width of each decoder stage behind those that mirror the encoder; each doubles the resolution. Empty:
     one pixel shuffle back to `image_size_px`, as weights of before 0.2 have it."""
+    upsample_from: int = 0
+    """Side that the decoder's map is resampled to before those stages, for sizes that doubling alone does not
+    reach: 28 and three stages give 224 px. 0 leaves the map as it is."""
     decoder_noise: bool = False
     """Add noise to the map of each of these stages, from which fine texture can be made."""
     quantizer: QuantizerConfig = QuantizerConfig()
@@ -108,7 +111,11 @@ class TokenizerShape:
             decoder_blocks=(1, 1000),
         )
         if self.upsample_channels:
-            check_bounds(self, upsample_channels=(1, 2**14), decode_size_px=(1, 16384))
+            check_bounds(
+                self, upsample_channels=(1, 2**14), upsample_from=(0, 4096), decode_size_px=(1, 16384)
+            )
+        elif self.upsample_from:
+            raise ValueError("upsample_from needs upsample_channels; give the width of each stage")
         if self.image_size_px % self.downsampling:
             raise ValueError(
                 f"image_size_px is {self.image_size_px}, expected a multiple of the downsampling, "
@@ -144,11 +151,16 @@ class TokenizerShape:
         return self.image_size_px // self.patch_px
 
     @property
+    def map_size(self) -> int:
+        """Side of the decoder's map where the stages of `upsample_channels` begin."""
+        return self.upsample_from or self.stage_size
+
+    @property
     def decode_size_px(self) -> int:
         """Side of decoded images; `image_size_px` is that of the images that are read."""
         if not self.upsample_channels:
             return self.image_size_px
-        return self.stage_size * 2 ** len(self.upsample_channels)
+        return self.map_size * 2 ** len(self.upsample_channels)
 
 
 PRESETS: dict[str, TokenizerShape] = {

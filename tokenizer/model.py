@@ -59,7 +59,7 @@ class TokenizerConfig(TokenizerShape):
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """A square part of the decoder's map, in cells of the map where its mirrored stages end."""
+    """A square part of the map where the decoder's stages of `upsample_channels` begin, in its cells."""
 
     top: int
     left: int
@@ -167,10 +167,11 @@ class Decoder(nn.Module):
 
         self.grid = config.grid_size
         self.scale = code_dim**0.5
-        self.pixels_per_cell = config.decode_size_px // config.stage_size
+        self.map_size = config.map_size
+        self.pixels_per_cell = config.decode_size_px // config.map_size
         if config.upsample_channels:
             widths = itertools.pairwise((channels[-1], *config.upsample_channels))
-            size = config.stage_size
+            size = config.map_size
             stages = []
             for previous, width in widths:
                 size *= 2
@@ -188,6 +189,8 @@ class Decoder(nn.Module):
         x = self.stages(to_map(self.attention(x), self.grid))
         if not hasattr(self, "upsample"):
             return self.last(self.pixels(x))
+        if x.shape[-1] != self.map_size:
+            x = F.interpolate(x, size=(self.map_size, self.map_size), mode="bilinear", align_corners=False)
         if window is not None:
             x = window.of(x)
         return self.to_rgb(self.upsample(x))

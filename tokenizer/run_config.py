@@ -50,6 +50,12 @@ class DecoderRun:
     upsample_channels: tuple[int, ...] = (64, 32, 16)
     """Width of each stage at the decoder's end; each doubles the resolution. Stages that the tokenizer
     lacks start untrained."""
+    decode_size_px: int | None = None
+    """Side of the decoded images, a multiple of 2 to the number of those stages: 224, say. By default what
+    the stages make of the map that the tokenizer has before them."""
+    views: int = 8
+    """Views of each image: 2 are the image and its mirror image; more add as many crops, which are enlarged
+    and so less sharp. The tokens of each view are kept in memory."""
     decoder_blocks: int = 3
     """Attention blocks of the decoder on the token grid; those that the tokenizer lacks start untrained."""
     decoder_noise: bool = False
@@ -73,7 +79,7 @@ class DecoderRun:
     )
 
     def __post_init__(self) -> None:
-        check_bounds(self, generated_batches=(0, 1), generated_tokens=(0, 1))
+        check_bounds(self, generated_batches=(0, 1), generated_tokens=(0, 1), views=(1, 2**16))
 
 
 TINY = TrainingConfig(steps=20, batch_size=8, warmup_steps=5, ema_decay=0.9, evaluate_every=20)

@@ -34,7 +34,6 @@ from .training_images import (
     shared_image_batches,
 )
 
-VIEWS = 8  # of each image; few, since the ids of each are kept
 NEW_PARTS = ("upsample", "to_rgb")  # of the decoder; they learn faster than what has been trained before
 TRAINED_RATE = 0.3
 
@@ -47,6 +46,7 @@ def with_decoder_shape(
     upsample_channels: tuple[int, ...],
     decoder_blocks: int,
     decoder_noise: bool = False,
+    decode_size_px: int | None = None,
 ) -> TAVQTokenizer:
     """A tokenizer of the same ids with another decoder; parts that both have keep their weights.
 
@@ -56,15 +56,21 @@ def with_decoder_shape(
         decoder_blocks: likewise; at least as many as `tokenizer` has.
         decoder_noise: likewise; its strength starts at 0, so it changes no image yet. Noise that
             `tokenizer` has stays.
+        decode_size_px: side of the images it shall give, a multiple of 2 to the number of stages; None: as
+            the stages make it of the map that `tokenizer` has there.
     """
     if decoder_blocks < tokenizer.config.decoder_blocks:
         raise ValueError(
             f"decoder_blocks is {decoder_blocks}, the tokenizer has {tokenizer.config.decoder_blocks} "
             "already; give at least as many"
         )
+    scale = 2 ** len(upsample_channels)
+    if decode_size_px is not None and (decode_size_px < scale or decode_size_px % scale):
+        raise ValueError(f"decode_size_px is {decode_size_px}, expected a multiple of {scale}")
     config: TokenizerConfig = dataclasses.replace(
         tokenizer.config,
         upsample_channels=upsample_channels,
+        upsample_from=(decode_size_px or 0) // scale or tokenizer.config.upsample_from,
         decoder_blocks=decoder_blocks,
         decoder_noise=decoder_noise or tokenizer.config.decoder_noise,
     )
@@ -153,9 +159,9 @@ class DecoderTask(Task[DecoderTrainer, TAVQTokenizer]):
         train_set = with_more_images(open_dataset(run.data, "train"), run.images)
         torch.manual_seed(run.training.seed)
         tokenizer = with_decoder_shape(
-            tokenizer, run.upsample_channels, run.decoder_blocks, run.decoder_noise
+            tokenizer, run.upsample_channels, run.decoder_blocks, run.decoder_noise, run.decode_size_px
         )
-        self.dataset = TrainingImages(train_set, tokenizer.image_size_px, tokenizer.decode_size_px, VIEWS)
+        self.dataset = TrainingImages(train_set, tokenizer.image_size_px, tokenizer.decode_size_px, run.views)
         self.model = DecoderTrainer(run, tokenizer, resample)
         self.shipped = tokenizer
         provenance = tokenizer.config.provenance.taught_also_by(self.model.loss.network_hash)

@@ -76,10 +76,11 @@ class TrainingImages(Dataset):
         self.size_px = size_px
         self.target_px = target_px or size_px
         self.views = views
-        # The smallest crop is not enlarged.
-        self.source_px = math.ceil(max(self.size_px, self.target_px) / SMALLEST_CROP)
+        self.source_px = max(self.size_px, self.target_px)
+        if views not in (1, 2):  # which are never cropped
+            self.source_px = math.ceil(self.source_px / SMALLEST_CROP)  # the smallest crop is not enlarged
         self.unreadable: set[int] = set()
-        self.squashed: dict[int, list[Tensor]] = {}
+        self.squashed: dict[int, dict[int, Tensor]] = {}
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -96,32 +97,29 @@ class TrainingImages(Dataset):
             draw = number if number < 2 else mixed_seed(index, number) // 4 * 4 + 2 + number % 2
 
         view = View.of(draw, self.source_px)
-        source, *whole = squashed
-        sizes = (self.size_px, self.target_px)[: len(whole)]
-        shown = [self._shown(view, source, pixels, size) for pixels, size in zip(whole, sizes, strict=True)]
+        image = self._shown(view, squashed, self.size_px)
+        same = self.target_px == self.size_px
         return {
-            "image": shown[0],
-            "target": shown[-1],
+            "image": image,
+            "target": image if same else self._shown(view, squashed, self.target_px),
             "index": index,
             "box": view.box(self.source_px),
             "flipped": view.flipped,
             "draw": draw,
         }
 
-    def _shown(self, view: View, source: Tensor, whole: Tensor, size_px: int) -> Tensor:
-        """One view of an image (3, size_px, size_px) in [-1, 1], from its source or, uncropped, from
-        `whole`."""
+    def _shown(self, view: View, squashed: dict[int, Tensor], size_px: int) -> Tensor:
+        """One view of an image, (3, size_px, size_px) in [-1, 1]."""
         if view.crop is None:
-            image = from_pixels(whole)
+            image = from_pixels(squashed[size_px])
         else:
             left, top, right, bottom = view.crop
-            crop = from_pixels(source[:, top:bottom, left:right])[None]
+            crop = from_pixels(squashed[self.source_px][:, top:bottom, left:right])[None]
             image = F.interpolate(crop, (size_px, size_px), mode="bicubic", antialias=True)[0].clamp(-1, 1)
         return image.flip(-1) if view.flipped else image
 
-    def _read(self, index: int) -> list[Tensor] | None:
-        """The image as bytes: large, to be cropped; at the size that is read; and, where it differs, at the
-        size that is decoded."""
+    def _read(self, index: int) -> dict[int, Tensor] | None:
+        """The image as bytes, by its side in px: large, to be cropped; as it is read; as it is decoded."""
         if index in self.unreadable:
             return None
         if index in self.squashed:
@@ -131,9 +129,8 @@ class TrainingImages(Dataset):
         except UnreadableImageError as error:
             self._skip(index, error)
             return None
-        sizes = dict.fromkeys((self.source_px, self.size_px, self.target_px))
-        squashed = [to_pixels(image, size) for size in sizes]
-        if (len(self.squashed) + 1) * sum(pixels.numel() for pixels in squashed) < CACHE_BYTES:
+        squashed = {size: to_pixels(image, size) for size in {self.source_px, self.size_px, self.target_px}}
+        if (len(self.squashed) + 1) * sum(pixels.numel() for pixels in squashed.values()) < CACHE_BYTES:
             self.squashed[index] = squashed
         return squashed
 
@@ -171,9 +168,9 @@ def random_crop(side_px: int, random: np.random.Generator) -> tuple[int, int, in
 
 
 def random_window(tokenizer: TAVQTokenizer, window_px: int) -> Window | None:
-    """A random part of the decoder's map that becomes about `window_px` pixels; None where it would be "
-    "all of it."""
-    cells = tokenizer.config.stage_size
+    """A random part of the decoder's map that becomes about `window_px` pixels; None where it would be all
+    of it."""
+    cells = tokenizer.config.map_size
     side = window_px // tokenizer.decoder.pixels_per_cell
     if not tokenizer.config.upsample_channels or not 0 < side < cells:
         return None
