@@ -8,6 +8,7 @@ import io
 import itertools
 import os
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -35,9 +36,20 @@ class VisionLanguageModel(Protocol):
 
 def open_model(config: VisionLanguageConfig, device: str) -> VisionLanguageModel:
     """Load the local model, or connect to the server."""
+    check_named(config)
+    return Endpoint(config) if config.endpoint else LocalModel(config, device)
+
+
+def check_named(config: VisionLanguageConfig) -> None:
+    """Raise ValueError unless a model is named."""
     if not config.model:
         raise ValueError("no model is named; give --model DIR, or --endpoint URL and the --model it serves")
-    return Endpoint(config) if config.endpoint else LocalModel(config, device)
+
+
+def model_directory(config: VisionLanguageConfig) -> Path:
+    """Return the directory of a local model; one of the hub is downloaded."""
+    check_named(config)
+    return directory_of(config.model, (*TRANSFORMERS_FILES, "*.jinja"))
 
 
 class LocalModel:
@@ -48,7 +60,7 @@ class LocalModel:
     def __init__(self, config: VisionLanguageConfig, device: str):
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        directory = directory_of(config.model, (*TRANSFORMERS_FILES, "*.jinja"))
+        directory = model_directory(config)
         try:
             self.processor = AutoProcessor.from_pretrained(directory, **DATA_ONLY)
             model = AutoModelForImageTextToText.from_pretrained(directory, dtype="auto", **DATA_ONLY)

@@ -5,6 +5,7 @@ They write the bytes that the command without Ray writes.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 
 from tavq.captioner.config import DecodingConfig
 from tavq.generator.config import SamplingConfig
+from tavq.tokenizer.run_config import DescribeRun
 
 from .ray_jobs import WritePart, write_rows
 
@@ -94,6 +96,19 @@ def open_indexer(checkpoint: str, device: str, folder: Path) -> WritePart:
         write_rows(path, (ids_row(name, ids) for name, ids in encoded))
 
     return write
+
+
+def open_describer(run: DescribeRun, model: Path) -> WritePart:
+    """Write the descriptions of images (index, id, prompt) by a local model, one JSON line an image."""
+    from tavq.base.device import choose_device
+    from tavq.data.layouts import open_dataset
+    from tavq.data.vision_language import LocalModel
+    from tavq.tokenizer.describe_dataset import Describer
+
+    dataset = open_dataset(run.data, run.split).take(run.limit)
+    local = LocalModel(dataclasses.replace(run.vlm, model=str(model)), choose_device(run.device))
+    describer = Describer(run, dataset, local)
+    return lambda questions, path: write_rows(path, describer(questions))
 
 
 def ids_row(name: int | str, ids: np.ndarray | str) -> dict[str, Any]:

@@ -26,6 +26,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from tavq.serve.ray_jobs import PartJob, clear_parts
+from tavq.tokenizer import describe_dataset
 
 pytestmark = pytest.mark.slow
 
@@ -306,3 +307,55 @@ def test_an_index_has_the_rows_and_vectors_of_one_process_though_a_node_dies(
     local, spread = tmp_path / "local", tmp_path / "ray"
     assert (spread / "vectors.faiss").read_bytes() == (local / "vectors.faiss").read_bytes()
     assert dump(spread) == dump(local) and len(dump(local)) > 69
+
+
+def test_descriptions_have_the_bytes_of_one_process_though_a_node_dies(
+    nodes, photos, tiny_vision_language, tmp_path, monkeypatch, capsys
+):
+    data = tmp_path / "data"
+    data.mkdir()
+    for path in sorted(photos.glob("*.jpg"))[:20]:
+        shutil.copy(path, data)
+        (data / path.name).with_suffix(".txt").write_text(f"a dog {path.stem}\n")
+    common = ["describe", "--data", str(data), "--model", str(tiny_vision_language), "--max-tokens", "12"]
+    common += ["--fuse", "--json", "--out"]
+    main([*common, str(tmp_path / "local" / "long.jsonl")])
+    said = json.loads(capsys.readouterr().out)
+    out = tmp_path / "ray" / "long.jsonl"
+    parts = tmp_path / "ray" / "long.jsonl.parts"
+    killer = nodes.kill_one_when(lambda: any(parts.glob("part-*")))
+
+    # Stopped as rows are written: what was described is not described again.
+    append, written = describe_dataset.append_row, []
+
+    def stop_at_the_fourth(journal: Path, row: dict[str, Any]) -> None:
+        written.append(row)
+        if len(written) == 4:
+            raise KeyboardInterrupt
+        append(journal, row)
+
+    monkeypatch.setattr(describe_dataset, "append_row", stop_at_the_fourth)
+    with pytest.raises(SystemExit):
+        main([*common, str(out), "--engine", "ray"])
+    killer.join()
+    monkeypatch.setattr(describe_dataset, "append_row", append)
+    monkeypatch.setattr(PartJob, "_finished", lambda *_: pytest.fail("all parts are there"))
+    capsys.readouterr()
+    main([*common, str(out), "--engine", "ray"])
+    again = json.loads(capsys.readouterr().out)
+
+    local = {path.name: path.read_bytes() for path in (tmp_path / "local").iterdir()}
+    spread = {path.name: path.read_bytes() for path in out.parent.iterdir()}
+    assert spread == local and sum(content.count(b"\n") for content in local.values()) == 19
+    assert again["written"] + sum(again["dropped"].values()) == 16
+    assert said["unanswered"] == again["unanswered"] == []
+
+
+def test_a_server_is_asked_without_ray(photos, capsys):
+    for more, reason in (
+        (["--endpoint", "http://x"], "leave out --engine or --endpoint"),
+        (["--sample", "3"], "--sample"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            main(["describe", "--data", str(photos), "--model", "m", "--engine", "ray", *more])
+        assert left.value.code == 2 and reason in capsys.readouterr().err

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ from tavq.base.device import choose_device
 from tavq.base.journal import append_row, read_journal
 from tavq.base.progress import Progress
 from tavq.data.annotations import numbered_lines, parse_object, read_text
-from tavq.data.dataset import Example, ImageTextDataset, readable_images
+from tavq.data.dataset import Example, ImageTextDataset, UnreadableImages, readable_images, tried_images
 from tavq.data.description_filter import fault_of, whole_sentences
+from tavq.data.images import UnreadableImageError
 from tavq.data.layouts import open_dataset
 from tavq.data.thumbnail_page import Card, write_page
 from tavq.data.vision_language import AnswerError, VisionLanguageModel, answer_all, open_model
@@ -37,8 +37,20 @@ FUSE_PROMPT = (
 )
 
 
-def describe_dataset(run: DescribeRun) -> None:
-    """Write a description of each image that has none yet."""
+Question = tuple[int, str, str]
+"""Index of an image in its dataset, its id, and the prompt."""
+Describe = Callable[[Sequence[Question]], Iterable[dict[str, Any]]]
+"""Questions -> a row each, see `Describer`."""
+
+
+def describe_dataset(run: DescribeRun, describe: Describe | None = None) -> None:
+    """Write a description of each image that has none yet.
+
+    Args:
+        run: what to describe, and how.
+        describe: describes elsewhere; by default this process does. It may add rows of images that have a
+            description, which are ignored.
+    """
     out = run.output
     rejected = out.with_name(f"{out.stem}.rejected.jsonl")
     # Before the dataset is opened: it reads this file, too, and would refuse half a line.
@@ -46,26 +58,32 @@ def describe_dataset(run: DescribeRun) -> None:
     dataset = open_dataset(run.data, run.split).take(run.limit)
     prompt_of = prompts(run)
     prompt_of(dataset[0])  # so that no mistake shows after the model is loaded
-    model = open_model(run.vlm, choose_device(run.device))
-    if run.sample:
-        write_sample(run, dataset, model, prompt_of, out.with_suffix(".sample.html"))
-        return
+    if describe is None:
+        describer = Describer(run, dataset, open_model(run.vlm, choose_device(run.device)))
+        if run.sample:
+            write_sample(run, describer, prompt_of, out.with_suffix(".sample.html"))
+            return
+        describe = describer
 
-    remaining = ImageTextDataset(dataset.name, [e for e in dataset.examples if e.id not in done])
-    judge = Judge(run, dataset)
+    left = {e.id: (index, prompt_of(e)) for index, e in enumerate(dataset.examples) if e.id not in done}
     reasons: Counter[str] = Counter()
     failed: list[str] = []
-    with Progress(total=len(dataset), initial=len(dataset) - len(remaining), unit="image") as bar:
-        for index, image, answer in described(remaining, model, prompt_of, total=len(dataset)):
-            bar.update(1)
-            example = remaining[index]
-            if isinstance(answer, AnswerError):
-                failed.append(f"{example.id} ({answer})")
+    unreadable = UnreadableImages(dataset.name, len(dataset))
+    with Progress(total=len(dataset), initial=len(dataset) - len(left), unit="image") as bar:
+        for row in describe([(index, id_, prompt) for id_, (index, prompt) in left.items()]):
+            if row["id"] not in left:
                 continue
-            row, reason = judge(example, image, answer)
+            if "unreadable" in row:
+                unreadable.add(row["id"], row["unreadable"])
+                continue
+            bar.update(1)
+            if "failed" in row:
+                failed.append(f"{row['id']} ({row['failed']})")
+                continue
             # One line for each image, in one of the two files: a killed run loses and doubles none.
-            append_row(rejected if reason else out, row)
-            reasons[reason or ""] += 1
+            append_row(rejected if "reason" in row else out, row)
+            reasons[row.get("reason", "")] += 1
+    unreadable.warn(len(left))
     report(reasons, failed, out, rejected, as_json=run.json)
 
 
@@ -101,22 +119,53 @@ def read_tags(path: Path) -> dict[str, list[str]]:
 
 
 def described(
-    dataset: ImageTextDataset,
-    model: VisionLanguageModel,
-    prompt_of: Callable[[Example], str],
-    *,
-    total: int | None = None,
+    model: VisionLanguageModel, questions: Iterable[tuple[int, Image.Image, str]]
 ) -> Iterator[tuple[int, Image.Image, str | AnswerError]]:
-    """Yield (index, image, description or error) as answers come; see `readable_images` for `total`."""
+    """Yield (index, image, description or error) for questions (index, image, prompt), as answers come."""
     asked: dict[str, tuple[int, Image.Image]] = {}  # only what waits for an answer is held
 
-    def questions() -> Iterator[tuple[str, Image.Image, str]]:
-        for index, image in readable_images(dataset, total=total):
-            asked[dataset[index].id] = index, image
-            yield dataset[index].id, image, prompt_of(dataset[index])
+    def noted() -> Iterator[tuple[str, Image.Image, str]]:
+        for index, image, prompt in questions:
+            asked[str(index)] = index, image
+            yield str(index), image, prompt
 
-    for key, answer in answer_all(model, questions()):
+    for key, answer in answer_all(model, noted()):
         yield *asked.pop(key), answer
+
+
+class Describer:
+    """Describes images of a dataset, and decides which descriptions stay.
+
+    A row holds `id`, `text` and `model`, and `reason` where the description is dropped. Where there is none,
+    it holds `id` and why: `unreadable` or `failed`.
+    """
+
+    def __init__(self, run: DescribeRun, dataset: ImageTextDataset, model: VisionLanguageModel):
+        self.dataset = dataset
+        self.model = model
+        self.judge = Judge(run, dataset)
+
+    def __call__(self, questions: Sequence[Question]) -> Iterator[dict[str, Any]]:
+        """Yield the rows of some images, as answers come."""
+        unreadable: list[dict[str, Any]] = []
+
+        def readable() -> Iterator[tuple[int, Image.Image, str]]:
+            images = tried_images(self.dataset, [index for index, _, _ in questions])
+            for (index, id_, prompt), (_, image) in zip(questions, images, strict=True):
+                if isinstance(image, UnreadableImageError):
+                    unreadable.append({"id": id_, "unreadable": str(image)})
+                else:
+                    yield index, image, prompt
+
+        for index, image, answer in described(self.model, readable()):
+            yield from unreadable
+            unreadable.clear()
+            example = self.dataset[index]
+            if isinstance(answer, AnswerError):
+                yield {"id": example.id, "failed": str(answer)}
+            else:
+                yield self.judge(example, image, answer)
+        yield from unreadable
 
 
 class Judge:
@@ -129,10 +178,8 @@ class Judge:
             tokenizer = TAVQTokenizer.from_pretrained(run.tokenizer).to(choose_device(run.device))
             self.grounding = Grounding(tokenizer, dataset)
 
-    def __call__(
-        self, example: Example, image: Image.Image, answer: str
-    ) -> tuple[dict[str, Any], str | None]:
-        """Return the row to write, and why the description is dropped, None if it stays."""
+    def __call__(self, example: Example, image: Image.Image, answer: str) -> dict[str, Any]:
+        """Return the row to write, with the `reason` if the description is dropped."""
         text = whole_sentences(answer)
         row: dict[str, Any] = {"id": example.id, "text": text, "model": self.run.vlm.model}
         reason = fault_of(text)
@@ -142,7 +189,7 @@ class Judge:
             if row["grounding"] < self.run.min_grounding:
                 reason = "not in the image"
                 row["worst"] = sorted(shares, key=lambda phrase: shares[phrase])[:5]
-        return (row | {"reason": reason} if reason else row), reason
+        return row | {"reason": reason} if reason else row
 
 
 def report(
@@ -163,25 +210,22 @@ def report(
 
 
 def write_sample(
-    run: DescribeRun,
-    dataset: ImageTextDataset,
-    model: VisionLanguageModel,
-    prompt_of: Callable[[Example], str],
-    page: Path,
+    run: DescribeRun, describer: Describer, prompt_of: Callable[[Example], str], page: Path
 ) -> None:
     """Describe some images into a page, to try a model and a prompt."""
-    step = max(1, len(dataset) // run.sample)
-    chosen = list(itertools.islice(dataset.examples, 0, None, step))[: run.sample]
-    dataset = ImageTextDataset(dataset.name, chosen)
-    judge = Judge(run, dataset)
+    dataset = describer.dataset
+    chosen = range(0, len(dataset), max(1, len(dataset) // run.sample))[: run.sample]
+    questions = (
+        (index, image, prompt_of(dataset[index])) for index, image in readable_images(dataset, indices=chosen)
+    )
     cards: dict[int, Card] = {}
-    for index, image, answer in described(dataset, model, prompt_of):
+    for index, image, answer in described(describer.model, questions):
         example = dataset[index]
         if isinstance(answer, AnswerError):
             lines = [f"no answer: {answer}"]
         else:
-            row, reason = judge(example, image, answer)
-            lines = [row["text"], *([f"would be dropped: {reason}"] if reason else [])]
+            row = describer.judge(example, image, answer)
+            lines = [row["text"], *([f"would be dropped: {row['reason']}"] if "reason" in row else [])]
         cards[index] = Card(image, example.id, [*lines, *(f"human: {text}" for text in example.captions)])
     prompt = prompt_of(dataset[0])
     write_page(

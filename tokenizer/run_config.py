@@ -286,6 +286,7 @@ class DescribeRun:
     """Device to run on."""
     json: bool = False
     """Print one line of JSON instead of text."""
+    engine: OmitArgPrefixes[EngineConfig] = EngineConfig()
 
     @property
     def output(self) -> Path:
@@ -293,6 +294,13 @@ class DescribeRun:
         return self.out or Path(self.data) / "long_text.jsonl"
 
     def __post_init__(self) -> None:
+        if self.engine.engine == "ray" and self.vlm.endpoint:
+            raise ValueError(
+                "a server is asked many questions at once already (--requests), and --engine ray is for a "
+                "local --model; leave out --engine or --endpoint"
+            )
+        if self.engine.engine == "ray" and self.sample:
+            raise ValueError("a --sample is made in this process; leave out --engine ray")
         if self.tags is not None and not self.fuse:
             raise ValueError("--tags are a part of the fused prompt; add --fuse")
         if not 0 <= self.min_grounding <= 1:
