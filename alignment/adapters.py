@@ -116,6 +116,10 @@ class Adapter(nn.Module, ABC):
         """Maps (B, E, h, w) as the look-up compares them with `codebook`."""
         return latents
 
+    def decode_codes(self, codes: Tensor) -> Tensor:
+        """Vectors of the codebook (B, E, h, w) -> images (B, 3, H, W) in [-1, 1], but for over-shoot."""
+        return self.base.decode(codes)
+
     def reconstruct(self, images: Tensor) -> tuple[Tensor, Captured]:
         """Run the base: images (B, 3, H, W) in [-1, 1] -> reconstructions, and what was captured."""
         with self.capture() as captured:
@@ -187,7 +191,11 @@ class DiffusersAdapter(Adapter):
     def decoded_images(self, output: Any) -> Tensor:
         return output.sample
 
+    def decode_codes(self, codes: Tensor) -> Tensor:
+        return self.base.decode(codes, force_not_quantize=True).sample
+
     def save(self, directory: Path) -> None:
+        self.base.register_to_config(sample_size=self.image_size_px)
         self.base.save_pretrained(directory)
 
 
@@ -259,6 +267,12 @@ class VectorQuantizeAdapter(Adapter):
     def parse_quantizer_output(self, output: Any) -> tuple[Tensor, Tensor | None]:
         _, ids, loss = output
         return ids, loss.sum()
+
+    def decode_codes(self, codes: Tensor) -> Tensor:
+        raise ValueError(
+            f"nobody knows which part of {type(self.base).__name__} decodes; its ids can be captioned, not "
+            "decoded"
+        )
 
     def to_map(self, output: Tensor, ids: Tensor) -> Tensor:
         if output.ndim == 4:

@@ -11,8 +11,16 @@ from .hub import directory_of
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+DIFFUSERS_WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 CARD_FILE = "README.md"
-FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, "text_tokenizer/*.json", "text_tokenizer/*.txt")
+FILES = (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    DIFFUSERS_WEIGHTS_FILE,
+    CARD_FILE,
+    "text_tokenizer/*.json",
+    "text_tokenizer/*.txt",
+)
 SHIPPED = "flickr8k"
 PARTS = ("tokenizer", "generator", "captioner", "lexicon")
 
@@ -38,9 +46,15 @@ def local_directory(source: str | Path, **hub: Any) -> Path:
     return directory_of(source, [pattern for file in FILES for pattern in (file, f"*/{file}")], **hub)
 
 
+def weights_file(directory: Path) -> Path:
+    """Return the file of a model's weights, of this project or, where that is absent, of diffusers."""
+    own, diffusers = directory / WEIGHTS_FILE, directory / DIFFUSERS_WEIGHTS_FILE
+    return own if own.is_file() or not diffusers.is_file() else diffusers
+
+
 def part_hashes(directory: Path) -> dict[str, str]:
     """Return the first digits of the SHA-256 of the weights of each part that a checkpoint holds."""
-    files = {part: directory / part / WEIGHTS_FILE for part in PARTS}
+    files = {part: weights_file(directory / part) for part in PARTS}
     return {part: file_hash(path) for part, path in files.items() if path.is_file()}
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tavq.base.arguments import parse, run_main
-from tavq.base.files import file_hash
-from tavq.base.weights import WEIGHTS_FILE, local_directory
+from tavq.base.weights import local_directory
 from tavq.data.config import SPLITS
 from tavq.serve.config import check_ray
 from tavq.tokenizer.run_config import TokenizeRun
@@ -43,9 +42,13 @@ def encode_on_ray(run: TokenizeRun) -> None:
     from tavq.data.layouts import open_dataset
     from tavq.serve.ray_jobs import PartJob, clear_parts
     from tavq.serve.work import ids_of_row, open_encoder
-    from tavq.tokenizer.encode_dataset import IMAGES_AT_ONCE, encode_dataset
+    from tavq.tokenizer.encode_dataset import IMAGES_AT_ONCE, encode_dataset, weights_hash
+    from tavq.tokenizer.foreign import BASES, open_tokenizer
 
-    checkpoint = local_directory(run.checkpoint).resolve()
+    checkpoint = run.checkpoint
+    if not checkpoint.startswith(BASES):
+        checkpoint = str(local_directory(checkpoint).resolve())
+    weights = weights_hash(open_tokenizer(checkpoint, run.image_size_px), checkpoint)
     data = str(Path(run.data).resolve()) if Path(run.data).exists() else run.data
     keep = run.keep and run.keep.resolve()
     seen = keep_only(open_dataset(data), keep).fingerprint()
@@ -58,8 +61,8 @@ def encode_on_ray(run: TokenizeRun) -> None:
             [(split, start, min(start + size, count)) for start in range(0, count, size)],
             1,
             open_encoder,
-            (str(checkpoint), run.device, data, keep, run.crops),
-            fingerprint=f"tokenize {seen} {run.crops} {file_hash(checkpoint / WEIGHTS_FILE)}",
+            (checkpoint, run.image_size_px, run.device, data, keep, run.crops),
+            fingerprint=f"tokenize {seen} {run.crops} {weights}",
         )
         encoded = map(ids_of_row, itertools.chain.from_iterable(job.rows(run.engine)))
         return ((index, ids) for index, ids in encoded if index >= first)

@@ -14,11 +14,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from tavq.generator.preference import PreferenceTask
     from tavq.generator.train import GeneratorTask, train_generator
-    from tavq.tokenizer.model import TAVQTokenizer
+    from tavq.tokenizer.foreign import open_tokenizer
 
     task_class = PreferenceTask if run.stage == "preference" else GeneratorTask
     if run.tokenizer is None:
         train_generator(run, task_class=task_class)
         return
-    tokenizer = TAVQTokenizer.from_pretrained(run.tokenizer)
+    tokenizer = open_tokenizer(run.tokenizer)
     train_generator(run, lambda ids: tokenizer.decode(ids.cpu()), tokenizer.codebook, task_class=task_class)

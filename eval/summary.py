@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tavq.base.weights import WEIGHTS_FILE
+from tavq.base.weights import weights_file
 from tavq.eval.cells import format_metric, markdown_row
 from tavq.eval.results import Results
 
@@ -115,7 +115,7 @@ def make_models(directories: Sequence[Path]) -> str:
     lines = ["| weights | task | parameters | on disk | |", "| --- | --- | ---: | ---: | --- |"]
     for directory in directories:
         for part, task in PARTS.items():
-            weights = directory / part / WEIGHTS_FILE
+            weights = weights_file(directory / part)
             count = f"{parameters(weights) / MILLION:.1f} M"
             size = f"{weights.stat().st_size / MILLION:.1f} MB"
             note = sizes_of(directory / part) if part == "tokenizer" else ""
@@ -125,9 +125,9 @@ def make_models(directories: Sequence[Path]) -> str:
 
 def sizes_of(directory: Path) -> str:
     """Return in words what a tokenizer reads and writes."""
-    from tavq.tokenizer.model import TAVQTokenizer
+    from tavq.tokenizer.foreign import open_tokenizer
 
-    tokenizer = TAVQTokenizer.from_pretrained(directory)
+    tokenizer = open_tokenizer(directory)
     h, w = tokenizer.grid_size
     return (
         f"reads {tokenizer.image_size_px} px as {h} x {w} tokens of {tokenizer.num_codes:,} codes, "

@@ -62,15 +62,17 @@ def open_generator(
     return write
 
 
-def open_encoder(checkpoint: str, device: str, data: str, keep: Path | None, crops: int) -> WritePart:
+def open_encoder(
+    checkpoint: str, image_size_px: int | None, device: str, data: str, keep: Path | None, crops: int
+) -> WritePart:
     """Write the ids of ranges (split, first, last) of a dataset, one JSON line an image."""
     from tavq.base.device import choose_device
     from tavq.data.keep import keep_only
     from tavq.data.layouts import open_dataset
     from tavq.tokenizer.encode_dataset import crops_of, encode_range
-    from tavq.tokenizer.model import TAVQTokenizer
+    from tavq.tokenizer.foreign import open_tokenizer
 
-    tokenizer = TAVQTokenizer.from_pretrained(checkpoint).to(choose_device(device))
+    tokenizer = open_tokenizer(checkpoint, image_size_px).to(choose_device(device))
     dataset = keep_only(open_dataset(data), keep)
 
     def write(ranges: Sequence[tuple[str, int, int]], path: Path) -> None:

@@ -15,15 +15,18 @@ import torch.nn.functional as F
 from torch import nn
 from vector_quantize_pytorch import VectorQuantize
 
-from tavq.alignment.adapters import Adapter, adapt
+from tavq.alignment.adapters import Adapter, DiffusersAdapter, adapt
 from tavq.alignment.aligner import TextAligner
 from tavq.alignment.config import AlignmentConfig
 from tavq.alignment.unit_index import SampledTexts, TextUnits
-from tavq.commands import align
+from tavq.commands import align, tokenize, train_captioner, train_generator
 from tavq.data.images import to_tensor
 from tavq.data.layouts import open_dataset
+from tavq.eval import run_caption, run_tokenizer
+from tavq.pipeline import Pipeline
 from tavq.tokenizer.adapter import TAVQAdapter
 from tavq.tokenizer.config import PRESETS
+from tavq.tokenizer.foreign import ForeignTokenizer, open_tokenizer
 from tavq.tokenizer.model import TAVQTokenizer
 from tavq.training.run_folder import read_log
 
@@ -380,3 +383,67 @@ def test_a_tokenizer_of_ours_is_only_probed(tiny_checkpoint, tmp_path, capsys):
     with pytest.raises(SystemExit):
         align.main([*flags, "--image-size-px", str(SIZE)])
     assert "--probe-only" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_chain_is_trained_on_the_ids_of_a_model_of_another_library(few_shapes, tmp_path, monkeypatch):
+    """Tokenized, a captioner and a generator trained on its codes, captioned, generated and reconstructed by
+    the pipeline, with the model's own folder as the tokenizer."""
+    chain = tmp_path / "chain"
+    torch.manual_seed(0)
+    DiffusersAdapter(diffusers_model(), SIZE).save(chain / "tokenizer")
+    tokenizer = open_tokenizer(chain / "tokenizer")
+    assert tokenizer.image_size_px == SIZE and tokenizer.grid_size == (16, 16)
+    ids = tokenizer.encode(images())
+    assert torch.allclose(
+        tokenizer.decode(ids), tokenizer.adapter.base(images()).sample.clamp(-1, 1), atol=1e-4
+    )
+
+    tokenize.main(
+        [
+            "--data",
+            str(few_shapes),
+            "--out",
+            str(tmp_path / "tokens"),
+            "--checkpoint",
+            str(chain / "tokenizer"),
+        ]
+    )
+    common = [
+        "--preset",
+        "tiny",
+        "--tokens",
+        str(tmp_path / "tokens"),
+        "--tokenizer",
+        str(chain / "tokenizer"),
+    ]
+    common += ["--training.steps", "2", "--training.batch-size", "4", "--out"]
+    train_captioner.main([*common, str(chain / "captioner")])
+    train_generator.main([*common, str(chain / "generator")])
+
+    pipeline = Pipeline.from_pretrained(chain)
+    photo = open_dataset(str(few_shapes), "val").load_image(0)
+    assert pipeline.caption([photo])[0][0].text
+    assert pipeline.generate("a red circle")[0].image.size == (SIZE, SIZE)
+    assert pipeline.reconstruct(photo)[0].image.size == (SIZE, SIZE)
+    with pytest.raises(ValueError, match="--align none"):
+        pipeline.heatmaps(photo, "a red circle")
+
+    measure = ["--checkpoint", str(chain), "--data", str(few_shapes), "--split", "val", "--out"]
+    run_caption.main([*measure, str(tmp_path / "caption.json")])
+    run_tokenizer.main([*measure, str(tmp_path / "tokenizer.json"), "--no-frechet"])
+
+
+def test_taming_models_decode_their_ids_and_unknown_decoders_are_named():
+    for build in (ForeignVQModel, lambda: ForeignVQModel(l2_norm=True)):
+        tokenizer = ForeignTokenizer(adapt(build().eval(), SIZE))
+        rebuilt, _ = tokenizer.adapter.reconstruct(images())
+        assert torch.allclose(tokenizer.decode(tokenizer.encode(images())), rebuilt.clamp(-1, 1), atol=1e-5)
+    around = ForeignTokenizer(adapt(Around(**LEARNED), SIZE))
+    with pytest.raises(ValueError, match="can be captioned, not decoded"):
+        around.decode(around.encode(images()))
+
+
+def test_a_tokenizer_of_this_project_takes_no_other_size(tiny_checkpoint):
+    with pytest.raises(ValueError, match="leave --image-size-px out"):
+        open_tokenizer(tiny_checkpoint / "tokenizer", 64)

@@ -20,7 +20,7 @@ from tavq.base.files import file_hash
 from tavq.base.locks import only_writer
 from tavq.base.progress import Progress
 from tavq.base.seeding import mixed_seed
-from tavq.base.weights import WEIGHTS_FILE, local_directory
+from tavq.base.weights import local_directory, weights_file
 from tavq.data.config import SPLITS
 from tavq.data.dataset import ImageTextDataset, UnreadableImages, tried_images
 from tavq.data.images import UnreadableImageError, to_tensor
@@ -29,6 +29,7 @@ from tavq.data.layouts import open_dataset
 from tavq.data.token_writer import IMAGES_PER_SHARD, unfinished_tokens
 from tavq.data.tokens import TokenMeta, TokenRecord, TokenSet
 
+from .foreign import BASES, ForeignTokenizer, open_tokenizer
 from .model import TAVQTokenizer
 from .run_config import TokenizeRun
 from .training_images import SMALLEST_CROP
@@ -52,14 +53,13 @@ def encode_dataset(
         images_per_shard: of each shard.
         encode: encodes elsewhere; by default this process does.
     """
-    directory = local_directory(run.checkpoint)
-    tokenizer = TAVQTokenizer.from_pretrained(directory).to(choose_device(run.device))
+    tokenizer = open_tokenizer(run.checkpoint, run.image_size_px).to(choose_device(run.device))
     dataset = keep_only(open_dataset(run.data), run.keep)
     meta = TokenMeta(
         num_codes=tokenizer.num_codes,
         grid_size=tokenizer.grid_size,
         codebook_hash=tokenizer.codebook_hash,
-        tokenizer=file_hash(directory / WEIGHTS_FILE),
+        tokenizer=weights_hash(tokenizer, run.checkpoint),
         data=dataset.name,
         image_size_px=tokenizer.image_size_px,
     )
@@ -78,6 +78,13 @@ def encode_dataset(
             else:
                 encoded = encode(split, first, len(examples))
             unfinished.write(_records(examples, split, done, first, encoded), {split: done.count})
+
+
+def weights_hash(tokenizer: TAVQTokenizer | ForeignTokenizer, source: str) -> str:
+    """Names the weights of a tokenizer that was opened from `source`."""
+    if isinstance(tokenizer, ForeignTokenizer) and source.startswith(BASES):
+        return tokenizer.weights_hash
+    return file_hash(weights_file(local_directory(source)))
 
 
 def _records(
@@ -163,7 +170,7 @@ def crops_of(split: str, crops: int) -> int:
 
 
 def encode_range(
-    tokenizer: TAVQTokenizer, dataset: ImageTextDataset, crops: int, first: int, last: int
+    tokenizer: TAVQTokenizer | ForeignTokenizer, dataset: ImageTextDataset, crops: int, first: int, last: int
 ) -> Iterator[Encoded]:
     """Encode the images from `first` up to `last` of a split, batch by batch.
 
@@ -201,7 +208,9 @@ def variants(image: Image.Image, size_px: int, crops: int, seed: int) -> Tensor:
     return torch.stack(views)
 
 
-def _encode_batch(tokenizer: TAVQTokenizer, batch: list[tuple[int, Tensor]]) -> Iterator[Encoded]:
+def _encode_batch(
+    tokenizer: TAVQTokenizer | ForeignTokenizer, batch: list[tuple[int, Tensor]]
+) -> Iterator[Encoded]:
     device = next(tokenizer.parameters()).device
     ids = tokenizer.encode(torch.cat([views for _, views in batch]).to(device))
     ids_nVhw = ids.unflatten(0, (len(batch), -1)).cpu().numpy()

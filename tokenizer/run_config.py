@@ -158,7 +158,12 @@ class TokenizeRun:
     keep: Path | None = None
     """File of the images and captions to use, as tavq check-data writes it; all by default."""
     checkpoint: str = str(shipped_checkpoint() / "tokenizer")
-    """Tokenizer: a directory or hf:OWNER/NAME."""
+    """Tokenizer: a directory or hf:OWNER/NAME. Or a VQ model of another library: a directory that
+    diffusers.VQModel saved, or call:MODULE:FUNCTION, a function that returns a taming, LlamaGen or
+    vector_quantize_pytorch model."""
+    image_size_px: int | None = None
+    """Side of the images that a model of another library reads. By default the `sample_size` that diffusers
+    stores, and 128 for others."""
     crops: int = 2
     """Random crops of each training image, beside the image and its mirror image. Every second crop is
     mirrored."""
