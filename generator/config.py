@@ -159,6 +159,10 @@ class GeneratorRun:
     """Tokenizer whose codebook initialises the token embeddings and which decodes the sample images."""
     label_smoothing: float = 0.05
     """Fraction of the target that is spread over all codes."""
+    cache: Literal["disk", "none"] = "disk"
+    """Whether the states of the captions' tokens are kept on disk, encoded once, or not: `none` encodes the
+    captions of each batch, for token sets whose states would fill the disk (12 KB a caption), and takes about
+    a quarter more time (docs/scale.md)."""
     long_text: bool = False
     """Also train on the long texts of the dataset, each as one more caption of its image. They are cut to
     --model.max-text-tokens."""
@@ -299,6 +303,9 @@ class LexiconRun:
     """YAML file of these fields, instead of a preset."""
     dry_run: bool = False
     """Show shapes, parameters, memory and time of this training, measured in a few steps; write nothing."""
+    cache: Literal["disk", "none"] = "disk"
+    """Whether the states of the captions' tokens are kept on disk, encoded once, or not: `none` encodes the
+    captions of each batch."""
     text_rate: float = 0.3
     """Fraction of examples whose caption follows the words, so that they learn to share the slots."""
     model: LexiconShape = LexiconShape()

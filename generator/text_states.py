@@ -1,7 +1,7 @@
-"""Token states of many captions, computed once and kept on disk without padding.
+"""Token states of many captions: computed once and kept on disk without padding, or anew in each batch.
 
-They are read as they are needed, so that memory does not grow with their number. To encode the captions of
-each batch anew would take longer than a training step of the small generator.
+From the disk they are read as they are needed, so that memory does not grow with their number. To encode the
+captions of each batch anew would take longer than a training step of the small generator, but no disk.
 
 Shapes: n texts, T text tokens, M text width.
 """
@@ -11,8 +11,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +25,51 @@ from tavq.base.cache import cache_directory
 from tavq.data.text_encoder import TextEncoder, TokenStates
 
 TEXTS_AT_ONCE = 1024  # texts that the encoder is given together
+
+
+class TextStates(Protocol):
+    """States of the tokens of n texts."""
+
+    def rows(self, texts: Sequence[int]) -> TokenStates:
+        """Return the states of some texts, padded to T slots, in float32."""
+
+
+def open_states(
+    encoder: TextEncoder, texts: Sequence[str], max_tokens: int, cache: Literal["disk", "none"]
+) -> TextStates:
+    """Return the states of `texts`, kept on disk or encoded when they are asked for.
+
+    Args:
+        encoder: the frozen text encoder.
+        texts: n texts; one longer than `max_tokens` is truncated, with the encoder's warning.
+        max_tokens: T.
+        cache: "none" keeps nothing.
+    """
+    return (
+        pack_states(encoder, texts, max_tokens)
+        if cache == "disk"
+        else BatchStates(encoder, texts, max_tokens)
+    )
+
+
+class BatchStates:
+    """Encodes texts when they are asked for; arguments as those of `open_states`."""
+
+    def __init__(self, encoder: TextEncoder, texts: Sequence[str], max_tokens: int):
+        self.encoder = encoder
+        self.texts = texts
+        self.max_tokens = max_tokens
+        self._has_warned = False
+
+    def rows(self, texts: Sequence[int]) -> TokenStates:
+        """Return the states of some texts, padded to T slots, rounded to float16 as those on disk are."""
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            found = self.encoder.token_states([self.texts[text] for text in texts], self.max_tokens)
+        if heard and not self._has_warned:  # once, not in each batch
+            self._has_warned = True
+            warnings.warn(heard[0].message, stacklevel=2)
+        return TokenStates(found.states.half().float(), found.mask.clone())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,7 +39,7 @@ from .attention import choice
 from .config import RUN_PRESETS, GeneratorRun, GeneratorShape
 from .model import GeneratorConfig, GeneratorModel
 from .sampling import sample
-from .text_states import PackedStates, pack_states
+from .text_states import TextStates, open_states
 
 EVALUATION_BATCH = 100
 NUM_SAMPLES = 16  # images in the sample grid
@@ -108,9 +108,9 @@ class GeneratorTask(Task[nn.Module, GeneratorModel]):
 
         self.encoder = encoder = TextEncoder(run.model.text_encoder)
         max_tokens = run.model.max_text_tokens
-        self.texts = pack_states(encoder, all_captions, max_tokens)
+        self.texts = open_states(encoder, all_captions, max_tokens, run.cache)
         first_captions = [captions[0] for captions in self.val_set.captions]
-        self.val_texts = pack_states(encoder, first_captions, max_tokens)
+        self.val_texts = open_states(encoder, first_captions, max_tokens, run.cache)
 
         torch.manual_seed(run.training.seed)
         generator = GeneratorModel.from_config(_config_of(run, train_set.meta, encoder))
@@ -161,7 +161,7 @@ class GeneratorTask(Task[nn.Module, GeneratorModel]):
 def nats_per_token(
     model: GeneratorModel,
     tokens: TokenSet,
-    texts: PackedStates,
+    texts: TextStates,
     given: Callable[[Tensor, TokenStates], TokenStates],
 ) -> float:
     """Measure how likely a generator finds the images of a token set. Processes share the images.

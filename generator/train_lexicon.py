@@ -27,7 +27,7 @@ from tavq.training.task import StepOutput, Task
 from .config import LexiconRun
 from .lexicon import Lexicon, LexiconConfig, with_words
 from .model import GeneratorModel
-from .text_states import pack_states
+from .text_states import open_states
 from .train import TokenExamples, nats_per_token
 
 
@@ -58,9 +58,9 @@ class LexiconTask(Task["LexiconTrainer", Lexicon]):
         train_set, self.val_set = (open_tokens(run.tokens, split) for split in ("train", "val"))
         generator.check_codebook(train_set.meta.codebook_hash)
         encoder = TextEncoder.checked(config.text_encoder, config.text_encoder_hash)
-        self.texts = pack_states(encoder, AllTexts(train_set), config.max_text_tokens)
+        self.texts = open_states(encoder, AllTexts(train_set), config.max_text_tokens, run.cache)
         firsts = [group[0] for group in self.val_set.captions]
-        self.val_texts = pack_states(encoder, firsts, config.max_text_tokens)
+        self.val_texts = open_states(encoder, firsts, config.max_text_tokens, run.cache)
         self.dataset = TokenExamples(train_set)
 
         torch.manual_seed(run.training.seed)

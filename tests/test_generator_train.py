@@ -16,7 +16,7 @@ from tavq.generator import text_states, train
 from tavq.generator.config import RUN_PRESETS, SamplingConfig
 from tavq.generator.model import GeneratorModel
 from tavq.generator.sampling import sample
-from tavq.generator.text_states import pack_states
+from tavq.generator.text_states import open_states, pack_states
 from tavq.generator.train import GeneratorTask, TokenExamples, train_generator
 from tavq.training.checkpoint import tensor_hash
 from tavq.training.loop import EVALUATED_FOLDER
@@ -71,6 +71,35 @@ def test_packed_states_are_those_of_the_encoder_and_come_from_the_cache(tmp_path
     assert torch.equal(pack_states(encoder, SUBJECTS, 12, tmp_path).rows([2, 0]).states, rows.states)
     with pytest.raises(TypeError):
         pack_states(encoder, SUBJECTS[:2], 12, tmp_path)
+
+
+def test_states_that_are_encoded_in_each_batch_equal_those_on_disk(tmp_path, monkeypatch):
+    encoder = TextEncoder()
+    monkeypatch.setenv("TAVQ_CACHE", str(tmp_path))
+    texts = [f"{subject} number {number}" for number in range(3) for subject in SUBJECTS]
+    live = open_states(encoder, texts, 6, "none")
+    chosen = [7, 0, 11, 7]
+    with pytest.warns(UserWarning, match="of 4 texts are longer than 6 tokens") as heard:
+        rows = [live.rows(chosen) for _ in range(3)][-1]
+    assert len(heard) == 1 and not list(tmp_path.iterdir()), "one warning, and nothing on disk"
+    with pytest.warns(UserWarning):
+        kept = open_states(encoder, texts, 6, "disk").rows(chosen)
+    assert torch.equal(rows.mask, kept.mask) and list(tmp_path.iterdir())
+    torch.testing.assert_close(rows.states, kept.states, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_generator_learns_alike_with_states_on_disk_and_in_each_batch(tokens, tmp_path):
+    logs = {}
+    for cache in ("disk", "none"):
+        flags = ["--preset", "tiny", "--tokens", str(tokens), "--cache", cache, "--training.log-every", "1"]
+        steps = ["--training.steps", "6", "--training.evaluate-every", "6"]
+        main([*flags, *steps, "--out", str(tmp_path / cache)])
+        logs[cache] = [
+            line["loss"] for line in read_log(tmp_path / cache / "training/log.jsonl") if "loss" in line
+        ]
+    assert len(logs["disk"]) == 6
+    np.testing.assert_allclose(logs["none"], logs["disk"], rtol=2e-3)
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from tavq.tokenizer import distillation
 from tavq.tokenizer import train as tokenizer_train
 from tavq.tokenizer import train_decoder as train_decoder_module
 from tavq.tokenizer.config import RUN_PRESETS
-from tavq.tokenizer.distillation import map_of_view, teacher_maps
+from tavq.tokenizer.distillation import BatchTeacher, map_of_view, teacher_maps
 from tavq.tokenizer.losses import FrozenNetwork
 from tavq.tokenizer.model import TAVQTokenizer, TokenizerConfig
 from tavq.tokenizer.provenance import TokenizerProvenance, migrate_provenance
@@ -86,6 +86,29 @@ def test_the_teachers_maps_are_standardised_and_read_back(teacher, monkeypatch):
     assert torch.equal(torch.from_numpy(again[:]).float(), maps)
     with pytest.raises(TypeError):
         teacher_maps(FrozenNetwork(teacher), dataset.take(39), (4, 4))
+
+
+@pytest.mark.slow
+def test_maps_that_are_computed_in_each_batch_equal_those_on_disk(teacher, monkeypatch):
+    run = dataclasses.replace(TINY, distill=teacher, align="none", data="shapes:40")
+    kept, live = (TokenizerTask(dataclasses.replace(run, cache=cache)) for cache in ("disk", "none"))
+    assert live.maps is None and live.teacher.dim == kept.maps.shape[1]
+    items = [kept.dataset[(index, draw)] for index, draw in ((0, 0), (1, 1), (2, 2), (39, 7))]
+    assert any(item["box"] != WHOLE for item in items) and any(item["flipped"] for item in items)
+    expected, batch = kept.collate(items)["teacher"], live.collate(items)
+    views = live.teacher.maps_of_views(batch["teacher"], batch["boxes"], batch["flipped"])
+    torch.testing.assert_close(views, expected, atol=4e-3, rtol=2e-3)
+
+    heard = [float(task.model(task.collate(items), 0).report["distill"].detach()) for task in (kept, live)]
+    assert heard[1] == pytest.approx(heard[0], abs=1e-3)
+
+    # Of more images, a sample is measured: the same one in each run.
+    monkeypatch.setattr(distillation, "MEASURED_IMAGES", 24)
+    network = FrozenNetwork(teacher)
+    sampled, again = (BatchTeacher.measured(network, kept.train_set, (4, 4)) for _ in range(2))
+    assert torch.equal(sampled.shift, again.shift) and not torch.equal(sampled.shift, live.teacher.shift)
+    # The teacher is asked for 24 of 40 images: its mean is near that of all.
+    assert ((sampled.shift - live.teacher.shift) / live.teacher.scale).abs().max() < 0.5
 
 
 @pytest.mark.slow

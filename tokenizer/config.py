@@ -252,7 +252,8 @@ class TokenizerRun:
     """
 
     data: str = "shapes"
-    """Dataset: a directory in any known layout, `shapes` or `scenes` (generated)."""
+    """Dataset: a directory in any known layout; shards, also by URL; hf:OWNER/NAME, a dataset of the hub,
+    with options behind a ? (docs/training.md); `shapes` or `scenes` (generated)."""
     keep: Path | None = None
     """File of the images and captions to train on, as tavq check-data writes it; all by default."""
     images: tuple[Path, ...] = ()
@@ -275,6 +276,10 @@ class TokenizerRun:
     distill: Path | None = None
     """TorchScript vision network whose last map the latents learn to predict. A program, trusted as that of
     --perceptual is."""
+    cache: Literal["disk", "none"] = "disk"
+    """Whether the maps of --distill are kept on disk, computed once, or not: `none` computes them in each
+    batch, for datasets whose maps would fill the disk (with SqueezeNet 147 KB an image, at 12 x 12), and
+    takes about a tenth more time (docs/scale.md)."""
     classes: str | None = None
     """Where semantic classes come from, for --model.quantizer.name sgc: a TorchScript vision network (.pt),
     whose maps are clustered (a program, trusted as that of --perceptual is), or a directory or hf:OWNER/NAME

@@ -18,6 +18,7 @@ from tavq.alignment.aligner import TextAligner, sample_texts
 from tavq.alignment.config import NUM_LEVELS
 from tavq.alignment.lgvq import CaptionMasker, LanguageGuidance, MaskedCaptions
 from tavq.alignment.unit_index import UnitIndex
+from tavq.base.arrays import DiskArray
 from tavq.base.processes import sum_of_counts
 from tavq.data.embedding_cache import EmbeddingCache
 from tavq.data.image_folder import with_more_images
@@ -31,7 +32,7 @@ from tavq.training.task import StepOutput, Task
 from .codebook_usage import CodebookMonitor, level_costs, level_ids, perplexity, usage_chart
 from .config import TokenizerRun
 from .discriminator import ProjectedDiscriminator
-from .distillation import DistillationHead, map_of_view, teacher_maps
+from .distillation import BatchTeacher, DistillationHead, map_of_view, teacher_maps, teacher_pixels
 from .fit_projections import fit_projections
 from .losses import FrozenNetwork, ReconstructionLoss
 from .model import Encoded, TAVQTokenizer, TokenizerConfig
@@ -60,6 +61,7 @@ class TokenizerTrainer(nn.Module):
         tokenizer: TAVQTokenizer,
         teacher_dim: int | None = None,
         vocabulary: Tensor | None = None,
+        teacher: BatchTeacher | None = None,
     ):
         super().__init__()
         self.run = run
@@ -87,6 +89,7 @@ class TokenizerTrainer(nn.Module):
             h, w = tokenizer.grid_size
             self.guidance = LanguageGuidance(run.lgvq, code_dim, h * w, vocabulary)
         self.head = DistillationHead(code_dim, teacher_dim) if teacher_dim else None
+        self.teacher = teacher
 
     def forward(
         self, batch: dict[str, Any], step: int, discriminator: ProjectedDiscriminator | None = None
@@ -118,7 +121,10 @@ class TokenizerTrainer(nn.Module):
             loss = loss + guidance
             report |= values
         if self.head is not None:
-            report["distill"] = self.head(encoded.latents[-1], batch["teacher"])
+            maps = batch["teacher"]
+            if self.teacher is not None:
+                maps = self.teacher.maps_of_views(maps, batch["boxes"], batch["flipped"])
+            report["distill"] = self.head(encoded.latents[-1], maps)
             on = (encoded.latents[-1],)
             loss = loss + self.loss.balance.weigh("distill", report["distill"], reconstruction, on, step)
 
@@ -170,7 +176,7 @@ class TokenizerTask(Task[TokenizerTrainer, TAVQTokenizer]):
         encoder = None if run.align == "none" else TextEncoder(run.text_encoder)
         self._prepare_texts(encoder)
         teacher = None if run.distill is None else FrozenNetwork(run.distill)
-        self.maps = None if teacher is None else teacher_maps(teacher, self.train_set, run.model.grid_size)
+        self._prepare_teacher(teacher)
         self.classes: SemanticClasses | None = None
         if run.classes is not None:
             quantizer = run.model.quantizer
@@ -180,9 +186,8 @@ class TokenizerTask(Task[TokenizerTrainer, TAVQTokenizer]):
 
         torch.manual_seed(run.training.seed)
         self.shipped = self._new_tokenizer(encoder, earlier)
-        teacher_dim = None if self.maps is None else self.maps.shape[1]
         vocabulary = encoder.token_embeddings if encoder is not None and run.align == "lgvq" else None
-        self.model = TokenizerTrainer(run, self.shipped, teacher_dim, vocabulary)
+        self.model = TokenizerTrainer(run, self.shipped, self.teacher_dim, vocabulary, self.teacher)
         examples = originals(self.dataset, run.losses.window_px)
         self.discriminator = self.model.loss.make_discriminator(examples)
         self.discriminator_rate = run.losses.discriminator_rate
@@ -196,6 +201,19 @@ class TokenizerTask(Task[TokenizerTrainer, TAVQTokenizer]):
             None if self.classes is None else self.classes.source_hash,
         )
         self.shipped.config = dataclasses.replace(self.shipped.config, provenance=provenance)
+
+    def _prepare_teacher(self, network: FrozenNetwork | None) -> None:
+        """Open the maps that are distilled, or get ready to compute them in each batch."""
+        self.maps: DiskArray | None = None
+        self.teacher: BatchTeacher | None = None
+        self.teacher_dim: int | None = None
+        grid = self.run.model.grid_size
+        if network is not None and self.run.cache == "none":
+            self.teacher = BatchTeacher.measured(network, self.train_set, grid)
+            self.teacher_dim = self.teacher.dim
+        elif network is not None:
+            self.maps = teacher_maps(network, self.train_set, grid)
+            self.teacher_dim = self.maps.shape[1]
 
     def _prepare_texts(self, encoder: TextEncoder | None) -> None:
         """Encode what the chosen alignment compares images with."""
@@ -254,6 +272,10 @@ class TokenizerTask(Task[TokenizerTrainer, TAVQTokenizer]):
                 for e in examples
             ]
             batch["teacher"] = torch.stack(maps)
+        if self.teacher is not None:  # which looks at them on the device of the training
+            batch["teacher"] = teacher_pixels(self.train_set, indices)
+            batch["boxes"] = [example["box"] for example in examples]
+            batch["flipped"] = [example["flipped"] for example in examples]
         if self.classes is not None:
             views = [self.classes.of_view(e["index"], e["box"], flipped=e["flipped"]) for e in examples]
             batch["classes"] = torch.stack(views)
