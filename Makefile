@@ -55,8 +55,8 @@ docs: .venv/installed-test
 	@$(TIMED); $(DOCS)
 
 .venv/installed-demo: EXTRAS := app
-.venv/installed-test: EXTRAS := app,eval,data,scale,dev,docs
-.venv/installed-mutants: EXTRAS := app,eval,data,scale,dev,docs,mutants
+.venv/installed-test: EXTRAS := app,eval,data,remote,scale,dev,docs
+.venv/installed-mutants: EXTRAS := app,eval,data,remote,scale,dev,docs,mutants
 .venv/installed-demo .venv/installed-test .venv/installed-mutants: $(SOURCES)
 	@python="$(PYTHON)"; [ -n "$$python" ] || { echo "$(NO_PYTHON)" >&2; exit 2; }; \
 	  "$$python" install.py $(EXTRAS)

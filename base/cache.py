@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 CACHES = {
     "token_index": "where each image of a token set lies in its shards",
     "remote_shards": "what remote shards of images hold, and where",
+    "parquet_images": "images of parquet files, of the hub and local, as far as they were read",
     "text_vectors": "one vector for each caption and text unit, from the text encoder",
     "text_units": "words, phrases and sentences of the captions that a tokenizer is aligned with",
     "token_states": "one state for each token of the captions that a generator trains on",

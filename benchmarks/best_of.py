@@ -35,7 +35,8 @@ class BestOf:
 
     checkpoint: str = CHECKPOINT
     data: str = dataclasses.field(default_factory=default_data)
-    """Dataset: a directory in any known layout, `shapes` or `scenes`. By default that of TAVQ_DATA."""
+    """Dataset: a directory in any known layout, hf:OWNER/NAME, `shapes` or `scenes`. By default that of
+    TAVQ_DATA."""
     split: str = "val"
     prompts: int = 100
     """The first captions of so many photos."""

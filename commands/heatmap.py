@@ -41,7 +41,7 @@ class HeatmapRun:
     text: Positional[str | None] = None
     """The text whose words, phrases and sentences are shown."""
     data: str | None = None
-    """Dataset in any known layout, `shapes` or `scenes`, instead of an image and a text."""
+    """Dataset in any known layout, hf:OWNER/NAME, `shapes` or `scenes`, instead of an image and a text."""
     split: str = "test"
     """Split of the dataset: train, val or test."""
     count: int = 10

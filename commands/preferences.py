@@ -32,7 +32,8 @@ class PreferenceRun:
     """
 
     data: str = dataclasses.field(default_factory=default_data)
-    """Dataset: a directory in any known layout, `shapes` or `scenes`. By default that of TAVQ_DATA."""
+    """Dataset: a directory in any known layout, hf:OWNER/NAME, `shapes` or `scenes`. By default that of
+    TAVQ_DATA."""
     out: Path = Path("runs/preferences.jsonl")
     """File of JSON lines, one for each prompt."""
     prompts: int = 1000

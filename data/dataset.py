@@ -22,6 +22,7 @@ from tavq.base.cache import cache_root
 
 from .column import Column
 from .images import UnreadableImageError, load_image, to_rgb
+from .parquet_rows import ImageColumn, ParquetImage
 from .tar_shards import Shard, ShardImage
 
 MAX_UNREADABLE_SHARE = 0.01
@@ -76,7 +77,9 @@ class ExampleFile(Sequence[Example]):
         splits: the splits by number.
     """
 
-    def __init__(self, file: BinaryIO, places: np.ndarray, shards: Sequence[Shard], splits: Sequence[str]):
+    def __init__(
+        self, file: BinaryIO, places: np.ndarray, shards: Sequence[Shard | ImageColumn], splits: Sequence[str]
+    ):
         self.file = file
         self.places = places
         self.shards = shards
@@ -91,9 +94,13 @@ class ExampleFile(Sequence[Example]):
         offset, length, _ = self.places[range(len(self))[index]].tolist()
         # Not seek and read: the workers of a DataLoader share the file's position.
         id_, captions, long_text, split, place = json.loads(os.pread(self.file.fileno(), length, offset))
-        image: Path | ShardImage = (
-            Path(place) if isinstance(place, str) else ShardImage(self.shards[place[0]], *place[1:])
-        )
+        image: Path | ShardImage | ParquetImage
+        if isinstance(place, str):
+            image = Path(place)
+        else:
+            shard = self.shards[place[0]]
+            image_class = ParquetImage if isinstance(shard, ImageColumn) else ShardImage
+            image = image_class(shard, *place[1:])
         return Example(id_, image, tuple(captions), long_text, split)
 
     def of_split(self, split: str) -> ExampleFile:
@@ -110,7 +117,7 @@ def collect(examples: Iterable[Example]) -> Sequence[Example]:
     rest = iter(examples)
     first = tuple(itertools.islice(rest, IN_MEMORY))
     following = next(rest, None)
-    if following is None or not all(isinstance(e.image, Path | ShardImage) for e in first):
+    if following is None or not all(isinstance(e.image, Path | ShardImage | ParquetImage) for e in first):
         return (*first, *([] if following is None else [following]), *rest)
     return _written(itertools.chain(first, [following], rest))
 
@@ -118,7 +125,7 @@ def collect(examples: Iterable[Example]) -> Sequence[Example]:
 def _written(examples: Iterator[Example]) -> ExampleFile:
     cache_root().mkdir(parents=True, exist_ok=True)
     file = tempfile.TemporaryFile(dir=cache_root())
-    shards: dict[Shard, int] = {}
+    shards: dict[Shard | ImageColumn, int] = {}
     splits: dict[str, int] = {}
     places: list[np.ndarray] = []
     end = 0
@@ -133,12 +140,13 @@ def _written(examples: Iterator[Example]) -> ExampleFile:
     return ExampleFile(file, np.concatenate(places), list(shards), list(splits))
 
 
-def _line(example: Example, shards: dict[Shard, int]) -> bytes:
+def _line(example: Example, shards: dict[Shard | ImageColumn, int]) -> bytes:
     image = example.image
     place: Any = str(image)
-    if isinstance(image, ShardImage):
+    if isinstance(image, ShardImage | ParquetImage):
         number = shards.setdefault(image.shard, len(shards))
-        place = [number, image.name, image.offset, image.size]
+        fields = dataclasses.fields(image)[1:]  # all but the shard
+        place = [number, *(getattr(image, field.name) for field in fields)]
     row = [example.id, example.captions, example.long_text, example.split, place]
     return json.dumps(row).encode()
 

@@ -2,9 +2,10 @@
 
 Known layouts: Karpathy json (`dataset_*.json` + `images/`), COCO captions (`annotations/captions_*.json` +
 image folders), the original Flickr8k (`Images/` + `captions.txt` or `Flickr8k.token.txt` and its split
-lists), `metadata.jsonl` (Hugging Face imagefolder), WebDataset shards (`*.tar`), a folder of images with
-`.txt` side-cars (one caption a line), and the generated datasets "shapes" and "scenes". A dense description
-is taken from `long_text.jsonl`, a ShareGPT4V json or `NAME.long.txt` where one lies beside them.
+lists), `metadata.jsonl` (Hugging Face imagefolder), WebDataset shards (`*.tar`), parquet files as
+`datasets` writes them, a folder of images with `.txt` side-cars (one caption a line), datasets of the
+Hugging Face hub (`hf:OWNER/NAME`), and the generated datasets "shapes" and "scenes". A dense description is
+taken from `long_text.jsonl`, a ShareGPT4V json or `NAME.long.txt` where one lies beside them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from .config import SPLITS
 from .contained import LinkCheck
 from .dataset import Example, ImageTextDataset, collect
 from .layouts_folder import IMAGE_SUFFIXES, has_metadata, read_metadata, read_sidecars
+from .layouts_hub import Source, named_source, read_hub
 from .layouts_json import read_coco, read_karpathy, read_original_flickr8k
 from .layouts_shards import named_shards, read_shards
 from .long_text import attach_long_text
@@ -28,7 +30,7 @@ from .shapes import shapes_examples
 _GENERATED = {"shapes": shapes_examples, "scenes": scenes_examples}
 _KNOWN = (
     "dataset_*.json, annotations/captions_*.json, Flickr8k's captions.txt, metadata.jsonl, "
-    "*.tar shards or images with .txt side-cars"
+    "*.tar shards, *.parquet files or images with .txt side-cars"
 )
 
 
@@ -47,6 +49,7 @@ def open_dataset(path: str | Path, split: str | None = None) -> ImageTextDataset
         path: a directory, an annotation json in it, or "shapes" or "scenes" for a generated dataset, with as
             many training images as a number behind a colon says ("scenes:50000"). WebDataset shards may also
             be one file, a pattern such as photos/train-{000..099}.tar, or a URL of these, see `remote`.
+            A dataset of the hub is hf:OWNER/NAME, see `layouts_hub.named_source`.
         split: "train", "val" or "test"; None gives all.
 
     Raises:
@@ -61,16 +64,19 @@ def open_dataset(path: str | Path, split: str | None = None) -> ImageTextDataset
     if name in _GENERATED:
         return _generate(name, count, SPLITS if split is None else (split,))
 
-    shards = named_shards(str(path))
+    source = named_source(str(path))
+    if source is not None and source.repository:
+        return ImageTextDataset(source.name, collect(_select_split(read_hub(source), split, str(path))))
+    shards = [] if source else named_shards(str(path))
     local = [shard for shard in shards if isinstance(shard, Path)]
     if len(local) < len(shards):
         remote = _select_split(read_shards(shards), split, str(path))
         return ImageTextDataset(shards[0].stem, collect(remote))
 
-    root = local[0] if local else Path(path)
+    root = local[0] if local else Path(source.path if source else path)
     folder = root if root.is_dir() else root.parent
     links = LinkCheck(_root_of_images(root))
-    reader = (lambda: read_shards(local)) if local else _find_reader(root)
+    reader = (lambda: read_shards(local)) if local else _find_reader(root, source)
     # One example after the other, as a large dataset does not fit into memory.
     examples = _check_images(_select_split(reader(), split, folder), folder, links)
     return ImageTextDataset(folder.resolve().name, collect(attach_long_text(examples, folder, links)))
@@ -84,8 +90,10 @@ def _generate(name: str, count: str, splits: Iterable[str]) -> ImageTextDataset:
     return ImageTextDataset(name, examples)
 
 
-def _find_reader(root: Path) -> Callable[[], Iterable[Example]]:
-    """Return the reader for the layout at `root`."""
+def _find_reader(root: Path, source: Source | None) -> Callable[[], Iterable[Example]]:
+    """Return the reader for the layout at `root`; where options are given, that of parquet files."""
+    if source is not None:
+        return lambda: read_hub(source)
     if root.is_file():
         return _json_reader(root)
     if not root.is_dir():
@@ -104,6 +112,8 @@ def _find_reader(root: Path) -> Callable[[], Iterable[Example]]:
         return lambda: read_original_flickr8k(captions, root)
     if shards := _files(root, "*.tar"):
         return lambda: read_shards(shards)
+    if any(root.rglob("*.parquet")):
+        return lambda: read_hub(Source(str(root)))
     if any(file.suffix.lower() in IMAGE_SUFFIXES for file in root.rglob("*")):
         return lambda: read_sidecars(root)
     state = "holds no known layout" if any(root.iterdir()) else "is empty"

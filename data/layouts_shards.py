@@ -62,14 +62,15 @@ def named_shards(path: str) -> list[Shard]:
     return [Path(name) for name in names]
 
 
-def read_shards(shards: Sequence[Shard]) -> Iterator[Example]:
+def read_shards(shards: Sequence[Shard], split: str = "") -> Iterator[Example]:
     """Read shards: `KEY.jpg` (or another image) beside `KEY.txt`, one caption a line, or `KEY.json`.
 
     Keys of the json: caption, captions or text; optional long_text and split. The id is the key; where
     several shards have that key, it is `SHARD/KEY`. An image is read from its shard when it is asked for.
+    Where the split is not given, the name of a shard or the json says it.
     """
     without_caption: list[str] = []
-    examples = collect(example for shard in shards for example in _read_shard(shard, without_caption))
+    examples = collect(example for shard in shards for example in _read_shard(shard, without_caption, split))
     in_several = repeated(examples)
     for example in examples:
         if example.id in in_several and isinstance(example.image, ShardImage):
@@ -83,8 +84,8 @@ def read_shards(shards: Sequence[Shard]) -> Iterator[Example]:
         )
 
 
-def _read_shard(shard: Shard, without_caption: list[str]) -> Iterator[Example]:
-    shard_split = SPLIT_NAMES.get(shard.stem.split("-")[0].lower(), "")
+def _read_shard(shard: Shard, without_caption: list[str], split: str) -> Iterator[Example]:
+    shard_split = split or SPLIT_NAMES.get(shard.stem.split("-")[0].lower(), "")
     for sample in _list_remote(shard) if isinstance(shard, RemoteFile) else _list_samples(shard):
         where = f"{shard}, {sample.key}"
         captions = captions_of(sample.text, where)
@@ -93,8 +94,8 @@ def _read_shard(shard: Shard, without_caption: list[str]) -> Iterator[Example]:
             continue
         # Name and place alone: tens of thousands of TarInfo objects would take much memory.
         load = ShardImage(shard, sample.image, sample.offset, sample.size)
-        split = named_split(sample.text, where) or shard_split
-        yield Example(sample.key, load, captions, long_text_of(sample.text, where), split)
+        own_split = named_split(sample.text, where) or shard_split
+        yield Example(sample.key, load, captions, long_text_of(sample.text, where), own_split)
 
 
 class _Sample(NamedTuple):

@@ -35,10 +35,11 @@ class RemoteFile:
         """Its name without the suffix."""
         return PurePosixPath(self.name).stem
 
-    def open(self) -> BinaryIO:
-        """Open it for reading at any place; it is fetched in blocks."""
+    def open(self, *, ahead: bool = True) -> BinaryIO:
+        """Open it for reading at any place; it is fetched in blocks, or not `ahead` of what is asked for."""
         system, path = self._system()
-        return cast(BinaryIO, self._checked(system.open, path, "rb", block_size=BLOCK_BYTES))
+        cache: dict[str, Any] = {} if ahead else {"cache_type": "none"}
+        return cast(BinaryIO, self._checked(system.open, path, "rb", block_size=BLOCK_BYTES, **cache))
 
     def read_range(self, offset: int, size: int) -> bytes:
         """Fetch `size` bytes from `offset` on; fewer where the file ends before."""

@@ -44,7 +44,8 @@ class CaptionBaselines:
     """
 
     data: str = dataclasses.field(default_factory=default_data)
-    """Dataset: a directory in any known layout, `shapes` or `scenes`. By default that of TAVQ_DATA."""
+    """Dataset: a directory in any known layout, hf:OWNER/NAME, `shapes` or `scenes`. By default that of
+    TAVQ_DATA."""
     split: str = "test"
     """Split whose images are captioned."""
     limit: int | None = None

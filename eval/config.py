@@ -28,7 +28,8 @@ class EvaluationRun:
     checkpoint: str = CHECKPOINT
     """Directory or hf:OWNER/NAME that holds tokenizer/, generator/ and captioner/."""
     data: str = dataclasses.field(default_factory=default_data)
-    """Dataset: a directory in any known layout, `shapes` or `scenes`. By default that of TAVQ_DATA."""
+    """Dataset: a directory in any known layout, hf:OWNER/NAME, `shapes` or `scenes`. By default that of
+    TAVQ_DATA."""
     split: str = "test"
     """Split to measure. Choices are made on val; test is run once, on the frozen recipe."""
     limit: int | None = None
@@ -175,7 +176,8 @@ class BlindRun:
     tokenizers: Positional[tuple[str, str]]
     """Two tokenizers: directories or hf:OWNER/NAME."""
     data: str = dataclasses.field(default_factory=default_data)
-    """Dataset: a directory in any known layout, `shapes` or `scenes`. By default that of TAVQ_DATA."""
+    """Dataset: a directory in any known layout, hf:OWNER/NAME, `shapes` or `scenes`. By default that of
+    TAVQ_DATA."""
     split: str = "val"
     """Split of the dataset: train, val or test."""
     images: int = 40

@@ -48,7 +48,8 @@ class GeneratorCurve:
     checkpoint: Path = shipped_checkpoint()
     """Directory that holds the tokenizer/ of that generator."""
     data: str = dataclasses.field(default_factory=default_data)
-    """Dataset: a directory in any known layout, `shapes` or `scenes`. By default that of TAVQ_DATA."""
+    """Dataset: a directory in any known layout, hf:OWNER/NAME, `shapes` or `scenes`. By default that of
+    TAVQ_DATA."""
     split: str = "val"
     """Split to measure on."""
     limit: int = 500

@@ -87,7 +87,8 @@ class Ablation:
     """
 
     data: str = dataclasses.field(default_factory=default_data)
-    """Dataset: a directory in any known layout, `shapes` or `scenes`. By default that of TAVQ_DATA."""
+    """Dataset: a directory in any known layout, hf:OWNER/NAME, `shapes` or `scenes`. By default that of
+    TAVQ_DATA."""
     teacher: Path | None = None
     """TorchScript network of the perceptual loss, and of the classes of SGC-VQGAN and of purity. Nothing is
     distilled here."""

@@ -38,7 +38,8 @@ class CaptionComparison:
     """
 
     data: str = dataclasses.field(default_factory=default_data)
-    """Dataset: a directory in any known layout, `shapes` or `scenes`. By default that of TAVQ_DATA."""
+    """Dataset: a directory in any known layout, hf:OWNER/NAME, `shapes` or `scenes`. By default that of
+    TAVQ_DATA."""
     runs: Path = Path("runs/ablation")
     """Directory with the runs of the ablation."""
     seeds: tuple[int, ...] = (0, 1, 2)

@@ -198,7 +198,9 @@ def test_a_torch_of_another_version_does_not_count_as_installed(clone):
     assert f"torch=={PIN}+cpu" in clone.installs()[0]
 
 
-@pytest.mark.parametrize(("target", "extras"), [("demo", "app"), ("test", "app,eval,data,scale,dev,docs")])
+@pytest.mark.parametrize(
+    ("target", "extras"), [("demo", "app"), ("test", "app,eval,data,remote,scale,dev,docs")]
+)
 def test_a_second_make_installs_nothing_until_the_requirements_change(clone, target, extras):
     clone.answer(configured=f"{PIN}+cpu")
     for _ in range(2):

@@ -32,7 +32,8 @@ class DecoderRun:
     tokenizer: Path = Path("runs/tokenizer")
     """Checkpoint to start from; it is not changed."""
     data: str = "shapes"
-    """Dataset: a directory in any known layout, `shapes` or `scenes` (generated)."""
+    """Dataset: a directory in any known layout; shards, also by URL; hf:OWNER/NAME, a dataset of the hub,
+    with options behind a ? (docs/training.md); `shapes` or `scenes` (generated)."""
     images: tuple[Path, ...] = ()
     """Folders of more images, which need no captions."""
     out: Path = Path("runs/decoder")
@@ -113,7 +114,8 @@ class AlignRun:
     LlamaGen or vector_quantize_pytorch model with its weights), or tavq:PATH (a tokenizer of this project,
     with --probe-only)."""
     data: str
-    """Dataset: a directory in any known layout, `shapes` or `scenes` (generated)."""
+    """Dataset: a directory in any known layout; shards, also by URL; hf:OWNER/NAME, a dataset of the hub,
+    with options behind a ? (docs/training.md); `shapes` or `scenes` (generated)."""
     out: Path
     """Directory for the aligned model, in the format of its own library, and for report.json."""
     dry_run: bool = False
@@ -152,7 +154,7 @@ class TokenizeRun:
     """
 
     data: str
-    """Dataset: a directory in any known layout, `shapes` or `scenes`."""
+    """Dataset: a directory in any known layout, hf:OWNER/NAME, `shapes` or `scenes`."""
     out: Path
     """Directory for the shards."""
     keep: Path | None = None
@@ -188,7 +190,7 @@ class CodebookRun:
     checkpoint: Positional[str]
     """Tokenizer: a directory or hf:OWNER/NAME."""
     data: str
-    """Dataset: a directory in any known layout, `shapes` or `scenes`."""
+    """Dataset: a directory in any known layout, hf:OWNER/NAME, `shapes` or `scenes`."""
     out: Path = Path("codebook.png")
     """File for the sheet."""
     split: str = "val"
@@ -227,7 +229,7 @@ class CheckRun:
     """
 
     data: Positional[str]
-    """Dataset: a directory in any known layout, `shapes` or `scenes`."""
+    """Dataset: a directory in any known layout, hf:OWNER/NAME, `shapes` or `scenes`."""
     out: Path = Path("checked")
     """Directory for report.html, captions.tsv (all captions, the worst first) and keep.txt."""
     show: int = 60
@@ -264,7 +266,7 @@ class DescribeRun:
     """
 
     data: str
-    """Dataset: a directory in any known layout, `shapes` or `scenes`."""
+    """Dataset: a directory in any known layout, hf:OWNER/NAME, `shapes` or `scenes`."""
     out: Path | None = None
     """File for the descriptions. By default DATA/long_text.jsonl, where training finds it. What the filter
     drops goes to NAME.rejected.jsonl beside it, with the reason."""
