@@ -6,7 +6,6 @@ Caption the images of a split and score the captions: CIDEr, BLEU, METEOR, ROUGE
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import sys
 import time
@@ -14,13 +13,16 @@ import time
 import numpy as np
 
 from tavq.base.files import atomic_write
-from tavq.base.progress import Progress
-from tavq.captioner.config import DecodingConfig
 from tavq.captioner.reward import ends_in_function_word
-from tavq.data.dataset import ImageTextDataset, readable_images
-from tavq.data.images import squash
 from tavq.eval.config import CaptionEvaluation
-from tavq.eval.evaluation import open_evaluation, print_report, protocol_fields
+from tavq.eval.evaluation import (
+    CAPTIONED_AT_ONCE,
+    best_captions,
+    open_evaluation,
+    print_report,
+    protocol_fields,
+    squashed_images,
+)
 from tavq.eval.results import (
     caption_fields,
     make_protocol,
@@ -28,20 +30,22 @@ from tavq.eval.results import (
     with_intervals,
     write_results,
 )
+from tavq.eval.work import work_of
 from tavq.metrics.captions import caption_metrics
 from tavq.metrics.ptb import tokenize
-from tavq.pipeline import Pipeline
-
-IMAGES_AT_ONCE = 20
 
 
 def evaluate_captioner(run: CaptionEvaluation) -> None:
     """Caption a split, score the captions, and write the result file."""
     started = time.monotonic()
     pipeline, dataset = open_evaluation(run, ("tokenizer", "captioner"))
-    captions = caption_split(pipeline, dataset, run.decoding)
-    hypotheses = {dataset[index].id: text for index, text in captions.items()}
-    references = {dataset[index].id: list(dataset[index].captions) for index in captions}
+    path = run.result_path("caption")
+    work = work_of(run, path)
+    images, indices = squashed_images(dataset, pipeline.tokenizer.image_size_px)
+    captions = work(best_captions, pipeline, images, run.decoding, batch=CAPTIONED_AT_ONCE)["captions"]
+    examples = [dataset[index] for index in indices]
+    hypotheses = {example.id: text for example, text in zip(examples, captions.tolist(), strict=True)}
+    references = {example.id: list(example.captions) for example in examples}
 
     scores = caption_metrics(hypotheses, references, backend=run.backend)
     is_incomplete = [ends_in_function_word(tokenize(hypotheses[name]).split()) for name in scores.ids]
@@ -60,29 +64,15 @@ def evaluate_captioner(run: CaptionEvaluation) -> None:
         skipped=scores.skipped,
         floors=human_scores(references),
     )
-    path = run.result_path("caption")
     with atomic_write(path.with_suffix("") / "captions.json") as temporary:
         rows = [{"image_id": name, "caption": text} for name, text in hypotheses.items()]
         temporary.write_text(json.dumps(rows, indent=0, ensure_ascii=False) + "\n")
     write_results(path, metrics, protocol, per_image=per_image, ids=scores.ids)
+    work.clear()
 
     print_report(run, path, metrics, protocol)
     for metric, reason in scores.skipped.items():
         print(f"{metric} was left out: {reason}", file=sys.stderr)
-
-
-def caption_split(pipeline: Pipeline, dataset: ImageTextDataset, decoding: DecodingConfig) -> dict[int, str]:
-    """Return index of an image -> its best caption, for every image that can be read."""
-    size = pipeline.tokenizer.image_size_px
-    images = ((index, squash(image, size)) for index, image in readable_images(dataset))
-    best: dict[int, str] = {}
-    with Progress(total=len(dataset), desc="captioning", unit="image") as bar:
-        while batch := list(itertools.islice(images, IMAGES_AT_ONCE)):
-            candidates = pipeline.caption([image for _, image in batch], decoding)
-            for (index, _), captions in zip(batch, candidates, strict=True):
-                best[index] = captions[0].text
-            bar.update(len(batch))
-    return best
 
 
 def human_scores(references: dict[str, list[str]]) -> dict[str, float]:

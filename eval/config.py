@@ -11,6 +11,7 @@ from pathlib import Path
 from tyro.conf import OmitArgPrefixes, Positional
 
 from tavq.base.device import Device
+from tavq.base.engine import EngineConfig
 from tavq.base.files import check_file
 from tavq.base.weights import CHECKPOINT
 from tavq.captioner.config import DecodingConfig
@@ -70,7 +71,14 @@ class EvaluationRun:
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenizerEvaluation(EvaluationRun):
+class SpreadEvaluation(EvaluationRun):
+    """An evaluation whose work on images can be spread over machines."""
+
+    engine: OmitArgPrefixes[EngineConfig] = EngineConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerEvaluation(SpreadEvaluation):
     """Measure a tokenizer: reconstruction, use of the codebook, retrieval through the codes.
 
     Example: tavq eval tokenizer --features mobilenet_v2_features.pt --out results/tokenizer.json
@@ -93,7 +101,7 @@ class TokenizerEvaluation(EvaluationRun):
 
 
 @dataclasses.dataclass(frozen=True)
-class T2IEvaluation(EvaluationRun):
+class T2IEvaluation(SpreadEvaluation):
     """Generate an image from the first caption of each image, and compare them with the real ones.
 
     Example: tavq eval t2i --features mobilenet_v2_features.pt --out results/t2i.json
@@ -125,6 +133,8 @@ class T2IEvaluation(EvaluationRun):
             raise ValueError(f"seeds is {self.seeds}, expected 1 or more")
         if self.image_words < 0:
             raise ValueError(f"image_words is {self.image_words}, expected 0 or more")
+        if self.image_words and self.engine.engine == "ray":
+            raise ValueError("--image-words are read in this process; leave out --engine ray")
         if not (self.text or self.image_words):
             raise ValueError(
                 "the generator would be given nothing; leave out --no-text, or give --image-words"
@@ -132,7 +142,7 @@ class T2IEvaluation(EvaluationRun):
 
 
 @dataclasses.dataclass(frozen=True)
-class CaptionEvaluation(EvaluationRun):
+class CaptionEvaluation(SpreadEvaluation):
     """Caption the images of a split and score the captions against the human ones.
 
     Example: tavq eval caption --checkpoint runs/mine --split val --beam 5 --out results/caption.json

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -18,16 +19,26 @@ from torch import Tensor
 from tavq.base.arguments import print_json
 from tavq.base.cache import cache_directory
 from tavq.base.device import choose_device
+from tavq.base.progress import Progress
 from tavq.base.weights import CONFIG_FILE, local_directory
+from tavq.captioner.config import DecodingConfig
 from tavq.data.dataset import ImageTextDataset, readable_images
 from tavq.data.images import to_pil, to_pixels
 from tavq.data.layouts import open_dataset
 from tavq.eval.config import EvaluationRun
 from tavq.eval.results import format_comparison
-from tavq.metrics.features import FeatureNetwork, ImageSet, load_network, refuse_training_network
+from tavq.eval.work import HERE, Here
+from tavq.metrics.features import (
+    FeatureNetwork,
+    ImageSet,
+    compute_features,
+    load_network,
+    refuse_training_network,
+)
 from tavq.pipeline import Pipeline
 from tavq.tokenizer.provenance import migrate_provenance
 
+CAPTIONED_AT_ONCE = 20
 REFERENCE_SIZE_PX = 224
 RESIZE = f"squashed to {REFERENCE_SIZE_PX} x {REFERENCE_SIZE_PX}, antialiased bicubic (Pillow)"
 
@@ -123,9 +134,28 @@ def kid_options(n: int) -> dict[str, int]:
     return {"kid_subsets": 100, "kid_subset_size": min(250, n)}
 
 
-def image_metric_options(n: int, device: str = "cpu") -> dict[str, Any]:
+def image_metric_options(n: int, device: str = "cpu", work: Here = HERE) -> dict[str, Any]:
     """Return the options of `image_metrics` over n images; features of the reference are cached."""
-    return {"cache_dir": cache_directory("image_features"), "device": device, **kid_options(n)}
+
+    def compute(images: ImageSet, network: FeatureNetwork, device: str, batch_size: int) -> dict[str, Tensor]:
+        pixels = torch.stack(images.images)
+        features = work(network_features, network, pixels, device, batch_size, batch=batch_size)
+        return {layer: torch.from_numpy(rows) for layer, rows in features.items()}
+
+    return {
+        "cache_dir": cache_directory("image_features"),
+        "device": device,
+        "compute": None if work is HERE else compute,
+        **kid_options(n),
+    }
+
+
+def network_features(
+    network: FeatureNetwork, images: Tensor, device: str, batch_size: int
+) -> dict[str, np.ndarray]:
+    """Return the features of images (n, 3, H, W) uint8 by layer, (n, D)."""
+    features = compute_features(ImageSet(images), network, device, batch_size)
+    return {layer: rows.numpy() for layer, rows in features.items()}
 
 
 def network_fields(network: FeatureNetwork, n: int) -> dict[str, Any]:
@@ -141,6 +171,14 @@ def reference_set(dataset: ImageTextDataset) -> tuple[ImageSet, list[int]]:
     """Return the readable images at the size at which all images are measured, and their indices."""
     images, indices = squashed_images(dataset, REFERENCE_SIZE_PX)
     return ImageSet(images), indices
+
+
+def best_captions(pipeline: Pipeline, images: Tensor, decoding: DecodingConfig) -> dict[str, np.ndarray]:
+    """Return as "captions" the best caption of each image (n, 3, S, S) uint8."""
+    captions: list[str] = []
+    for batch in Progress(images.split(CAPTIONED_AT_ONCE), desc="captioning"):
+        captions += [candidates[0].text for candidates in pipeline.caption(uint8_to_pil(batch), decoding)]
+    return {"captions": np.array(captions)}
 
 
 def print_report(

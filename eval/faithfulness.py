@@ -19,17 +19,17 @@ from tavq.base.progress import Progress
 from tavq.captioner.config import GREEDY
 from tavq.data.dataset import ImageTextDataset, readable_images
 from tavq.data.images import grid, to_pixels
-from tavq.eval.evaluation import uint8_to_pil
+from tavq.eval.evaluation import CAPTIONED_AT_ONCE, best_captions, uint8_to_pil
+from tavq.eval.work import HERE, Here
 from tavq.metrics.captions import caption_metrics
 from tavq.pipeline import Pipeline
 from tavq.tokenizer.retrieval import alignment_scores, image_to_text_ranks
 
-IMAGES_AT_ONCE = 20
 RANK = 10
 
 
 def judge_images(
-    judge: Pipeline, images: Tensor, dataset: ImageTextDataset
+    judge: Pipeline, images: Tensor, dataset: ImageTextDataset, work: Here = HERE
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Score images generated from the first caption of each example.
 
@@ -37,11 +37,12 @@ def judge_images(
         judge: see `judge.open_judge`.
         images: (n, 3, S, S) uint8.
         dataset: n examples.
+        work: where images are captioned.
 
     Returns:
         Scores (n, 1) by metric, and as floors the mean scores when each image has the next one's prompt.
     """
-    captions = cycle_captions(judge, images)
+    captions = cycle_captions(judge, images, work)
     scores = {"cycle_CIDEr": cycle_cider(captions, dataset)}
     shuffled_captions = [*captions[1:], captions[0]]
     floors = {"cycle_CIDEr": float(cycle_cider(shuffled_captions, dataset).mean())}
@@ -55,14 +56,9 @@ def judge_images(
     return scores, floors
 
 
-def cycle_captions(judge: Pipeline, images: Tensor) -> list[str]:
+def cycle_captions(judge: Pipeline, images: Tensor, work: Here = HERE) -> list[str]:
     """Return the judge's greedy caption of each image (n, 3, S, S) uint8."""
-    pil_images = uint8_to_pil(images)
-    captions: list[str] = []
-    for start in Progress(range(0, len(pil_images), IMAGES_AT_ONCE), desc="judging"):
-        batch = judge.caption(pil_images[start : start + IMAGES_AT_ONCE], GREEDY)
-        captions += [candidates[0].text for candidates in batch]
-    return captions
+    return work(best_captions, judge, images, GREEDY, batch=CAPTIONED_AT_ONCE)["captions"].tolist()
 
 
 def cycle_cider(captions: list[str], dataset: ImageTextDataset) -> np.ndarray:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from tavq.base.progress import Progress
 from tavq.data.dataset import ImageTextDataset
 from tavq.data.images import from_pixels
 from tavq.eval.evaluation import resized, squashed_images, training_networks
+from tavq.eval.work import HERE, Here
 from tavq.metrics.frechet import frechet_distance
 from tavq.pipeline import Pipeline
 
@@ -52,23 +54,29 @@ def judge_fields(judge: Pipeline, pipeline: Pipeline, parts: Sequence[str]) -> d
     }
 
 
-@torch.inference_mode()
-def judge_features(judge: Pipeline, images: Tensor) -> Tensor:
+def judge_features(judge: Pipeline, images: Tensor, work: Here = HERE) -> Tensor:
     """The judge's trunk features of the last level, averaged over positions.
 
     Args:
+        judge: see `open_judge`.
         images: (n, 3, H, W) uint8; squashed to the size that the judge reads.
+        work: where they are computed.
 
     Returns:
         (n, D) float32.
     """
-    tokenizer = judge.tokenizer
-    batches = resized(images, tokenizer.image_size_px).split(IMAGES_AT_ONCE)
+    small = resized(images, judge.tokenizer.image_size_px)
+    return torch.from_numpy(work(trunk_features, judge, small, batch=IMAGES_AT_ONCE)["features"])
+
+
+@torch.inference_mode()
+def trunk_features(judge: Pipeline, images: Tensor) -> dict[str, np.ndarray]:
+    """Return the "features" of images (n, 3, S, S) uint8 of the size that the judge reads."""
     features = []
-    for batch in Progress(batches, desc="features of the judge"):
-        trunk = tokenizer.encoder.trunk_features(from_pixels(batch).to(judge.device))[-1]
+    for batch in Progress(images.split(IMAGES_AT_ONCE), desc="features of the judge"):
+        trunk = judge.tokenizer.encoder.trunk_features(from_pixels(batch).to(judge.device))[-1]
         features.append(trunk.mean(dim=1).float().cpu())
-    return torch.cat(features)
+    return {"features": torch.cat(features).numpy()}
 
 
 class JudgeDistance:
@@ -77,15 +85,17 @@ class JudgeDistance:
     Args:
         judge: see `open_judge`.
         dataset: the evaluated photos.
+        work: where features are computed.
     """
 
-    def __init__(self, judge: Pipeline, dataset: ImageTextDataset):
+    def __init__(self, judge: Pipeline, dataset: ImageTextDataset, work: Here = HERE):
         self.judge = judge
+        self.work = work
         self.reference = self._photo_features(dataset)
 
     def __call__(self, images: Tensor) -> float:
         """The distance of images (n, 3, H, W) uint8, of any size."""
-        return frechet_distance(judge_features(self.judge, images), self.reference)
+        return frechet_distance(judge_features(self.judge, images, self.work), self.reference)
 
     def floors(self, shrunk: Tensor, other_split: ImageTextDataset) -> dict[str, float]:
         """What real photos get: the evaluated ones at the decoded size, and as many of another split.
@@ -107,4 +117,4 @@ class JudgeDistance:
 
     def _photo_features(self, dataset: ImageTextDataset) -> Tensor:
         images, _ = squashed_images(dataset, self.judge.tokenizer.image_size_px)
-        return judge_features(self.judge, images)
+        return judge_features(self.judge, images, self.work)

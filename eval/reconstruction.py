@@ -34,7 +34,8 @@ from tavq.eval.evaluation import (
 )
 from tavq.eval.judge import JUDGE_DISTANCE, JudgeDistance, judge_fields, open_judge
 from tavq.eval.results import make_protocol, measured, with_intervals, write_results
-from tavq.metrics.features import FeatureNetwork, ImageSet
+from tavq.eval.work import work_of
+from tavq.metrics.features import ImageSet
 from tavq.metrics.frechet import image_metrics
 from tavq.metrics.image import psnr, ssim
 from tavq.metrics.spectral import WEAVE_FIELDS, flat_patches, octave_statistics, weave_statistics
@@ -44,6 +45,8 @@ from tavq.tokenizer.retrieval import alignment_scores, image_to_text_ranks, text
 from tavq.tokenizer.semantic_classes import code_meaning, open_classes
 
 RECALLS = (1, 5, 10)
+RECONSTRUCTED_AT_ONCE = 32
+"""Images that a task of --engine ray encodes and decodes."""
 
 
 def evaluate_tokenizer(run: TokenizerEvaluation) -> None:
@@ -59,11 +62,14 @@ def evaluate_tokenizer(run: TokenizerEvaluation) -> None:
     shrunk = originals  # at the size that is decoded
     if tokenizer.decode_size_px != tokenizer.image_size_px:
         shrunk, _ = squashed_images(evaluated, tokenizer.decode_size_px)
-    ids, decoded = reconstruct(pipeline, originals)
+    path = run.result_path("tokenizer")
+    work = work_of(run, path)
+    images = work(reconstruct, pipeline, originals, batch=RECONSTRUCTED_AT_ONCE)
+    ids, decoded = (torch.from_numpy(images[name]) for name in ("ids", "decoded"))
 
     per_image = pixel_statistics(decoded, originals, shrunk)
     if run.retrieval and tokenizer.aligned_levels:
-        per_image |= retrieval_hits(pipeline, evaluated, ids)
+        per_image |= retrieval_hits(pipeline, evaluated, ids.to(pipeline.device))
 
     metrics: dict[str, Any] = {}
     floors: dict[str, float] = {}
@@ -72,47 +78,52 @@ def evaluate_tokenizer(run: TokenizerEvaluation) -> None:
     if network is not None:
         reference, _ = reference_set(evaluated)
         name = network.frechet_name
-        distances = [frechet_distance(pipeline, images, network, reference) for images in (decoded, shrunk)]
+        options = image_metric_options(len(reference), str(pipeline.device), work)
+        distances = [
+            image_metrics(ImageSet(at_reference_size(images)), reference, network, **options).values[name]
+            for images in (decoded, shrunk)
+        ]
         metrics[f"r{name}"] = measured(distances[0], len(ids))
         floors[f"{name} of photos at {tokenizer.decode_size_px} px"] = distances[1]
         protocol |= network_fields(network, len(reference))
     if judge is not None:
-        judge_distance = JudgeDistance(judge, evaluated)
+        judge_distance = JudgeDistance(judge, evaluated, work)
         metrics[f"r{JUDGE_DISTANCE}"] = measured(judge_distance(decoded), len(ids))
         floors |= judge_distance.floors(shrunk, other_split(run, len(ids)))
         protocol |= judge_fields(judge, pipeline, ("tokenizer",))
-    metrics |= with_intervals(per_image) | usage_metrics(ids[:, -1].cpu(), tokenizer.num_codes)
+    metrics |= with_intervals(per_image) | usage_metrics(ids[:, -1], tokenizer.num_codes)
     if run.classes is not None:
         classes = open_classes(run.classes, evaluated, tokenizer.grid_size, run.num_classes)
-        meaning = code_meaning(ids[:, -1].cpu(), classes.ids, run.num_classes)
+        meaning = code_meaning(ids[:, -1], classes.ids, run.num_classes)
         metrics["code_purity"] = measured(meaning.purity, len(ids), classes=run.num_classes)
         metrics["class_evenness"] = measured(meaning.evenness, len(ids), classes=run.num_classes)
         floors["purity of shuffled codes"] = meaning.chance
         protocol |= {"classes": classes.source_hash}
 
-    path = run.result_path("tokenizer")
     result = make_protocol(task="tokenizer", ids=evaluated.ids, started=started, **protocol, floors=floors)
     write_results(path, metrics, result, per_image=per_image, ids=evaluated.ids)
+    work.clear()
     print_report(run, path, metrics, result)
 
 
-def reconstruct(pipeline: Pipeline, images: Tensor) -> tuple[Tensor, Tensor]:
+def reconstruct(pipeline: Pipeline, images: Tensor) -> dict[str, np.ndarray]:
     """Encode and decode images, one at a time.
 
     Args:
+        pipeline: whose tokenizer does it.
         images: (n, 3, S, S) uint8.
 
     Returns:
-        ids of all levels (n, 3, h, w), and decoded images (n, 3, S', S') uint8.
+        "ids" of all levels (n, 3, h, w) int64, and "decoded" images (n, 3, S', S') uint8.
     """
     tokenizer = pipeline.tokenizer
     ids: list[Tensor] = []
     decoded: list[Tensor] = []
     for image in Progress(images, desc="reconstructing", unit="image"):
         levels = tokenizer.encode_levels((image[None].float() / 127.5 - 1).to(pipeline.device))
-        ids.append(levels)
+        ids.append(levels.cpu())
         decoded.append(to_uint8(tokenizer.decode(levels[:, -1])).cpu())
-    return torch.cat(ids), torch.cat(decoded)
+    return {"ids": torch.cat(ids).numpy(), "decoded": torch.cat(decoded).numpy()}
 
 
 def pixel_statistics(decoded: Tensor, originals: Tensor, shrunk: Tensor) -> dict[str, np.ndarray]:
@@ -132,15 +143,6 @@ def pixel_statistics(decoded: Tensor, originals: Tensor, shrunk: Tensor) -> dict
         **octave_statistics(decoded, shrunk),
         **weave_statistics(decoded, flat, shrunk, flat),
     }
-
-
-def frechet_distance(
-    pipeline: Pipeline, images: Tensor, network: FeatureNetwork, reference: ImageSet
-) -> float:
-    """Return the Frechet distance of images (n, 3, H, W) uint8 from the real ones."""
-    options = image_metric_options(len(reference), str(pipeline.device))
-    scores = image_metrics(ImageSet(at_reference_size(images)), reference, network, **options)
-    return scores.values[network.frechet_name]
 
 
 def usage_metrics(ids: Tensor, num_codes: int) -> dict[str, dict[str, Any]]:

@@ -173,7 +173,11 @@ def score_images(config: ScoreImages) -> None:
     names = [path.name for path in image_files(config.generated)]
     generated, reference = (ImageSet(p, config.image_size_px) for p in (config.generated, config.reference))
     network = load_network(config.features)
-    kid = {"kid_subsets": config.kid_subsets, "kid_subset_size": config.kid_subset_size, "seed": config.seed}
+    kid: dict[str, Any] = {
+        "kid_subsets": config.kid_subsets,
+        "kid_subset_size": config.kid_subset_size,
+        "seed": config.seed,
+    }
     scores = image_metrics(
         generated,
         reference,

@@ -9,6 +9,7 @@ Shapes: n images, S image size in px.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 import time
@@ -43,6 +44,7 @@ from tavq.eval.evaluation import (
 from tavq.eval.faithfulness import judge_images, nearest_training_images, photo_hits
 from tavq.eval.judge import JUDGE_DISTANCE, JudgeDistance, judge_fields, open_judge
 from tavq.eval.results import make_protocol, measured, with_intervals, write_results
+from tavq.eval.work import HERE, Here, work_of
 from tavq.generator.config import SamplingConfig
 from tavq.metrics.features import FeatureNetwork, ImageSet
 from tavq.metrics.frechet import ImageScores, image_metrics
@@ -61,6 +63,7 @@ def evaluate_generator(run: T2IEvaluation) -> None:
     judge = open_judge(run.judge, pipeline) if run.judge else None
     network = open_network(run.features, pipeline.directory)
     path = run.result_path("t2i")
+    work = work_of(run, path)
     reference, _ = reference_set(dataset)
 
     images_by_seed = [
@@ -72,27 +75,28 @@ def evaluate_generator(run: T2IEvaluation) -> None:
             run.sampling,
             image_words=run.image_words,
             text=run.text,
+            work=work,
         )
         for seed in range(run.seeds)
     ]
-    scores = [score_images(pipeline, images, network, reference) for images in images_by_seed]
+    scores = [score_images(pipeline, images, network, reference, work) for images in images_by_seed]
     for seed, score in enumerate(scores):
         print(f"seed {seed}: " + json.dumps(score.values), file=sys.stderr)
     metrics = {
         name: over_seeds([score.values[name] for score in scores], len(dataset)) for name in scores[0].values
     }
 
-    floors = floor_scores(run, pipeline, dataset, network, reference) if run.floors else {}
+    floors = floor_scores(run, pipeline, dataset, network, reference, work) if run.floors else {}
     per_image = weave_of_generated(images_by_seed[0], dataset)
     fields: dict[str, Any] = {"weave": WEAVE_FIELDS}
     if judge is not None:
-        distance = JudgeDistance(judge, dataset)
+        distance = JudgeDistance(judge, dataset, work)
         metrics[JUDGE_DISTANCE] = over_seeds([distance(images) for images in images_by_seed], len(dataset))
         if run.floors:
             shrunk, _ = squashed_images(dataset, pipeline.tokenizer.decode_size_px)
             floors |= distance.floors(shrunk, other_split(run, len(reference)))
 
-        judged, shuffled = scores_by_judge(judge, images_by_seed[0], dataset)
+        judged, shuffled = scores_by_judge(judge, images_by_seed[0], dataset, work)
         per_image |= judged
         floors |= shuffled
         fields |= judge_fields(judge, pipeline, tuple(judge.hashes))
@@ -111,13 +115,14 @@ def evaluate_generator(run: T2IEvaluation) -> None:
         floors=floors,
     )
     write_results(path, metrics, protocol, per_image=per_image, ids=dataset.ids)
+    work.clear()
 
     save_sheets(run, pipeline, images_by_seed[0], path)
     print_report(run, path, metrics, protocol)
 
 
 def scores_by_judge(
-    judge: Pipeline, images: Tensor, dataset: ImageTextDataset
+    judge: Pipeline, images: Tensor, dataset: ImageTextDataset, work: Here
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Let a judge find prompts and photos of generated images (n, 3, S, S) uint8.
 
@@ -126,7 +131,7 @@ def scores_by_judge(
     """
     per_image: dict[str, np.ndarray] = {}
     floors: dict[str, float] = {}
-    for measure in (judge_images, photo_hits):
+    for measure in (functools.partial(judge_images, work=work), photo_hits):
         scores, shuffled = measure(judge, images, dataset)
         per_image |= scores
         floors |= {f"{name}, prompts shuffled": value for name, value in shuffled.items()}
@@ -151,6 +156,16 @@ def described_prompts(run: T2IEvaluation) -> str:
     return f"{words}, and {caption}" if run.text else words
 
 
+@dataclasses.dataclass(frozen=True)
+class ImageJob:
+    """An image to generate."""
+
+    index: int
+    path: Path
+    prompt: str
+    seed: int
+
+
 def generate_images(
     pipeline: Pipeline,
     dataset: ImageTextDataset,
@@ -160,6 +175,7 @@ def generate_images(
     *,
     image_words: int = 0,
     text: bool = True,
+    work: Here = HERE,
 ) -> Tensor:
     """Generate an image from the first caption of every example into `folder` as 000000.png, ...
 
@@ -170,50 +186,63 @@ def generate_images(
         (n, 3, S, S) uint8.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    prompts = [example.captions[0] if text else "" for example in dataset.examples]
-    paths = [folder / f"{index:06d}.png" for index in range(len(prompts))]
-    seeds = [seed * SEED_STRIDE + index for index in range(len(prompts))]
     parts = {part: pipeline.hashes[part] for part in ("tokenizer", "generator")}
-    at_once = 1 if image_words else PROMPTS_AT_ONCE  # each photo has words of its own
     expected: dict[str, Any] = {"settings": dataclasses.asdict(sampling), "checkpoints": parts}
     if image_words:
         expected["image_words"] = image_words
-    missing = [i for i, path in enumerate(paths) if not _has_recipe(path, prompts[i], seeds[i], expected)]
-
-    done = len(paths) - len(missing)
-    with Progress(total=len(paths), initial=done, desc=f"seed {seed}", unit="image") as bar:
-        for start in range(0, len(missing), at_once):
-            batch = missing[start : start + at_once]
-            results = pipeline.generate_each(
-                [prompts[i] for i in batch] if text else None,
-                [seeds[i] for i in batch],
-                sampling,
-                images=dataset.load_image(batch[0]) if image_words else None,
-                image_words=image_words,
-            )
-            for index, result in zip(batch, results, strict=True):
-                result.save(paths[index])
-                bar.update(1)
+    paths = [folder.resolve() / f"{index:06d}.png" for index in range(len(dataset))]
+    jobs = [
+        ImageJob(index, path, example.captions[0] if text else "", seed * SEED_STRIDE + index)
+        for index, (path, example) in enumerate(zip(paths, dataset.examples, strict=True))
+    ]
+    missing = [job for job in jobs if not _has_recipe(job, expected)]
+    if missing and image_words:
+        write_images(pipeline, missing, sampling, text, image_words, dataset)
+    elif missing:
+        work(write_images, pipeline, missing, sampling, text, batch=PROMPTS_AT_ONCE)
     return torch.stack([_load(path) for path in paths])
 
 
+def write_images(
+    pipeline: Pipeline,
+    jobs: Sequence[ImageJob],
+    sampling: SamplingConfig,
+    text: bool,
+    image_words: int = 0,
+    dataset: ImageTextDataset | None = None,
+) -> dict[str, np.ndarray]:
+    """Generate images and write their files; there are no arrays to return."""
+    at_once = 1 if image_words else PROMPTS_AT_ONCE  # each photo has words of its own
+    with Progress(total=len(jobs), desc="generating", unit="image") as bar:
+        for start in range(0, len(jobs), at_once):
+            batch = jobs[start : start + at_once]
+            results = pipeline.generate_each(
+                [job.prompt for job in batch] if text else None,
+                [job.seed for job in batch],
+                sampling,
+                images=dataset.load_image(batch[0].index) if dataset is not None else None,
+                image_words=image_words,
+            )
+            for job, result in zip(batch, results, strict=True):
+                result.save(job.path)
+                bar.update(1)
+    return {}
+
+
 def score_images(
-    pipeline: Pipeline, images: Tensor, network: FeatureNetwork, reference: ImageSet
+    pipeline: Pipeline, images: Tensor, network: FeatureNetwork, reference: ImageSet, work: Here
 ) -> ImageScores:
     """Compare generated images (n, 3, S, S) uint8 with the real ones."""
-    options = image_metric_options(len(reference), str(pipeline.device))
+    options = image_metric_options(len(reference), str(pipeline.device), work)
     return image_metrics(ImageSet(at_reference_size(images)), reference, network, **options)
 
 
-def _has_recipe(path: Path, prompt: str, seed: int, expected: dict[str, Any]) -> bool:
-    if not path.exists():
+def _has_recipe(job: ImageJob, expected: dict[str, Any]) -> bool:
+    if not job.path.exists():
         return False
-    recipe = read_recipe(path)
-    return (
-        recipe["prompt"] == prompt
-        and recipe["seed"] == seed
-        and all(recipe[name] == value for name, value in expected.items())
-    )
+    recipe = read_recipe(job.path)
+    same = recipe["prompt"] == job.prompt and recipe["seed"] == job.seed
+    return same and all(recipe[name] == value for name, value in expected.items())
 
 
 def _load(path: Path) -> Tensor:
@@ -227,6 +256,7 @@ def floor_scores(
     dataset: ImageTextDataset,
     network: FeatureNetwork,
     reference: ImageSet,
+    work: Here,
 ) -> dict[str, float]:
     """Measure reference points for the Frechet distance, with as many images as were generated."""
     size = pipeline.tokenizer.decode_size_px
@@ -241,7 +271,7 @@ def floor_scores(
         "noise": _noise(len(reference), size),
     }
 
-    options = image_metric_options(len(reference), str(pipeline.device))
+    options = image_metric_options(len(reference), str(pipeline.device), work)
     name = network.frechet_name
     distances: dict[str, float] = {}
     for title, images in sets.items():

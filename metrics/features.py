@@ -9,7 +9,7 @@ Shapes: n images, each (3, H, W) uint8 RGB; D feature width.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.error import URLError
@@ -24,6 +24,7 @@ from tavq.base.files import file_sha256
 from tavq.base.torchscript import load_torchscript
 
 EXTENSIONS = (".png", ".jpg", ".jpeg")
+BATCH_SIZE = 64
 METRIC_LAYERS = ("fid", "kid", "prc", "isc")
 
 
@@ -140,13 +141,18 @@ def image_files(folder: Path) -> list[Path]:
     return files
 
 
+ComputeFeatures = Callable[[ImageSet, FeatureNetwork, str, int], dict[str, Tensor]]
+"""Images, network, device and batch size -> the features of each layer."""
+
+
 def extract_features(
     images: ImageSet,
     network: FeatureNetwork,
     *,
     device: str = "cpu",
-    batch_size: int = 64,
+    batch_size: int = BATCH_SIZE,
     cache_dir: str | Path | None = None,
+    compute: ComputeFeatures | None = None,
 ) -> dict[str, Tensor]:
     """Extract the features of all images.
 
@@ -156,17 +162,22 @@ def extract_features(
         device: that the network runs on.
         batch_size: images per forward pass.
         cache_dir: folder in which features are kept, and looked up, by content.
+        compute: computes those that are not there; `compute_features` by default.
 
     Returns:
         layer name -> (n, D) float32.
     """
+    compute = compute or compute_features
     if cache_dir is None:
-        return _extract(images, network, device, batch_size)
+        return compute(images, network, device, batch_size)
     key = f"{network.extractor}-{images.sha256[:32]}"
-    return cached_tensors(Path(cache_dir), key, lambda: _extract(images, network, device, batch_size))
+    return cached_tensors(Path(cache_dir), key, lambda: compute(images, network, device, batch_size))
 
 
-def _extract(images: ImageSet, network: FeatureNetwork, device: str, batch_size: int) -> dict[str, Tensor]:
+def compute_features(
+    images: ImageSet, network: FeatureNetwork, device: str, batch_size: int
+) -> dict[str, Tensor]:
+    """Compute what `extract_features` returns."""
     from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
 
     _check_one_size(images)

@@ -13,12 +13,13 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .features import FeatureNetwork, ImageSet, extract_features
+from .features import BATCH_SIZE, ComputeFeatures, FeatureNetwork, ImageSet, extract_features
 
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 250
@@ -50,9 +51,10 @@ def image_metrics(
     kid_subset_size: int = KID_SUBSET_SIZE,
     seed: int = 2020,
     device: str = "cpu",
-    batch_size: int = 64,
+    batch_size: int = BATCH_SIZE,
     cache_dir: str | Path | None = None,
     image_size_px: int | None = None,
+    compute: ComputeFeatures | None = None,
 ) -> ImageScores:
     """Compare generated images with reference images, as `torch_fidelity.calculate_metrics` does.
 
@@ -68,13 +70,13 @@ def image_metrics(
         cache_dir: keeps the features of `reference` by content, for the next call. Those of `generated` are
             not kept, since they rarely come twice.
         image_size_px: resize the images of folders to this square first.
+        compute: as `extract_features` takes it.
     """
     generated_set = _as_set(generated, image_size_px)
     reference_set = _as_set(reference, image_size_px)
-    features = extract_features(generated_set, network, device=device, batch_size=batch_size)
-    reference_features = extract_features(
-        reference_set, network, device=device, batch_size=batch_size, cache_dir=cache_dir
-    )
+    options: dict[str, Any] = {"device": device, "batch_size": batch_size, "compute": compute}
+    features = extract_features(generated_set, network, **options)
+    reference_features = extract_features(reference_set, network, cache_dir=cache_dir, **options)
     return score_features(
         features,
         reference_features,

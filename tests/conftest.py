@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -110,6 +111,34 @@ def tiny_checkpoint(tiny_tokenizer: TAVQTokenizer, tmp_path_factory: pytest.Temp
     tiny_tokenizer.save_pretrained(folder / "tokenizer")
     GeneratorModel(generator).save_pretrained(folder / "generator")
     Captioner(captioner).save_pretrained(folder / "captioner")
+    return folder
+
+
+class Moments(torch.nn.Module):
+    """The smallest feature network: mean and deviation of each colour."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        pixels = images.float().flatten(2) / 255
+        return torch.cat([pixels.mean(2), pixels.std(2)], dim=1)
+
+
+@pytest.fixture(scope="session")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small feature network, as --features takes it."""
+    return save_network(Moments(), tmp_path_factory.mktemp("network") / "moments_features.pt")
+
+
+@pytest.fixture
+def judge(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """A checkpoint with another codebook than `tiny_checkpoint`."""
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "judge")
+    tokenizer = TAVQTokenizer.from_pretrained(folder / "tokenizer")
+    torch.nn.init.normal_(tokenizer.quantizer.weight, generator=torch.Generator().manual_seed(1))
+    tokenizer.save_pretrained(folder / "tokenizer")
+    for part in ("generator", "captioner"):  # which name their codebook
+        path = folder / part / "config.json"
+        config = json.loads(path.read_text()) | {"codebook_hash": tokenizer.codebook_hash}
+        path.write_text(json.dumps(config))
     return folder
 
 

@@ -19,6 +19,7 @@ from PIL import Image
 from tavq import photo_index
 from tavq.base.engine import EngineConfig
 from tavq.cli import main
+from tavq.eval import captioning, reconstruction, t2i
 
 pytest.importorskip("ray", reason="needs ray, of the extra `scale`")
 
@@ -351,7 +352,7 @@ def test_descriptions_have_the_bytes_of_one_process_though_a_node_dies(
     assert said["unanswered"] == again["unanswered"] == []
 
 
-def test_a_server_is_asked_without_ray(photos, capsys):
+def test_what_ray_cannot_help_is_refused_with_it(photos, capsys):
     for more, reason in (
         (["--endpoint", "http://x"], "leave out --engine or --endpoint"),
         (["--sample", "3"], "--sample"),
@@ -359,3 +360,52 @@ def test_a_server_is_asked_without_ray(photos, capsys):
         with pytest.raises(SystemExit) as left:
             main(["describe", "--data", str(photos), "--model", "m", "--engine", "ray", *more])
         assert left.value.code == 2 and reason in capsys.readouterr().err
+
+
+EVALUATIONS = {
+    "tokenizer": (reconstruction, ["--limit", "70", "--no-retrieval"], 1),
+    "t2i": (t2i, ["--limit", "36", "--seeds", "1", "--no-floors"], 38),
+    "caption": (captioning, ["--limit", "36", "--beam", "2", "--backend", "python"], 2),
+}
+"""Task -> its module, flags, and number of files beside the result: arrays, images, captions."""
+
+
+@pytest.mark.parametrize("task", EVALUATIONS)
+def test_evaluations_have_the_figures_of_one_process_though_a_node_dies(
+    nodes, task, tiny_checkpoint, judge, network, tmp_path, monkeypatch
+):
+    module, flags, num_files = EVALUATIONS[task]
+    common = ["eval", task, "--data", "shapes", "--checkpoint", str(tiny_checkpoint), *flags]
+    if task != "caption":
+        common += ["--features", str(network), "--judge", str(judge)]
+    main([*common, "--out", str(tmp_path / "local" / "result.json")])
+    out = tmp_path / "ray" / "result.json"
+    parts = out.with_suffix(".parts")
+    killer = nodes.kill_one_when(lambda: any(parts.glob("*/part-*")))
+
+    # Stopped when all is computed: it is not computed again.
+    def stop(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(module, "write_results", stop)
+        main([*common, "--out", str(out), "--engine", "ray"])
+    killer.join()
+    monkeypatch.setattr(PartJob, "_finished", lambda *_: pytest.fail("all parts are there"))
+    main([*common, "--out", str(out), "--engine", "ray"])
+
+    assert not parts.exists()
+    assert figures(out) == figures(tmp_path / "local" / "result.json") and len(figures(out)["metrics"]) > 2
+    others = [
+        path.relative_to(out.parent) for path in out.parent.rglob("*") if path.is_file() and path != out
+    ]
+    assert len(others) == num_files
+    for path in others:
+        assert (out.parent / path).read_bytes() == (tmp_path / "local" / path).read_bytes(), path
+
+
+def figures(result: Path) -> dict[str, Any]:
+    """All that a result file holds, but for when it was made and how long that took."""
+    content = json.loads(result.read_text())
+    del content["protocol"]["seconds"], content["protocol"]["date"]
+    return content

@@ -32,22 +32,7 @@ from tavq.metrics import spectral
 from tavq.pipeline import CHECKPOINT, Generated, Pipeline
 from tavq.tokenizer.model import TAVQTokenizer
 
-from .conftest import save_network
-
 LIMIT = ("--data", "shapes", "--limit", "12")
-
-
-class Moments(torch.nn.Module):
-    """The smallest feature network: mean and deviation of each colour."""
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        pixels = images.float().flatten(2) / 255
-        return torch.cat([pixels.mean(2), pixels.std(2)], dim=1)
-
-
-@pytest.fixture(scope="module")
-def network(tmp_path_factory):
-    return save_network(Moments(), tmp_path_factory.mktemp("network") / "moments_features.pt")
 
 
 @pytest.fixture
@@ -112,20 +97,6 @@ def test_a_network_that_shaped_training_never_measures(checkpoint, network, tmp_
             )
         assert stopped.value.code == 2 and "shaped training" in capsys.readouterr().err
     assert not (tmp_path / "x.json").exists()
-
-
-@pytest.fixture
-def judge(tiny_checkpoint, tmp_path):
-    """A checkpoint with another codebook."""
-    folder = shutil.copytree(tiny_checkpoint, tmp_path / "judge")
-    tokenizer = TAVQTokenizer.from_pretrained(folder / "tokenizer")
-    torch.nn.init.normal_(tokenizer.quantizer.weight, generator=torch.Generator().manual_seed(1))
-    tokenizer.save_pretrained(folder / "tokenizer")
-    for part in ("generator", "captioner"):  # which name their codebook
-        path = folder / part / "config.json"
-        config = json.loads(path.read_text()) | {"codebook_hash": tokenizer.codebook_hash}
-        path.write_text(json.dumps(config))
-    return folder
 
 
 def test_the_judges_features_are_its_last_trunk_block_averaged(judge):
@@ -220,7 +191,7 @@ def test_the_judges_floor_gives_every_image_another_prompt(monkeypatch):
     examples = [Example(f"{i}", photo, (text, text), None, "test") for i, text in enumerate(captions)]
     images = torch.arange(3, dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 3, 8, 8)
 
-    def captions_of(judge, images):
+    def captions_of(judge, images, work):
         return [captions[int(image.max())] for image in images]
 
     def hits_of(judge, images, prompts):
@@ -301,16 +272,16 @@ def test_a_killed_t2i_evaluation_goes_on_where_it_stopped(checkpoint, judge, net
     drawn = t2i.Pipeline.generate_each
     prompts_drawn = []
 
-    def killed(self, prompts, *rest):
+    def killed(self, prompts, *rest, **more):
         if len(prompts_drawn) == 8:
             raise KeyboardInterrupt
         prompts_drawn.extend(prompts)
-        return drawn(self, prompts, *rest)
+        return drawn(self, prompts, *rest, **more)
 
     monkeypatch.setattr(t2i.Pipeline, "generate_each", killed)
     with pytest.raises(SystemExit):
         run_t2i.main(flags)
-    assert not out.exists()
+    assert not out.exists() and len(prompts_drawn) == 8
 
     def counted(self, prompts, *rest, **more):
         prompts_drawn.extend(prompts)

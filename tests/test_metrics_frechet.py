@@ -136,8 +136,8 @@ def test_small_sets_are_warned_about(folders):
 
 def test_cache_goes_by_content(folders, tmp_path, monkeypatch):
     _, reference, path = folders
-    network, calls, extract = load_network(path), [], features._extract
-    monkeypatch.setattr(features, "_extract", lambda *args: calls.append(1) or extract(*args))
+    network, calls, extract = load_network(path), [], features.compute_features
+    monkeypatch.setattr(features, "compute_features", lambda *args: calls.append(1) or extract(*args))
     images = torch.stack(list(ImageSet(reference)))
     first = extract_features(ImageSet(images), network, cache_dir=tmp_path)["features"]
     again = extract_features(ImageSet(images.clone()), network, cache_dir=tmp_path)["features"]
