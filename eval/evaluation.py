@@ -29,6 +29,7 @@ from tavq.eval.config import EvaluationRun
 from tavq.eval.results import format_comparison
 from tavq.eval.work import HERE, Here
 from tavq.metrics.features import (
+    REFERENCE_SIZE_PX,
     FeatureNetwork,
     ImageSet,
     compute_features,
@@ -39,7 +40,6 @@ from tavq.pipeline import Pipeline
 from tavq.tokenizer.provenance import migrate_provenance
 
 CAPTIONED_AT_ONCE = 20
-REFERENCE_SIZE_PX = 224
 RESIZE = f"squashed to {REFERENCE_SIZE_PX} x {REFERENCE_SIZE_PX}, antialiased bicubic (Pillow)"
 
 

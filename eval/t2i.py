@@ -28,7 +28,6 @@ from tavq.data.images import grid, to_pixels
 from tavq.data.layouts import open_dataset
 from tavq.eval.config import T2IEvaluation
 from tavq.eval.evaluation import (
-    REFERENCE_SIZE_PX,
     at_reference_size,
     image_metric_options,
     network_fields,
@@ -46,7 +45,7 @@ from tavq.eval.judge import JUDGE_DISTANCE, JudgeDistance, judge_fields, open_ju
 from tavq.eval.results import make_protocol, measured, with_intervals, write_results
 from tavq.eval.work import HERE, Here, work_of
 from tavq.generator.config import SamplingConfig
-from tavq.metrics.features import FeatureNetwork, ImageSet
+from tavq.metrics.features import REFERENCE_SIZE_PX, FeatureNetwork, ImageSet
 from tavq.metrics.frechet import ImageScores, image_metrics
 from tavq.metrics.spectral import WEAVE_FIELDS, flat_patches, weave_statistics
 from tavq.pipeline import Pipeline, read_recipe

@@ -49,6 +49,10 @@ class FeatureNetwork:
         return "FID" if self.name == "inception" else f"FD-{self.name}"
 
 
+REFERENCE_SIZE_PX = 224
+"""Side to which all images are squashed before they are measured."""
+
+
 def load_network(path: str | Path | None = None) -> FeatureNetwork:
     """Load a feature network.
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 from vector_quantize_pytorch import VectorQuantize
 
@@ -24,11 +25,14 @@ from tavq.data.images import to_tensor
 from tavq.data.layouts import open_dataset
 from tavq.eval import run_caption, run_tokenizer
 from tavq.pipeline import Pipeline
+from tavq.tokenizer import train_adapter
 from tavq.tokenizer.adapter import TAVQAdapter
 from tavq.tokenizer.config import PRESETS
 from tavq.tokenizer.foreign import ForeignTokenizer, open_tokenizer
 from tavq.tokenizer.model import TAVQTokenizer
 from tavq.training.run_folder import read_log
+
+from .conftest import save_network
 
 SIZE = 32
 
@@ -336,6 +340,34 @@ def test_an_aligned_diffusers_model_loads_again_in_diffusers_and_its_codes_fit_t
     lines = [line for line in read_log(tmp_path / "out" / "training" / "log.jsonl") if "l1" in line]
     assert lines[-1]["align/sentences_cost"] < lines[0]["align/sentences_cost"]
     assert "before     after" in capsys.readouterr().out
+
+
+class Moments(nn.Module):
+    """The smallest feature network: mean and deviation of each colour."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        pixels = images.float().flatten(2) / 255
+        return torch.cat([pixels.mean(2), pixels.std(2)], dim=1)
+
+
+@pytest.mark.slow
+def test_a_plain_baseline_trains_the_model_and_leaves_the_projections_of_the_probe(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_adapter, "open_dataset", lambda path, split: open_dataset(path, split).take(24))
+    torch.manual_seed(0)
+    diffusers_model().save_pretrained(tmp_path / "base")
+    network = save_network(Moments(), tmp_path / "moments_features.pt")
+    out = tmp_path / "out"
+    flags = ["--base", f"diffusers:{tmp_path / 'base'}", "--out", str(out), "--data", "shapes"]
+    flags += [*SHORT, "--losses.align", "0", "--features", str(network)]
+    align.main([*flags, "--training.steps", "12", "--training.warmup-steps", "1"])
+    report = json.loads((out / "report.json").read_text())
+    assert report["after"]["l1"] < report["before"]["l1"]
+    assert report["after"]["rFD-moments"] < report["before"]["rFD-moments"]
+    assert not any(
+        name.startswith("align/") for line in read_log(out / "training" / "log.jsonl") for name in line
+    )
+    before, after = (load_file(folder / "heads.safetensors") for folder in (out / "before", out))
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from tavq.alignment.projections import TextProjections
 from tavq.base.arguments import print_json
 from tavq.base.files import atomic_write
 from tavq.base.locks import only_writer
+from tavq.metrics.features import refuse_training_network
 from tavq.training.dry_run import dry_run
 from tavq.training.loop import train
 from tavq.training.run_folder import read_log
@@ -94,10 +95,12 @@ def align_foreign_model(run: AlignRun, base: nn.Module) -> None:
     """Probe a model, train it with the alignment, and report both."""
     image_size_px = DEFAULT_IMAGE_SIZE_PX if run.image_size_px is None else run.image_size_px
     run = dataclasses.replace(run, image_size_px=image_size_px)
-    if run.perceptual is not None and not run.probe_only:
-        open_perceptual(run.perceptual)  # refused before the probe's steps, not after
     adapter = adapt(base, image_size_px, run.stages)
     data = AlignData(run, image_size_px)
+    if run.perceptual is not None and not run.probe_only:
+        teacher = open_perceptual(run.perceptual)  # refused before the probe's steps, not after
+        if data.network is not None:
+            refuse_training_network(data.network, {"perceptual loss": teacher.hash})
     hashes = {"text_encoder": data.text_hash}
 
     if run.dry_run:

@@ -100,6 +100,7 @@ class AlignLosses:
     quantizer: float = 1.0
     """Weight of the base model's own codebook and commitment losses."""
     align: float = 0.5
+    """0 trains the model plainly, as a baseline of equal budget."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +131,9 @@ class AlignRun:
     perceptual: str | None = None
     """`lpips`, or the path of a TorchScript network that returns feature maps. Without it L1 alone.
     A TorchScript file is a program: it runs only if networks.lock or TAVQ_TRUST holds its SHA-256."""
+    features: Path | None = None
+    """TorchScript network that measures rFD, before and after; not the one of --perceptual. Without it rFD
+    is left out."""
     probe_steps: int = 500
     """Steps in which the projections are fitted to the frozen base."""
     probe_only: bool = False

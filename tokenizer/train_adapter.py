@@ -24,9 +24,17 @@ from tavq.alignment.config import NUM_LEVELS
 from tavq.alignment.unit_index import UnitIndex
 from tavq.base.files import atomic_write
 from tavq.data.embedding_cache import EmbeddingCache
-from tavq.data.images import to_uint8
+from tavq.data.images import to_pil, to_pixels, to_uint8
 from tavq.data.layouts import open_dataset
 from tavq.data.text_encoder import TextEncoder
+from tavq.metrics.features import (
+    REFERENCE_SIZE_PX,
+    FeatureNetwork,
+    ImageSet,
+    extract_features,
+    load_network,
+)
+from tavq.metrics.frechet import frechet_distance
 from tavq.metrics.image import psnr
 from tavq.training.stream import Draws
 from tavq.training.task import StepOutput, Task
@@ -75,11 +83,11 @@ class AlignTrainer(nn.Module):
         images = batch["image"]
         losses = self.run.losses
         decoded, captured = self.adapter.reconstruct(images)
-        alignment = self.aligner(captured.features, self.adapter.codebook, batch["texts"])
         if self.frozen:
+            alignment = self.aligner(captured.features, self.adapter.codebook, batch["texts"])
             return StepOutput(alignment.loss, dict(alignment.report))
 
-        report = {"l1": F.l1_loss(decoded, images), "quantizer": captured.quantizer_loss, **alignment.report}
+        report: dict[str, Any] = {"l1": F.l1_loss(decoded, images), "quantizer": captured.quantizer_loss}
         reconstruction = losses.l1 * report["l1"]
         if self.perceptual is not None:
             cropped, targets = random_crop_alike(decoded, images)
@@ -88,11 +96,13 @@ class AlignTrainer(nn.Module):
             report["perceptual"] = self.perceptual.distance(self.perceptual(cropped), target_features)
             reconstruction = reconstruction + losses.perceptual * report["perceptual"]
 
-        # The two gradients are compared where they meet: on the activations that both losses depend on.
-        shared = captured.shared_activations
-        weighted = self.balance.weigh("align", alignment.loss, reconstruction, shared, step)
-        report |= self.balance.report()
-        loss = reconstruction + losses.quantizer * captured.quantizer_loss + weighted
+        loss = reconstruction + losses.quantizer * captured.quantizer_loss
+        if losses.align:
+            alignment = self.aligner(captured.features, self.adapter.codebook, batch["texts"])
+            # The two gradients are compared where they meet: on the activations that both losses depend on.
+            shared = captured.shared_activations
+            loss = loss + self.balance.weigh("align", alignment.loss, reconstruction, shared, step)
+            report |= alignment.report | self.balance.report()
         return StepOutput(loss, report)
 
     def heads(self) -> dict[str, Tensor]:
@@ -110,6 +120,21 @@ class AlignTrainer(nn.Module):
                 tensor.copy_(weights[name])
 
 
+def features_of(decoded: Tensor, originals: Tensor, network: FeatureNetwork) -> list[Tensor]:
+    """Features (B, D) of decoded images and of their originals, at the size at which all are measured.
+
+    Args:
+        decoded: (B, 3, H, W) in [-1, 1].
+        originals: (B, 3, 224, 224) in [-1, 1].
+        network: the network.
+    """
+    enlarged = torch.stack([to_pixels(image, REFERENCE_SIZE_PX) for image in to_pil(decoded)])
+    return [
+        extract_features(ImageSet(images), network)[network.layers["fid"]]
+        for images in (enlarged, to_uint8(originals))
+    ]
+
+
 class AlignData:
     """Images and texts of a dataset, read and encoded once for both stages.
 
@@ -117,6 +142,7 @@ class AlignData:
         val_captions: (m, D) vectors of all validation captions.
         image_of_caption: (m,) index of the image that each belongs to.
         first_caption: (n,) index of the first caption of each validation image.
+        network: that measures rFD, or None.
     """
 
     def __init__(self, run: AlignRun, image_size_px: int):
@@ -127,6 +153,7 @@ class AlignData:
         encoder = EmbeddingCache(TextEncoder(run.text_encoder))
         self.text_dim = encoder.dim
         self.text_hash = encoder.hash
+        self.network = None if run.features is None else load_network(run.features)
         self.texts = UnitIndex.build(self.train_set, encoder, long_text=run.alignment.long_text)
 
         captions = [caption for example in self.val_set.examples for caption in example.captions]
@@ -162,18 +189,22 @@ class AlignTask(Task[AlignTrainer, AlignTrainer]):
         adapter = model.adapter
         device = next(model.parameters()).device
         found: list[tuple[list[int], list[Tensor]]] = []
-        batches = shared_image_batches(self.data.val_set, adapter.image_size_px, adapter.decode_size_px)
-        for (images, targets), indices in batches:
+        network = self.data.network
+        sizes = [adapter.image_size_px, adapter.decode_size_px, *([REFERENCE_SIZE_PX] if network else [])]
+        for (images, targets, *large), indices in shared_image_batches(self.data.val_set, *sizes):
             decoded, captured = adapter.reconstruct(images.to(device))
             decoded = decoded.cpu()
             l1 = (decoded - targets).abs().flatten(1).mean(dim=1)
             ratios = torch.from_numpy(psnr(to_uint8(decoded), to_uint8(targets)))
-            found.append((indices, [captured.ids.cpu(), l1, ratios]))
+            features = [] if network is None else features_of(decoded, large[0], network)
+            found.append((indices, [captured.ids.cpu(), l1, ratios, *features]))
 
-        rows, (ids, all_l1, all_ratios) = of_whole_split(found)
+        rows, (ids, all_l1, all_ratios, *all_features) = of_whole_split(found)
+        distance = {} if network is None else {f"r{network.frechet_name}": frechet_distance(*all_features)}
         return {
             "l1": float(all_l1.mean()),
             "PSNR": float(all_ratios.mean()),
+            **distance,
             **self.codebook_monitor.update(ids, adapter.codebook, step),
             **self._retrieval(model, ids, torch.tensor(rows)),
         }
