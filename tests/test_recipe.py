@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tavq.alignment.adapters import adapt
 from tavq.base.arguments import parse
 from tavq.captioner.config import RUN_PRESETS as CAPTIONER_PRESETS
 from tavq.captioner.config import CaptionerRun
@@ -28,6 +29,7 @@ from tavq.metrics.features import ImageSet, extract_features, load_network
 from tavq.pipeline import Pipeline
 from tavq.tokenizer.config import PRESETS, TokenizerRun
 from tavq.tokenizer.config import RUN_PRESETS as TOKENIZER_PRESETS
+from tavq.tokenizer.foreign import ForeignTokenizer
 from tavq.tokenizer.losses import PerceptualNetwork
 from tavq.tokenizer.run_config import DescribeRun, TokenizeRun
 
@@ -303,3 +305,32 @@ def test_what_is_measured_of_coco_is_not_trained_on(tmp_path):
     load("coco_train2014").main([str(tmp_path)])
     written = json.loads((tmp_path / "dataset_coco_train2014.json").read_text())
     assert [image["split"] for image in written["images"]] == ["train", "val", "test"]
+
+
+def test_the_plugin_table_is_made_of_the_results_that_are_there(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    plugin = load("plugin")
+    out = tmp_path / "align.md"
+    out.write_text("<!-- plugin: begin -->\n<!-- plugin: end -->\n")
+    run = plugin.Plugin(data="shapes", results=tmp_path, out=out)
+    for seed, cider in ((0, 0.2), (1, 0.4)):
+        scores = {"rFD-x": 100.0 + seed, "t2i_R@10": 0.05, "CIDEr": cider}
+        plugin.result_of(run, "taming", "aligned", seed).write_text(json.dumps(scores))
+    (row,) = [line for line in plugin.table_of(run).splitlines() if "taming" in line]
+    assert row.split("|")[1:4] == [" `taming`, aligned ", " 2 ", " 100.5 (100.0 to 101.0) "]
+    assert "| 30.0 (20.0 to 40.0) |" in row
+
+
+@pytest.mark.parametrize("name", ["diffusers", "vector_quantize_pytorch"])
+def test_the_models_of_the_plugin_recipe_fit_their_adapters_and_come_back_from_what_is_saved(
+    tmp_path, monkeypatch, name
+):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    plugin, models = load("plugin"), load("plugin_models")
+    monkeypatch.setenv("PLUGIN_SEED", "3")
+    tokenizer = ForeignTokenizer(adapt(getattr(models, name)(), models.SIZE_PX))
+    assert tokenizer.grid_size == (8, 8) and tokenizer.num_codes == 512
+    tokenizer.adapter.save(tmp_path)
+    monkeypatch.setattr(models, "WEIGHTS", str(tmp_path / plugin.SAVED_AS[name]))
+    again = ForeignTokenizer(adapt(getattr(models, name)(), models.SIZE_PX))
+    assert again.weights_hash == tokenizer.weights_hash
