@@ -202,8 +202,8 @@ def cell(results: Sequence[dict[str, float]], metric: str, factor: float, digits
     return middle if len(values) == 1 else f"{middle} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-SETTINGS = """Made by `python recipes/plugin.py`: validation split of {dataset}, {size} px, 8 x 8 tokens of 512
-codes. Each model is trained for {plain_steps} steps of 16 images, then for {steps} with and without
+SETTINGS = """Made by `python recipes/plugin.py`: validation split of {dataset}, {size} px, 8 x 8 tokens of
+512 codes. Each model is trained for {plain_steps} steps of 16 images, then for {steps} with and without
 alignment. A probe of {probe_steps} steps is fitted to the frozen codes of both, and a captioner of
 {captioner_steps} steps trained on them. Recall in per cent (chance 1 %), CIDEr times 100, greedy. Mean over
 seeds, and the range."""
