@@ -57,6 +57,7 @@ def test_a_card_is_a_page_that_names_no_path():
         ("/data/flickr8k", "other", ["Flickr8k"]),
         ("/data/Flickr8k_Dataset", "other", ["Flickr8k"]),
         ("/data/coco5000/images", "other", ["COCO"]),
+        ("hf:anna/flickr8k@refs/convert/parquet?captions=text", "other", ["Flickr8k"]),
         ("/data/photos", "other", []),
         ("shapes", "apache-2.0", []),
     ],

@@ -154,6 +154,8 @@ def _sources(resolved: dict[str, Any]) -> list[str]:
 
 
 def _dataset_name(folder: str) -> str:
+    if folder.startswith("hf:"):  # without revision and options
+        folder = folder.partition("?")[0].partition("@")[0]
     path = Path(folder)
     return path.parent.name if path.name.lower() == "images" and path.parent.name else path.name
 
