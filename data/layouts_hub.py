@@ -153,7 +153,10 @@ def _find_files(source: Source) -> dict[str, list[str]]:
     name = source.repository or str(Path(source.path).resolve())
     try:
         builder = datasets.load_dataset_builder(
-            name, source.options.get("config"), revision=source.revision, token=None
+            name,
+            source.options.get("config"),
+            revision=source.revision,
+            cache_dir=str(cache_directory("remote_shards")),  # for its locks
         )
         files = builder.config.data_files or {}
     except Exception as error:  # the library has many, and passes on those of the connection
