@@ -26,6 +26,7 @@ from tavq.tokenizer.run_config import DECODER_PRESETS
 from tavq.tokenizer.train import HEAD_RATE, TokenizerTask
 from tavq.tokenizer.training_images import WHOLE, TrainingImages
 from tavq.training.card import earlier_runs, model_card
+from tavq.training.stream import Draws
 
 from .conftest import save_network
 
@@ -101,6 +102,11 @@ def test_maps_that_are_computed_in_each_batch_equal_those_on_disk(teacher, monke
 
     heard = [float(task.model(task.collate(items), 0).report["distill"].detach()) for task in (kept, live)]
     assert heard[1] == pytest.approx(heard[0], abs=1e-3)
+
+    # Of the images of a batch that two processes share, each sees its own.
+    own = live.collate(items[2:], Draws([(0, 0), (1, 1), (2, 2), (39, 7)], slice(2, 4)))
+    views = live.teacher.maps_of_views(own["teacher"], own["boxes"], own["flipped"])
+    torch.testing.assert_close(views, expected[2:], atol=4e-3, rtol=2e-3)
 
     # Of more images, a sample is measured: the same one in each run.
     monkeypatch.setattr(distillation, "MEASURED_IMAGES", 24)

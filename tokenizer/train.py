@@ -273,7 +273,7 @@ class TokenizerTask(Task[TokenizerTrainer, TAVQTokenizer]):
             ]
             batch["teacher"] = torch.stack(maps)
         if self.teacher is not None:  # which looks at them on the device of the training
-            batch["teacher"] = teacher_pixels(self.train_set, indices)
+            batch["teacher"] = teacher_pixels(self.train_set, [example["index"] for example in examples])
             batch["boxes"] = [example["box"] for example in examples]
             batch["flipped"] = [example["flipped"] for example in examples]
         if self.classes is not None:
