@@ -215,7 +215,7 @@ def tokenize(folder: Path) -> dict[str, Any]:
     checkpoint = folder / "checkpoint"
     checkpoint.mkdir(exist_ok=True)
     (checkpoint / "model.safetensors").write_bytes(b"made up")
-    module.TAVQTokenizer = MadeUpTokenizer  # type: ignore[assignment, misc]
+    module.open_tokenizer = lambda *_: MadeUpTokenizer()  # type: ignore[assignment, return-value]
     out = folder / "tokenized"
     started = time.perf_counter()
     module.encode_dataset(
@@ -281,10 +281,6 @@ class MadeUpTokenizer:
     grid_size = (GRID, GRID)
     codebook_hash = "made up"
     image_size_px = 16
-
-    @classmethod
-    def from_pretrained(cls, directory: Path) -> MadeUpTokenizer:
-        return cls()
 
     def to(self, device: Any) -> MadeUpTokenizer:
         return self

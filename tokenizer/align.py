@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +27,7 @@ from tavq.training.run_folder import read_log
 
 from .adapter import TAVQAdapter
 from .fit_projections import fit_projections
+from .foreign import DEFAULT_IMAGE_SIZE_PX, open_base
 from .losses import open_perceptual
 from .model import TAVQTokenizer, TokenizerConfig
 from .provenance import ALL_LEVELS
@@ -35,7 +35,6 @@ from .run_config import AlignRun
 from .train_adapter import HEADS_FILE, AlignData, AlignTask
 
 REPORT_FILE = "report.json"
-DEFAULT_IMAGE_SIZE_PX = 128
 PROBE_LEARNING_RATE = 2e-3  # higher than in training: the heads are fresh, and the base is frozen
 
 Scores = dict[str, float]
@@ -48,47 +47,6 @@ def align_model(run: AlignRun) -> None:
         probe_own_tokenizer(run, base)
     else:
         align_foreign_model(run, base)
-
-
-def open_base(source: str) -> nn.Module:
-    """Open the model that `--base` names.
-
-    Raises:
-        ValueError: the kind is unknown, or MODULE:FUNCTION returns no model.
-        FileNotFoundError: there is no model at PATH.
-    """
-    kind, _, path = source.partition(":")
-    if kind == "diffusers" and path:
-        return _open_diffusers(path)
-    if kind == "tavq" and path:
-        return TAVQTokenizer.from_pretrained(path)
-
-    module, _, function = path.rpartition(":")
-    if kind != "call" or not module:
-        raise ValueError(f"--base is {source!r}, expected diffusers:PATH, tavq:PATH or call:MODULE:FUNCTION")
-    try:
-        model = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"--base {source}: {error}; check that the module lies on PYTHONPATH") from error
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"--base {source} returned a {type(model).__name__}, expected a torch module")
-    return model
-
-
-def _open_diffusers(path: str) -> nn.Module:
-    try:
-        from diffusers import VQModel
-    except ImportError as error:
-        raise ValueError("--base diffusers:PATH needs the package: pip install diffusers") from error
-    try:
-        # No hub and no pickles: diffusers would else look for `path` there, and read .bin.
-        return VQModel.from_pretrained(path, local_files_only=True, use_safetensors=True)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise FileNotFoundError(
-            f"no VQModel with safetensors at {path} ({reason}); name a directory that "
-            "VQModel.save_pretrained wrote"
-        ) from error
 
 
 def align_foreign_model(run: AlignRun, base: nn.Module) -> None:

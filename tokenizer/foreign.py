@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,11 +14,11 @@ from tavq.alignment.adapters import Adapter, adapt
 from tavq.base.weights import CONFIG_FILE, local_directory
 from tavq.training.checkpoint import tensor_hash
 
-from .align import DEFAULT_IMAGE_SIZE_PX, open_base
 from .model import TAVQTokenizer
 from .provenance import TokenizerProvenance
 
 BASES = ("diffusers:", "call:")
+DEFAULT_IMAGE_SIZE_PX = 128
 
 
 class ForeignTokenizer(nn.Module):
@@ -73,6 +74,47 @@ class ForeignTokenizer(nn.Module):
         """ids (B, h, w) or (B, N) int64 in [0, K) -> images (B, 3, H, W) in [-1, 1]."""
         codes = self.codebook[ids.reshape(len(ids), *self.grid_size)]
         return self.adapter.decode_codes(codes.movedim(-1, 1)).clamp(-1, 1)
+
+
+def open_base(source: str) -> nn.Module:
+    """Open the model that `--base` names.
+
+    Raises:
+        ValueError: the kind is unknown, or MODULE:FUNCTION returns no model.
+        FileNotFoundError: there is no model at PATH.
+    """
+    kind, _, path = source.partition(":")
+    if kind == "diffusers" and path:
+        return _open_diffusers(path)
+    if kind == "tavq" and path:
+        return TAVQTokenizer.from_pretrained(path)
+
+    module, _, function = path.rpartition(":")
+    if kind != "call" or not module:
+        raise ValueError(f"--base is {source!r}, expected diffusers:PATH, tavq:PATH or call:MODULE:FUNCTION")
+    try:
+        model = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"--base {source}: {error}; check that the module lies on PYTHONPATH") from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"--base {source} returned a {type(model).__name__}, expected a torch module")
+    return model
+
+
+def _open_diffusers(path: str) -> nn.Module:
+    try:
+        from diffusers import VQModel
+    except ImportError as error:
+        raise ValueError("--base diffusers:PATH needs the package: pip install diffusers") from error
+    try:
+        # No hub and no pickles: diffusers would else look for `path` there, and read .bin.
+        return VQModel.from_pretrained(path, local_files_only=True, use_safetensors=True)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(
+            f"no VQModel with safetensors at {path} ({reason}); name a directory that "
+            "VQModel.save_pretrained wrote"
+        ) from error
 
 
 def open_tokenizer(source: str | Path, image_size_px: int | None = None) -> TAVQTokenizer | ForeignTokenizer:
