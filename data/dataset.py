@@ -67,12 +67,16 @@ def join_captions(captions: Iterable[str]) -> str:
     return " ".join(sentences)
 
 
+PLACE = np.dtype([("offset", "<i8"), ("length", "<u4"), ("split", "<i2")])
+"""Where an example's line lies, and the number of its split."""
+
+
 class ExampleFile(Sequence[Example]):
     """Examples that are read from a file when they are asked for.
 
     Args:
         file: one JSON array a line; it has no name and goes with the last process that has it open.
-        places: (n, 3) int64, offset and length of each example's line, and the number of its split.
+        places: (n,) of `PLACE`.
         shards: those that images lie in.
         splits: the splits by number.
     """
@@ -91,7 +95,7 @@ class ExampleFile(Sequence[Example]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return ExampleFile(self.file, self.places[index], self.shards, self.splits)
-        offset, length, _ = self.places[range(len(self))[index]].tolist()
+        offset, length, _ = self.places[range(len(self))[index]].item()
         # Not seek and read: the workers of a DataLoader share the file's position.
         id_, captions, long_text, split, place = json.loads(os.pread(self.file.fileno(), length, offset))
         image: Path | ShardImage | ParquetImage
@@ -106,7 +110,7 @@ class ExampleFile(Sequence[Example]):
     def of_split(self, split: str) -> ExampleFile:
         """Return the examples of one split."""
         number = self.splits.index(split) if split in self.splits else -1
-        return ExampleFile(self.file, self.places[self.places[:, 2] == number], self.shards, self.splits)
+        return ExampleFile(self.file, self.places[self.places["split"] == number], self.shards, self.splits)
 
     def __reduce__(self) -> Any:  # for workers that are started anew, and have no open files
         return tuple, (list(self),)
@@ -132,9 +136,12 @@ def _written(examples: Iterator[Example]) -> ExampleFile:
     while group := list(itertools.islice(examples, IN_MEMORY)):
         lines = [_line(example, shards) for example in group]
         file.write(b"".join(lines))
+        rows = np.empty(len(group), PLACE)
         lengths = np.array([len(line) for line in lines])
-        numbers = np.array([splits.setdefault(example.split, len(splits)) for example in group])
-        places.append(np.stack([end + lengths.cumsum() - lengths, lengths, numbers], axis=1))
+        rows["offset"] = end + lengths.cumsum() - lengths
+        rows["length"] = lengths
+        rows["split"] = [splits.setdefault(example.split, len(splits)) for example in group]
+        places.append(rows)
         end += int(lengths.sum())
     file.flush()
     return ExampleFile(file, np.concatenate(places), list(shards), list(splits))
