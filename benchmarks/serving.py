@@ -1,4 +1,4 @@
-"""python benchmarks/serving.py --into docs/scale.md
+"""python benchmarks/serving.py --into docs/scale.md --plot docs/images/serving.png
 python benchmarks/serving.py --address http://127.0.0.1:7860/ --clients 200 --rounds 5
 
 Many clients at once: each asks for one image after another, and waits for each. The first form starts the
@@ -65,6 +65,8 @@ class ServingRun:
     """Print the result as JSON."""
     into: Path | None = None
     """Page whose block `serving` takes the table."""
+    plot: Path | None = None
+    """PNG for the curves of images a second and of waiting over the number of clients."""
 
     def __post_init__(self) -> None:
         if self.into is not None:
@@ -96,8 +98,11 @@ AskOnce = Callable[[httpx.AsyncClient, str, int], Awaitable[str]]
 def main(argv: Sequence[str] | None = None) -> None:
     run = parse(ServingRun, argv, prog="python benchmarks/serving.py")
     if not run.address:
-        table = compare(run)
+        found = compare(run)
+        table = _table(run, found)
         print(table)
+        if run.plot is not None:
+            draw_curves(run, found, run.plot)
         if run.into is not None:
             write_block(run.into, "serving", table)
         return
@@ -203,8 +208,12 @@ def started(command: Sequence[str], log: Path) -> Iterator[Server]:
         process.wait()
 
 
-def compare(run: ServingRun) -> str:
-    """Start all servers, let them take turns, and return the table."""
+Found = dict[tuple[str, int], Answers]
+"""Name of a server and number of clients -> what they got."""
+
+
+def compare(run: ServingRun) -> Found:
+    """Start all servers, and let them take turns."""
     found = {(name, clients): Answers() for name in SERVERS for clients in run.clients}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -225,10 +234,34 @@ def compare(run: ServingRun) -> str:
                     answers.cpu_seconds = server.cpu_seconds() - before
                     found[name, clients].add(answers)
                     print(f"{name}, {clients} clients: {_cells(answers)}", file=sys.stderr, flush=True)
-    return _table(run, found)
+    return found
 
 
-def _table(run: ServingRun, found: dict[tuple[str, int], Answers]) -> str:
+def draw_curves(run: ServingRun, found: Found, path: Path) -> None:
+    """Draw images a second, and the 95th percentile of waiting, over the number of clients."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    rates, waits = figure.subplots(1, 2)
+    for name in SERVERS:
+        answers = [found[name, clients] for clients in run.clients]
+        rate = [_rate(one) for one in answers]
+        wait = [float(np.percentile(one.seconds, 95)) if one.seconds else np.nan for one in answers]
+        label = name.replace("`", "")
+        rates.plot(run.clients, rate, marker="o", label=label)
+        waits.plot(run.clients, wait, marker="o", label=label)
+    rates.set(xlabel="clients at once", ylabel="images a second")
+    waits.set(xlabel="clients at once", ylabel="seconds within which 95 % are answered")
+    for axes in (rates, waits):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(run.clients, [str(clients) for clients in run.clients])
+        axes.set_ylim(bottom=0)
+    rates.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def _table(run: ServingRun, found: Found) -> str:
     columns = ["server", "clients", "images/s", "of the demo's", "p50, s", "p95, s", "CPU s an image", "lost"]
     lines = [
         f"{platform.machine()}, {os.cpu_count()} cores, shared with other work; one thread a model; "
