@@ -126,7 +126,7 @@ def draw_curve(rows: list[dict[str, Any]], path: Path) -> None:
         axes.plot(*zip(*points, strict=True), marker="o", label=CASES[case])
     axes.set(xscale="log", xlabel="examples", ylabel="peak memory, MiB")
     axes.set_ylim(bottom=0)
-    axes.legend()
+    axes.legend(loc="center right", bbox_to_anchor=(1, 0.6))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
