@@ -264,7 +264,7 @@ def draw_curves(run: ServingRun, found: Found, path: Path) -> None:
 def _table(run: ServingRun, found: Found) -> str:
     columns = ["server", "clients", "images/s", "of the demo's", "p50, s", "p95, s", "CPU s an image", "lost"]
     lines = [
-        f"{platform.machine()}, {os.cpu_count()} cores, shared with other work; one thread a model; "
+        f"{platform.machine()}, {os.cpu_count()} cores; one thread a model; "
         f"{sum(len(a.seconds) + len(a.lost) for a in found.values())} requests; {datetime.date.today()}",
         "",
         "| " + " | ".join(columns) + " |",
