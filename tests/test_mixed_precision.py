@@ -1,15 +1,18 @@
 """Every trainer takes ten steps in bfloat16, under autocast on the CPU."""
 
 import dataclasses
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 
 from tavq.captioner.config import RUN_PRESETS as CAPTIONER_RUNS
 from tavq.captioner.train import CaptionerTask
+from tavq.commands import train_captioner, train_generator, train_lexicon
 from tavq.data.layouts import open_dataset
 from tavq.data.token_writer import write_tokens
 from tavq.data.tokens import TokenMeta, TokenRecord
@@ -98,3 +101,39 @@ def test_the_captioner(tokens_dir, tmp_path):
     run = dataclasses.replace(CAPTIONER_RUNS["tiny"], tokens=tokens_dir)
     log = train_in_bfloat16(CaptionerTask(run), run, tmp_path / "run")
     assert math.isfinite(log[-1]["val/CIDEr"])
+
+
+@pytest.mark.slow
+def test_the_stages_that_go_on_from_a_model(tokens_dir, tmp_path):
+    """Self-critical training, preferences, and the lexicon of a frozen generator, by their commands."""
+    rng = np.random.default_rng(1)
+    pairs = [
+        {"id": f"train{n % 8}", "prompt": "A dog.", "codebook": "codebook"}
+        | {name: rng.integers(0, 8, 8).tolist() for name in ("best", "worst")}
+        for n in range(40)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(f"{json.dumps(pair)}\n" for pair in pairs))
+    common = f"--tokens {tokens_dir} --training.precision bf16 --training.batch-size 4 --training.log-every 1"
+    runs = {
+        "captioner": (train_captioner, "--preset tiny --training.steps 1"),
+        "rewarded": (train_captioner, "--preset tiny-self-critical --start {out}/captioner"),
+        "generator": (train_generator, "--preset tiny --training.steps 1"),
+        "tuned": (
+            train_generator,
+            "--preset tiny-preference --start {out}/generator --preferences {out}/pairs.jsonl",
+        ),
+        "lexicon": (train_lexicon, "--preset tiny --generator {out}/generator"),
+    }
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for name, (command, flags) in runs.items():
+        steps = [] if "steps" in flags else ["--training.steps", str(STEPS), "--training.evaluate-every", "5"]
+        flags = flags.format(out=tmp_path).split()
+        command.main([*common.split(), *flags, *steps, "--out", str(tmp_path / name)])
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+    for name in ("rewarded", "tuned", "lexicon"):
+        log = read_log(tmp_path / name / "training" / "log.jsonl")
+        norms = [line["grad_norm/model"] for line in log if "grad_norm/model" in line]
+        assert len(norms) == STEPS and all(map(math.isfinite, norms)), name
+        weights = load_file(tmp_path / name / "model.safetensors").values()
+        assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in weights)
