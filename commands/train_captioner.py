@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from tavq.captioner.train import train_captioner
     from tavq.data.tokens import read_meta
     from tavq.tokenizer.caption_scores import caption_alignment_scores
-    from tavq.tokenizer.foreign import ForeignTokenizer, open_tokenizer
+    from tavq.tokenizer.foreign import open_tokenizer
 
     if run.tokenizer is None:
         train_captioner(run)
@@ -23,9 +23,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = open_tokenizer(run.tokenizer)
     if tokenizer.codebook_hash != read_meta(run.tokens).codebook_hash:
         raise ValueError(f"{run.tokens} was made by another tokenizer than {run.tokenizer}; give that one")
-    scores = None
-    if run.model.quality_buckets:
-        if isinstance(tokenizer, ForeignTokenizer):
-            raise ValueError("quality buckets need aligned codes; leave --model.quality-buckets out")
-        scores = caption_alignment_scores(tokenizer, run.tokens)
+    scores = caption_alignment_scores(tokenizer, run.tokens) if run.model.quality_buckets else None
     train_captioner(run, tokenizer.codebook, scores)

@@ -125,8 +125,8 @@ def train_and_measure(run: Plugin, model: str, arm: str, seed: int) -> dict[str,
     """Train one arm of one model, and return its metrics on val."""
     folder = run.runs / f"{model}-seed{seed}"
     plain, own = folder / "before", folder / arm
-    align(run, model, seed, plain, None, "--losses.align", 0, "--training.steps", run.plain_steps)
-    align(run, model, seed, own, plain, "--losses.align", ARMS[arm], "--training.steps", run.steps)
+    align(run, model, seed, plain, None, *training(run.plain_steps, rate=1e-3, share=0))
+    align(run, model, seed, own, plain, *training(run.steps, rate=3e-4, share=ARMS[arm]))
     probed = folder / f"{arm}-probed"
     measured: list[object] = ["--features", run.features] if run.features else []
     probe = ("--probe-only", "--probe-steps", run.probe_steps)
@@ -135,16 +135,18 @@ def train_and_measure(run: Plugin, model: str, arm: str, seed: int) -> dict[str,
     return scores | {"CIDEr": caption(run, model, seed, own)}
 
 
+def training(steps: int, rate: float, share: float) -> list[object]:
+    """Return the flags of a training. Its own probe is kept short, since both arms are probed at the end."""
+    flags: list[object] = ["--training.steps", steps, "--training.evaluate-every", steps, "--probe-steps", 1]
+    return [*flags, "--training.learning-rate", rate, "--losses.align", share]
+
+
 def align(run: Plugin, model: str, seed: int, out: Path, start: Path | None, *flags: object) -> None:
     """Run `tavq align` on a new model, or on the one that an earlier call saved in `start`."""
     arguments: list[object] = ["--base", f"call:plugin_models:{model}", "--data", run.data, "--out", out]
     arguments += ["--image-size-px", SIZE_PX, "--training.seed", seed]
     if run.teacher:
         arguments += ["--perceptual", run.teacher]
-    if "--probe-only" not in flags:
-        steps = flags[-1]
-        arguments += ["--probe-steps", 1, "--training.evaluate-every", steps]
-        arguments += ["--training.learning-rate", 1e-3 if start is None else 3e-4]
     tavq(model, seed, start, "align", *arguments, *flags)
 
 

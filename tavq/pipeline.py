@@ -13,7 +13,7 @@ import functools
 import importlib.metadata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self, cast, get_args
+from typing import Any, Self, get_args
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,6 @@ from tavq.ranking import RankBy, combine_scores
 from tavq.results import Captions, Generated, Reconstruction, read_recipe, recipe_line
 from tavq.tokenizer.foreign import open_tokenizer
 from tavq.tokenizer.heatmaps import UnitMap, check_aligned, unit_maps
-from tavq.tokenizer.model import TAVQTokenizer
 from tavq.tokenizer.retrieval import alignment_scores, text_encoder_of
 
 __all__ = [
@@ -67,8 +66,7 @@ class Pipeline(Conditions):
     def __init__(self, directory: Path, device: str = "cpu"):
         self.directory = directory
         self.device = torch.device(device)
-        # One of another library has no alignment, which is asked for where it is needed.
-        self.tokenizer = cast(TAVQTokenizer, open_tokenizer(directory / "tokenizer").to(self.device))
+        self.tokenizer = open_tokenizer(directory / "tokenizer").to(self.device)
 
     @classmethod
     def from_pretrained(cls, source: str | Path | None = None, device: str = "cpu", **hub: Any) -> Self:

@@ -20,7 +20,7 @@ from tavq.base.files import file_hash
 from tavq.base.locks import only_writer
 from tavq.base.progress import Progress
 from tavq.base.seeding import mixed_seed
-from tavq.base.weights import local_directory, weights_file
+from tavq.base.weights import WEIGHTS_FILE, local_directory
 from tavq.data.config import SPLITS
 from tavq.data.dataset import ImageTextDataset, UnreadableImages, tried_images
 from tavq.data.images import UnreadableImageError, to_tensor
@@ -29,7 +29,7 @@ from tavq.data.layouts import open_dataset
 from tavq.data.token_writer import IMAGES_PER_SHARD, unfinished_tokens
 from tavq.data.tokens import TokenMeta, TokenRecord, TokenSet
 
-from .foreign import BASES, ForeignTokenizer, open_tokenizer
+from .foreign import ForeignTokenizer, open_tokenizer
 from .model import TAVQTokenizer
 from .run_config import TokenizeRun
 from .training_images import SMALLEST_CROP
@@ -80,11 +80,11 @@ def encode_dataset(
             unfinished.write(_records(examples, split, done, first, encoded), {split: done.count})
 
 
-def weights_hash(tokenizer: TAVQTokenizer | ForeignTokenizer, source: str) -> str:
+def weights_hash(tokenizer: TAVQTokenizer, source: str) -> str:
     """Names the weights of a tokenizer that was opened from `source`."""
-    if isinstance(tokenizer, ForeignTokenizer) and source.startswith(BASES):
+    if isinstance(tokenizer, ForeignTokenizer):  # which may come from a function instead of a file
         return tokenizer.weights_hash
-    return file_hash(weights_file(local_directory(source)))
+    return file_hash(local_directory(source) / WEIGHTS_FILE)
 
 
 def _records(
@@ -170,7 +170,7 @@ def crops_of(split: str, crops: int) -> int:
 
 
 def encode_range(
-    tokenizer: TAVQTokenizer | ForeignTokenizer, dataset: ImageTextDataset, crops: int, first: int, last: int
+    tokenizer: TAVQTokenizer, dataset: ImageTextDataset, crops: int, first: int, last: int
 ) -> Iterator[Encoded]:
     """Encode the images from `first` up to `last` of a split, batch by batch.
 
@@ -208,9 +208,7 @@ def variants(image: Image.Image, size_px: int, crops: int, seed: int) -> Tensor:
     return torch.stack(views)
 
 
-def _encode_batch(
-    tokenizer: TAVQTokenizer | ForeignTokenizer, batch: list[tuple[int, Tensor]]
-) -> Iterator[Encoded]:
+def _encode_batch(tokenizer: TAVQTokenizer, batch: list[tuple[int, Tensor]]) -> Iterator[Encoded]:
     device = next(tokenizer.parameters()).device
     ids = tokenizer.encode(torch.cat([views for _, views in batch]).to(device))
     ids_nVhw = ids.unflatten(0, (len(batch), -1)).cpu().numpy()

@@ -6,6 +6,7 @@ import importlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ class ForeignTokenizer(nn.Module):
         self.decode_size_px = adapter.decode_size_px
         self.num_codes = len(adapter.codebook)
         self.aligned_levels: dict[int, int] = {}
+        # Where a tokenizer of this project says how it was aligned: by nothing.
         self.config = SimpleNamespace(provenance=TokenizerProvenance())
         size = self.image_size_px
         _, h, w = self.encode(torch.zeros(1, 3, size, size)).shape
@@ -62,6 +64,7 @@ class ForeignTokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> ids (B, h, w) int64 in [0, K)."""
+        # The decoder runs for nothing: libraries agree on forward() alone.
         _, captured = self.adapter.reconstruct(images)
         return captured.ids
 
@@ -117,8 +120,11 @@ def _open_diffusers(path: str) -> nn.Module:
         ) from error
 
 
-def open_tokenizer(source: str | Path, image_size_px: int | None = None) -> TAVQTokenizer | ForeignTokenizer:
+def open_tokenizer(source: str | Path, image_size_px: int | None = None) -> TAVQTokenizer:
     """Open a tokenizer of this project, or a VQ model of another library.
+
+    The latter is a `ForeignTokenizer`, typed as what it stands in for: callers need not tell them apart,
+    since whatever needs alignment asks for `aligned_levels` anyway.
 
     Args:
         source: a directory or hf:OWNER/NAME of this project's; a directory that `diffusers.VQModel` saved,
@@ -140,7 +146,8 @@ def open_tokenizer(source: str | Path, image_size_px: int | None = None) -> TAVQ
         source = f"diffusers:{directory}"
     base = open_base(source)
     known = getattr(getattr(base, "config", None), "sample_size", None)
-    return ForeignTokenizer(adapt(base, image_size_px or known or DEFAULT_IMAGE_SIZE_PX))
+    adapter = adapt(base, image_size_px or known or DEFAULT_IMAGE_SIZE_PX)
+    return cast(TAVQTokenizer, ForeignTokenizer(adapter))
 
 
 def _saved_by_diffusers(directory: Path) -> bool:

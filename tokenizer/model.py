@@ -190,6 +190,7 @@ class Decoder(nn.Module):
         if not hasattr(self, "upsample"):
             return self.last(self.pixels(x))
         if x.shape[-1] != self.map_size:
+            # Not nearest neighbours: from 24 to 28 they would show every sixth cell twice.
             x = F.interpolate(x, size=(self.map_size, self.map_size), mode="bilinear", align_corners=False)
         if window is not None:
             x = window.of(x)

@@ -153,6 +153,7 @@ class AlignData:
         encoder = EmbeddingCache(TextEncoder(run.text_encoder))
         self.text_dim = encoder.dim
         self.text_hash = encoder.hash
+        # Before the texts are encoded, which takes minutes: a bad file ends the run here.
         self.network = None if run.features is None else load_network(run.features)
         self.texts = UnitIndex.build(self.train_set, encoder, long_text=run.alignment.long_text)
 
